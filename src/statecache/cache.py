@@ -1,0 +1,368 @@
+"""Named rings under one clock: all that a model remembers, changed as a whole or not at all.
+
+B rows, T new tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from statecache.clock import Clock
+from statecache.errors import MarkError, OptionError, RowsError, StaleMarkError, StateCacheError, StepError
+from statecache.ring import Lease, Ring, Room, Step
+from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether a cache can do something now; if not, `why`: the text of the error that trying would raise."""
+
+    why: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.why is None
+
+    def __str__(self) -> str:
+        return "yes" if self.why is None else f"no: {self.why}"
+
+
+@dataclass(eq=False)
+class Mark:
+    """A point that `restore` comes back to, as often as wanted: the lengths, and copies of what later steps overwrite."""
+
+    owner: weakref.ref[Rings]
+    lengths: list[int]
+    clock: tuple[Tensor, Tensor, Tensor] | None
+    copies: Mapping[str, tuple[Tensor, ...]] = field(repr=False)
+    stale: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies. They do not grow with the length."""
+        held = [t for copies in self.copies.values() for t in copies] + list(self.clock or ())
+        return sum(t.untyped_storage().nbytes() for t in held)
+
+
+class Rings:
+    """The states of a model, each a ring (or a lease), under one clock.
+
+    A step opens with every row's length and count, the layers read and write their rings, and the step is closed once.
+    With `rows`, `dtype` and `device` all is allocated at once; else each state when it is first written.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        capacity: int | None = None,
+        slack: int = 0,
+        rows: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check_options(capacity, slack, rows, dtype)
+        self.spec, self.capacity, self.slack = spec, capacity, slack
+        self.dtype, self.device = dtype, None if device is None else torch.device(device)
+        self.states: dict[str, Ring | Lease] = {}
+        self.clock: Clock | None = None
+        self._declared: dict[str, StateSpec] = dict(spec.states())
+        self._step: Step | None = None
+        self._room = 0  # the longest row that every growing ring has slots for
+        self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+        self._base: list[int] = []  # the lengths after the last call that was not a step
+        if rows is not None and dtype is not None and self.device is not None:
+            self._start_clock(rows, self.device)
+            for name, state in self._declared.items():
+                if state.shape is not None:
+                    self._allocate(name, dtype, self.device)
+
+    def __getitem__(self, name: str) -> Ring | Lease:
+        return self.states[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {k: v for k, v in self.__dict__.items() if k != "_marks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _marks=weakref.WeakSet())
+        if self.capacity is not None:
+            from statecache.storage.dense import fixed
+
+            for buffer in self.buffers():
+                fixed(buffer)
+
+    # ---- what there is
+
+    @property
+    def rows(self) -> int | None:
+        """Rows in use; None before the first forward."""
+        return None if self.clock is None else self.clock.rows
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens each row has taken in: (B,) long, a copy on the cache's device."""
+        self._settle()
+        if self.clock is None:
+            return torch.zeros(0, dtype=torch.long, device=self.device)
+        return self.clock.lengths.clone()
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that the cache holds. With a fixed capacity none of them ever moves."""
+        held = [] if self.clock is None else self.clock.buffers()
+        return held + [buffer for state in self.states.values() for buffer in state.buffers()]
+
+    def nbytes(self) -> Sizes:
+        """Bytes allocated, by kind of state."""
+        sizes = Counter(dict.fromkeys(KINDS, 0))
+        for state in self.states.values():
+            sizes[state.spec.kind] += sum(b.untyped_storage().nbytes() for b in state.buffers())
+        sizes["clock"] = sum(b.untyped_storage().nbytes() for b in (self.clock.buffers() if self.clock else ()))
+        return Sizes(dict(sizes))
+
+    @property
+    def capabilities(self) -> Mapping[str, Capability]:
+        """What this cache can do now, and why not: each answer is the error that the method itself would raise.
+
+        May wait for the device.
+        """
+        self._settle()
+        return {name: Capability(None if error is None else str(error)) for name, error in self._refusals()}
+
+    def _refusals(self) -> Iterator[tuple[str, StateCacheError | None]]:
+        rows = self.clock.rows if self.clock else 0
+        yield "step", self._refuse_torn()
+        yield "checkpoint", self._refuse_torn()
+        yield "fork", self._refuse_torn()
+        yield (
+            "gather",
+            self._refuse_torn() or (None if rows else RowsError("there are no rows before the first forward")),
+        )
+        yield "rollback", self._refuse_rollback([1] * rows)
+        yield "reset", None
+
+    # ---- a step
+
+    def open(self, tokens: int, count: Tensor | None = None) -> Step:
+        """Begin a pass of T `tokens`, of which row b takes in the first `count[b]`; all, if there is no count.
+
+        Raises CapacityError or StepError before anything is written.
+        """
+        assert self.clock is not None, "rows are known from the constructor or from the first write"
+        if self._step is not None:
+            raise StepError("a step is open already; close it first")
+        step = self.clock.open(tokens, count)
+        if self.capacity is None:
+            self._reserve(max(self.clock.host, default=0) + tokens)
+        self._step = step
+        return step
+
+    def close(self, step: Step) -> None:
+        """End the pass: its tokens are now part of the rows."""
+        assert self.clock is not None and step is self._step
+        self.clock.close(step)
+        self._step = None
+
+    def _reserve(self, end: int) -> None:
+        if end > self._room:
+            for state in self.states.values():
+                state.reserve(end)
+            growing = [s.capacity for s in self.states.values() if isinstance(s, Ring) and s.capacity != s.limit]
+            self._room = min(growing, default=end)
+
+    def _start_clock(self, rows: int, device: torch.device) -> None:
+        room = Room(rows, self.capacity, self.slack, torch.long, device)
+        self.clock = Clock(room, self.spec.full_at(self.capacity, self.slack))
+        self._base = [0] * rows
+
+    def _allocate(self, name: str, dtype: torch.dtype, device: torch.device, tokens: int = 0) -> Ring | Lease:
+        """Make room for a state, in a model that computes in `dtype`. `tokens`: of the step that writes it first."""
+        assert self.clock is not None
+        spec = self._declared[name]
+        room = Room(len(self.clock.length), self.capacity, self.slack, dtype, device)
+        state = Lease(spec, room, tokens) if spec.leased else Ring(spec, room, tokens)
+        if self.clock.rows != room.rows:
+            state.reset(self.clock.rows)
+        self.states[name] = state
+        self._room = 0  # look at every ring again
+        return state
+
+    # ---- between steps
+
+    def checkpoint(self) -> Mark:
+        """Mark this point for `restore`. Copies windowed and recurrent entries; of the others the lengths are enough."""
+        self._settle()
+        _check(self._refuse_torn())
+        mark = Mark(
+            weakref.ref(self),
+            [] if self.clock is None else list(self.clock.host),
+            None if self.clock is None else self.clock.snapshot(),
+            {name: state.snapshot() for name, state in self.states.items()},
+        )
+        self._marks.add(mark)
+        return mark
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to a mark, in place. A mark can be restored more than once.
+
+        Raises MarkError for a mark of another cache, StaleMarkError where something written since overwrote it.
+        """
+        self._settle()
+        if mark.owner() is not self:
+            raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
+        if mark.stale is not None:
+            raise StaleMarkError(f"the mark is stale: {mark.stale}; take a new one with checkpoint()")
+        if mark.clock is None or self.clock is None:
+            self._empty()
+            return
+        self._drop_step()
+        self.clock.load(mark.clock)
+        for name, state in self.states.items():
+            if name in mark.copies:
+                state.load(mark.copies[name])
+            else:
+                state.reset(self.clock.rows)  # first written after the mark
+        self._between()
+
+    def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
+        """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.
+
+        Raises RollbackError where a row would go below what its states still hold; nothing is changed then.
+        """
+        self._settle()
+        _check(self._refuse_torn())
+        if self.clock is None:
+            if isinstance(tokens, int) and tokens == 0:
+                return
+            raise RowsError("nothing to forget: the cache is empty")
+        forget = self._per_row(tokens)
+        _check(self._refuse_rollback(forget))
+        n = torch.tensor(forget, device=self.clock.length.device)
+        self.clock.rollback(n)
+        length, moved = self.clock.lengths, n > 0
+        if any(forget):
+            for state in self.states.values():
+                device = state.buffers()[0].device
+                state.rollback(length.to(device), moved.to(device))
+        self._between()
+
+    def gather(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
+
+        In place and at the same addresses with a fixed capacity, where n is at most the rows allocated; else reallocates.
+        Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
+        """
+        self._settle()
+        _check(self._refuse_torn())
+        if self.clock is None:
+            raise RowsError("there are no rows before the first forward")
+        index = torch.as_tensor(rows)
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise RowsError(f"rows to keep are a 1-d tensor of integers, not {index.dtype} {tuple(index.shape)}")
+        wanted = index.tolist()
+        bad = [row for row in wanted if not 0 <= row < self.clock.rows]
+        if bad or not wanted:
+            raise RowsError(
+                f"rows {bad or wanted} of {self.clock.rows}: give at least one, each in 0..{self.clock.rows - 1}"
+            )
+        if self.capacity is not None and len(wanted) > len(self.clock.length):
+            raise RowsError(
+                f"{len(wanted)} rows, and the cache was allocated with {len(self.clock.length)} at fixed addresses: make it "
+                f"with rows={len(wanted)}, or without capacity="
+            )
+        longest = max(self.clock.host)
+        for state in self.states.values():
+            state.take(index.to(state.buffers()[0].device, torch.long), longest)
+        self.clock.take(index.to(self.clock.length.device, torch.long))
+        self._invalidate("rows were gathered since")
+        self._between()
+
+    def fork(self) -> Self:
+        """An independent copy, allocated anew."""
+        import copy
+
+        self._settle()
+        _check(self._refuse_torn())
+        return copy.deepcopy(self)
+
+    def reset(self) -> None:
+        """Be empty again, in place; what was allocated stays, and all its rows are in use."""
+        self._invalidate("the cache was reset since")
+        self._empty()
+
+    # ---- inside
+
+    def _empty(self) -> None:
+        self._drop_step()
+        if self.clock is not None:
+            self.clock.reset()
+            for state in self.states.values():
+                state.reset(self.clock.rows)
+        self._between()
+
+    def _drop_step(self) -> None:
+        """Forget a step that was left open."""
+        self._step = None
+
+    def _settle(self) -> None:
+        """Bring the host up to date, and find the marks that steps since the last such call have made stale."""
+        if self.clock is None:
+            return
+        now = self.clock.sync()
+        for mark in self._marks:
+            for row, (base, length, marked) in enumerate(zip(self._base, now, mark.lengths, strict=False)):
+                if base < min(length, marked) and mark.stale is None:
+                    mark.stale = f"row {row} was marked at {marked} tokens and written again from {base} on"
+        self._base = list(now)
+
+    def _between(self) -> None:
+        self._base = [] if self.clock is None else list(self.clock.host)
+
+    def _invalidate(self, why: str) -> None:
+        for mark in self._marks:
+            mark.stale = mark.stale or why
+
+    def _refuse_torn(self) -> StateCacheError | None:
+        if self._step is None:
+            return None
+        return StepError(
+            "the last forward pass was interrupted, so some layers have taken in its tokens and some have not: "
+            "reset(), or restore() a mark"
+        )
+
+    def _refuse_rollback(self, forget: list[int]) -> StateCacheError | None:
+        if self.clock is None:
+            return RowsError("nothing to forget: the cache is empty")
+        return self.clock.refuse(forget, any(isinstance(s, Lease) for s in self.states.values()))
+
+    def _per_row(self, tokens: int | Tensor | Sequence[int]) -> list[int]:
+        assert self.clock is not None
+        if isinstance(tokens, int):
+            return [tokens] * self.clock.rows
+        given = torch.as_tensor(tokens)
+        if given.is_floating_point() or given.dtype == torch.bool or given.shape != (self.clock.rows,):
+            raise RowsError(
+                f"tokens to forget are one int, or a long tensor ({self.clock.rows},), not {given.dtype} {tuple(given.shape)}"
+            )
+        return [int(n) for n in given.tolist()]
+
+
+def _check(error: StateCacheError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _check_options(capacity: int | None, slack: int, rows: int | None, dtype: torch.dtype | None) -> None:
+    for name, value, least in (("capacity", capacity, 1), ("slack", slack, 0), ("rows", rows, 1)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise OptionError(f"{name}={value!r}: give an integer of at least {least}")
+    if capacity is not None and slack > capacity:
+        raise OptionError(f"slack={slack} is more than capacity={capacity}: no row is long enough to forget that much")
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype={dtype}: entries are floating point; integer states declare themselves")

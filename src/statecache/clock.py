@@ -1,0 +1,193 @@
+"""The one clock: how many tokens each row has taken in, and how far it may go back.
+
+B rows, T new tokens. The device's lengths are the truth; the host keeps a copy for as long as it saw every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from statecache.errors import CapacityError, RaggedError, RollbackError, StateCacheError
+from statecache.ring import Room, Step
+from statecache.storage.dense import zeros
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may be read back and no number may be baked in."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class Clock:
+    """Lengths of B rows. `limit`: the longest a row can get, or None."""
+
+    def __init__(self, room: Room, limit: int | None) -> None:
+        def longs(*shape: int) -> Tensor:
+            return zeros(*shape, dtype=torch.long, device=room.device, static=self.static)
+
+        self.static = room.capacity is not None
+        self.rows, self.limit, self.slack = room.rows, limit, room.slack
+        self.length = longs(room.rows)
+        self.floor = longs(room.rows)  # the shortest length that a rollback can come back to
+        self.kept = longs(room.rows, room.slack)  # in slot (n - 1) % slack: n, if leased states were copied at length n
+        self.overflow = zeros(dtype=torch.bool, device=room.device, static=self.static)
+        self.host = [0] * room.rows
+        self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
+        self._seen = self.length._version
+        self._after: list[int] | None = None  # the host's lengths once the open step is closed
+
+    def __getstate__(self) -> dict[str, object]:
+        self.sync()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._seen = self.length._version
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens each row has taken in: (B,) long, live."""
+        return self.length if self.rows == len(self.length) else self.length[: self.rows]
+
+    def sync(self) -> list[int]:
+        """The lengths on the host. Waits for the device if compiled or replayed steps moved it meanwhile.
+
+        Raises CapacityError if one of those steps ran past the capacity.
+        """
+        if self.captured or self._seen != self.length._version:
+            self.host = self.lengths.tolist()
+            self._seen = self.length._version
+            if self.overflow.item():
+                raise CapacityError(
+                    f"a compiled step took a row past capacity={self.limit}; its tokens were dropped and the recurrent "
+                    "states are ahead of the others: reset() or restore() a mark, and give a larger capacity="
+                )
+        return self.host
+
+    def uniform(self) -> int:
+        """The length of every row, on the host. Raises RaggedError where rows differ."""
+        host = self.sync()
+        if host and host.count(host[0]) != len(host):
+            raise RaggedError(
+                f"rows hold {host} tokens; an unmodified model counts one number of columns for the whole batch: "
+                "roll back every row by the same number"
+            )
+        return host[0] if host else 0
+
+    # ---- a step
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ, as far as the host knows."""
+        return self.host.count(self.host[0]) != len(self.host)
+
+    def open(self, tokens: int, count: Tensor | None = None) -> Step:
+        """Begin a pass of T `tokens`, of which row b takes in the first `count[b]`.
+
+        Raises CapacityError before anything is written where a row would become longer than the limit.
+        """
+        if self.static and (torch.compiler.is_compiling() or capturing(self.length)):
+            if not torch.compiler.is_compiling():
+                self.captured = True
+            start = self.lengths.clone() if count is not None else self.lengths[:1].clone()
+            return Step(tokens, start, count)
+        host = self.sync()
+        taken = [tokens] * len(host) if count is None else count.tolist()
+        for row, (length, n) in enumerate(zip(host, taken, strict=True)):
+            if self.limit is not None and length + n > self.limit:
+                raise CapacityError(
+                    f"row {row} holds {length} tokens and the step brings {n} more; the cache was made with "
+                    f"capacity={self.limit}: give a larger capacity=, or leave it out for a cache that grows"
+                )
+        self._after = [length + n for length, n in zip(host, taken, strict=True)]
+        if count is None and host.count(host[0]) == len(host):
+            return Step(tokens, host[0])
+        return Step(tokens, self.lengths.clone(), torch.full_like(self.lengths, tokens) if count is None else count)
+
+    def close(self, step: Step) -> None:
+        """End the pass: its tokens are now part of the rows."""
+        length = self.lengths
+        if isinstance(step.start, int):
+            start = step.start
+            length.add_(step.tokens)
+        else:
+            end = step.start + (step.tokens if step.count is None else step.count)
+            if self.limit is not None:
+                self.overflow.logical_or_((end > self.limit).any())
+                end = end.clamp(max=self.limit)
+            length.copy_(end.expand_as(length))
+            start = step.start[:, None]
+        if self.slack:
+            floor, kept = self.floor[: self.rows], self.kept[: self.rows]
+            floor.copy_(torch.maximum(floor, length - self.slack))
+            # copies beyond this start were made in a course of events that a rollback took back
+            here = (torch.arange(1, self.slack + 1, device=kept.device) - start) % self.slack == 0
+            kept.copy_(torch.where(here, start, torch.where(kept > start, 0, kept)))
+        if self._after is not None and not torch.compiler.is_compiling():
+            self.host, self._after = self._after, None
+            self._seen = self.length._version
+
+    # ---- between steps
+
+    def refuse(self, forget: list[int], leased: bool) -> StateCacheError | None:
+        """Why rows cannot forget this many tokens each, or None. Waits for the device."""
+        host, floor, kept = self.sync(), self.floor.tolist(), self.kept.tolist()
+        for row, (length, n) in enumerate(zip(host, forget, strict=True)):
+            target = length - n
+            if n < 0 or target < 0:
+                return RollbackError(f"row {row} holds {length} tokens and cannot forget {n}")
+            if n and target < (floor[row] if self.slack else length):
+                return RollbackError(
+                    f"row {row} holds {length} tokens and can go back to {floor[row] if self.slack else length}, not to "
+                    f"{target}: the cache was made with slack={self.slack}; give slack= the most tokens to forget"
+                )
+            if n and leased and target and target not in kept[row]:
+                return RollbackError(
+                    f"row {row} cannot go back to {target} tokens: a recurrent state is copied at the start of each step, "
+                    f"and {target} was inside a chunk; copies stand at {sorted(k for k in kept[row] if floor[row] <= k < length)}"
+                    ": feed one token at a time, or forget the whole chunk"
+                )
+        return None
+
+    def rollback(self, forget: Tensor) -> None:
+        """Subtract (B,) tokens, as `refuse` allowed."""
+        self.lengths.sub_(forget)
+        self._moved()
+
+    def reset(self) -> None:
+        """Every row is empty, and all rows are in use again."""
+        self.rows = len(self.length)
+        self.length.zero_()
+        self.floor.zero_()
+        self.kept.zero_()
+        self.overflow.zero_()
+        self._moved()
+
+    def take(self, rows: Tensor) -> None:
+        """Keep these rows (n,), in this order."""
+        for name in ("length", "floor", "kept"):
+            data = getattr(self, name)
+            if self.static:
+                data[: len(rows)] = data.index_select(0, rows)
+            else:
+                with torch.inference_mode(False):
+                    setattr(self, name, data.index_select(0, rows))
+        self.rows = len(rows)
+        self._moved()
+
+    def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
+        rows = slice(0, self.rows)
+        return self.length[rows].clone(), self.floor[rows].clone(), self.kept[rows].clone()
+
+    def load(self, copied: tuple[Tensor, Tensor, Tensor]) -> None:
+        for data, copy in zip((self.length, self.floor, self.kept), copied, strict=True):
+            data[: self.rows].copy_(copy)
+        self.overflow.zero_()
+        self._moved()
+
+    def buffers(self) -> list[Tensor]:
+        return [self.length, self.floor, self.kept, self.overflow]
+
+    def _moved(self) -> None:
+        self.host = self.lengths.tolist()
+        self._seen = self.length._version

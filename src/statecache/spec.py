@@ -1,0 +1,121 @@
+"""What a layer remembers, as data: shapes, windows, sizes. No tensors.
+
+B rows, T new tokens, C slots of a ring, *D the shape of one entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+KINDS = ("attention", "sliding", "conv", "recurrent")
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state of one layer: an entry per token position, of which the layer reads the `window` newest.
+
+    attention: None, all of them. Sliding attention over w tokens: w. Convolution of width k: k - 1. Recurrence: 1, its
+    entry at position p being the whole state after token p.
+    """
+
+    name: str  # unique in its layer: key, value, conv, recurrent, conv1, ...
+    kind: str  # one of KINDS: what its bytes are counted as
+    shape: tuple[int, ...] | None = None  # of one entry; None until the first write declares it
+    window: int | None = None
+    axis: int = 0  # where time stands among the entry's axes in this state's tensors: 1 is (B, H, T, D)
+    dtype: torch.dtype | None = None  # the least precise dtype it is kept in; None is the model's
+    leased: bool = False  # window 1, and the model overwrites the entry it is handed instead of giving back another
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f'state "{self.name}": kind "{self.kind}" is none of {", ".join(KINDS)}')
+        if self.leased and self.window != 1:
+            raise ValueError(f'state "{self.name}": a leased entry is the whole state, so its window is 1')
+
+    def dtype_for(self, model: torch.dtype) -> torch.dtype:
+        """The dtype of the entries in a model that computes in `model`."""
+        return model if self.dtype is None else torch.promote_types(model, self.dtype)
+
+    def entry_bytes(self, model: torch.dtype) -> int:
+        """Bytes of one entry of one row in a model that computes in `model`."""
+        if self.shape is None:
+            raise ValueError(f'state "{self.name}": the shape of an entry is not known before the first write')
+        return math.prod(self.shape) * self.dtype_for(model).itemsize
+
+    def limit(self, capacity: int | None, slack: int) -> int | None:
+        """Slots this state's ring needs at most, where no row is longer than `capacity`; None: no end."""
+        sizes = [n for n in (None if self.window is None else self.window + slack, capacity) if n is not None]
+        return min(sizes, default=None)
+
+    def holds_all(self, capacity: int | None, slack: int) -> bool:
+        """Whether its ring must hold every token of a row: it has no window, or one that `capacity` cuts short."""
+        return self.window is None or (capacity is not None and self.window + slack > capacity)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The states of one layer. `open`: more of them may be declared by their first write."""
+
+    index: int
+    kind: str  # its layer type in the model's configuration
+    states: tuple[StateSpec, ...] = ()
+    open: bool = False
+
+    def with_state(self, state: StateSpec) -> LayerSpec:
+        """The same layer with `state` added, or in place of the one of that name."""
+        kept = tuple(s for s in self.states if s.name != state.name)
+        return replace(self, states=(*kept, state))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes by kind of state; `clock` is what the rows' lengths take."""
+
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_kind.values())
+
+    def __str__(self) -> str:
+        parts = [f"{kind} {n:,}" for kind, n in self.by_kind.items() if n]
+        return f"{self.total:,} bytes" + (f" ({', '.join(parts)})" if parts else "")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a whole model remembers, layer by layer."""
+
+    layers: tuple[LayerSpec, ...]
+    model: str = "a model"
+
+    def states(self) -> Iterator[tuple[str, StateSpec]]:
+        """Every state with its name in the cache, such as "3.conv"."""
+        for layer in self.layers:
+            for state in layer.states:
+                yield f"{layer.index}.{state.name}", state
+
+    def full_at(self, capacity: int | None, slack: int) -> int | None:
+        """The longest a row can get with rings of this `capacity`; None where every ring has the window it needs."""
+        bound = any(s.holds_all(capacity, slack) for _, s in self.states())
+        return capacity if bound else None
+
+    def nbytes(self, rows: int, length: int, dtype: torch.dtype = torch.float32, slack: int = 0) -> Sizes:
+        """Bytes that a cache of this many rows with `capacity=length` allocates; of a growing one, the least it needs."""
+        sizes = Counter(dict.fromkeys(KINDS, 0))
+        for _, state in self.states():
+            slots = 1 + slack if state.leased else state.limit(length, slack)
+            assert slots is not None
+            sizes[state.kind] += rows * slots * state.entry_bytes(dtype)
+        sizes["clock"] = clock_bytes(rows, slack)
+        return Sizes(dict(sizes))
+
+
+def clock_bytes(rows: int, slack: int) -> int:
+    """Bytes of the lengths: how long each row is and may become again, which of them copies stand for, and a flag."""
+    return 8 * rows * (2 + slack) + 1

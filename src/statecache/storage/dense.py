@@ -1,0 +1,108 @@
+"""Entries in one tensor, as they come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Slots = slice | Tensor  # the same for all rows: a slice, or (n,); each row its own: (B, n)
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """Promise torch.compile that this tensor never moves; unpromised, CUDA graphs are skipped without an error."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device, static: bool) -> Tensor:
+    """A buffer that can be changed in and out of `torch.inference_mode`."""
+    if torch.compiler.is_compiling():
+        return torch.zeros(shape, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        buffer = torch.zeros(shape, dtype=dtype, device=device)
+    return fixed(buffer) if static else buffer
+
+
+class Dense:
+    """(B, C, *D), with the slot axis C moved to `axis`; at a fixed address if `static`."""
+
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        shape: tuple[int, ...],
+        *,
+        axis: int = 1,
+        dtype: torch.dtype,
+        device: torch.device,
+        static: bool = False,
+    ) -> None:
+        self.axis, self.static, self.rows = axis, static, rows
+        full = (rows, *shape[: axis - 1], slots, *shape[axis - 1 :])
+        self.data = zeros(*full, dtype=dtype, device=device, static=static)
+
+    @property
+    def slots(self) -> int:
+        return self.data.shape[self.axis]
+
+    def all(self) -> Tensor:
+        """Every slot of the rows in use; a view."""
+        return self.data if self.rows == len(self.data) else self.data[: self.rows]
+
+    def read(self, at: Slots) -> Tensor:
+        """The entries at these slots, time at `axis`. A view where the slots are a slice."""
+        if isinstance(at, slice):
+            return self.all().narrow(self.axis, at.start, at.stop - at.start)
+        if at.dim() == 1:
+            return self.all().index_select(self.axis, at)
+        return self.all()[self._index(at)].movedim(1, self.axis)
+
+    def write(self, at: Slots, entries: Tensor) -> None:
+        """Put entries, time at `axis`, into these slots. No gradient flows through a store."""
+        entries = entries.detach()
+        if isinstance(at, slice):
+            self.read(at).copy_(entries)
+        elif at.dim() == 1:
+            self.all().index_copy_(self.axis, at, entries)
+        else:
+            self.all()[self._index(at)] = entries.movedim(self.axis, 1)
+
+    def _index(self, at: Tensor) -> tuple[Tensor | slice, ...]:
+        row = torch.arange(len(at), device=at.device)[:, None]
+        if self.axis == 1:
+            return row, at
+        # a slice between two index tensors moves both to the front: (B, n, *D)
+        return (row, *[slice(None)] * (self.axis - 1), at)
+
+    # ---- between steps
+
+    def grow(self, slots: int) -> None:
+        """Move to a tensor of this many slots; what is held keeps its slot."""
+        shape = list(self.data.shape)
+        del shape[0], shape[self.axis - 1]
+        wider = zeros(
+            len(self.data),
+            *shape[: self.axis - 1],
+            slots,
+            *shape[self.axis - 1 :],
+            dtype=self.data.dtype,
+            device=self.data.device,
+            static=self.static,
+        )
+        wider.narrow(self.axis, 0, self.slots).copy_(self.data)
+        self.data = wider
+
+    def take(self, rows: Tensor, used: int) -> None:
+        """Keep these rows (n,), in this order, of the first `used` slots; in place if the tensor never moves."""
+        if self.static:
+            held = self.data.narrow(self.axis, 0, used)
+            held[: len(rows)] = held.index_select(0, rows)
+        else:
+            with torch.inference_mode(False):
+                self.data = self.data.index_select(0, rows)
+        self.rows = len(rows)
+
+    def load(self, entries: Tensor) -> None:
+        """Put back what `all` once showed, perhaps when there were fewer slots."""
+        self.read(slice(0, entries.shape[self.axis])).copy_(entries)
