@@ -35,7 +35,7 @@ class Capability:
 
 @dataclass(eq=False)
 class Mark:
-    """A point that `restore` comes back to, as often as wanted: the lengths, and copies of what later steps overwrite."""
+    """A point that `restore` comes back to, as often as wanted: lengths, and copies of what later steps overwrite."""
 
     owner: weakref.ref[Rings]
     lengths: list[int]
@@ -196,7 +196,7 @@ class Rings:
     # ---- between steps
 
     def checkpoint(self) -> Mark:
-        """Mark this point for `restore`. Copies windowed and recurrent entries; of the others the lengths are enough."""
+        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
         self._settle()
         _check(self._refuse_torn())
         mark = Mark(
@@ -255,7 +255,7 @@ class Rings:
     def gather(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
 
-        In place and at the same addresses with a fixed capacity, where n is at most the rows allocated; else reallocates.
+        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates.
         Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
         """
         self._settle()
@@ -273,8 +273,8 @@ class Rings:
             )
         if self.capacity is not None and len(wanted) > len(self.clock.length):
             raise RowsError(
-                f"{len(wanted)} rows, and the cache was allocated with {len(self.clock.length)} at fixed addresses: make it "
-                f"with rows={len(wanted)}, or without capacity="
+                f"{len(wanted)} rows, and the cache was allocated with {len(self.clock.length)} at fixed addresses: "
+                f"make it with rows={len(wanted)}, or without capacity="
             )
         longest = max(self.clock.host)
         for state in self.states.values():
@@ -348,7 +348,8 @@ class Rings:
         given = torch.as_tensor(tokens)
         if given.is_floating_point() or given.dtype == torch.bool or given.shape != (self.clock.rows,):
             raise RowsError(
-                f"tokens to forget are one int, or a long tensor ({self.clock.rows},), not {given.dtype} {tuple(given.shape)}"
+                f"tokens to forget are one int, or a long tensor ({self.clock.rows},), "
+                f"not {given.dtype} {tuple(given.shape)}"
             )
         return [int(n) for n in given.tolist()]
 

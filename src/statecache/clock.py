@@ -108,7 +108,7 @@ class Clock:
         """End the pass: its tokens are now part of the rows."""
         length = self.lengths
         if isinstance(step.start, int):
-            start = step.start
+            start: int | Tensor = step.start
             length.add_(step.tokens)
         else:
             end = step.start + (step.tokens if step.count is None else step.count)
@@ -117,11 +117,13 @@ class Clock:
                 end = end.clamp(max=self.limit)
             length.copy_(end.expand_as(length))
             start = step.start[:, None]
-        if self.slack:
+        if self.slack and step.tokens:
             floor, kept = self.floor[: self.rows], self.kept[: self.rows]
             floor.copy_(torch.maximum(floor, length - self.slack))
             # copies beyond this start were made in a course of events that a rollback took back
             here = (torch.arange(1, self.slack + 1, device=kept.device) - start) % self.slack == 0
+            if step.count is not None:
+                here &= step.count[:, None] > 0
             kept.copy_(torch.where(here, start, torch.where(kept > start, 0, kept)))
         if self._after is not None and not torch.compiler.is_compiling():
             self.host, self._after = self._after, None
@@ -136,16 +138,18 @@ class Clock:
             target = length - n
             if n < 0 or target < 0:
                 return RollbackError(f"row {row} holds {length} tokens and cannot forget {n}")
-            if n and target < (floor[row] if self.slack else length):
+            least = floor[row] if self.slack else length
+            if n and target < least:
                 return RollbackError(
-                    f"row {row} holds {length} tokens and can go back to {floor[row] if self.slack else length}, not to "
-                    f"{target}: the cache was made with slack={self.slack}; give slack= the most tokens to forget"
+                    f"row {row} holds {length} tokens and can go back to {least}, not to {target}: the cache was "
+                    f"made with slack={self.slack}; give slack= the most tokens to forget"
                 )
             if n and leased and target and target not in kept[row]:
+                copies = sorted(k for k in kept[row] if least <= k < length)
                 return RollbackError(
-                    f"row {row} cannot go back to {target} tokens: a recurrent state is copied at the start of each step, "
-                    f"and {target} was inside a chunk; copies stand at {sorted(k for k in kept[row] if floor[row] <= k < length)}"
-                    ": feed one token at a time, or forget the whole chunk"
+                    f"row {row} cannot go back to {target} tokens: a recurrent state is copied at the start of each "
+                    f"step, and {target} was inside a chunk; copies stand at {copies}: feed one token at a time, or "
+                    "forget the whole chunk"
                 )
         return None
 

@@ -244,10 +244,13 @@ class Lease:
         """Overwrite the entry with `state` (B, *D)."""
         self.entry.copy_(state.detach())
 
-    def keep(self, start: int | Tensor) -> None:
-        """Copy the entry before a step from `start` on changes it, so that a rollback can come back there."""
-        if self.copies is not None:
-            self.copies.put(self.work.all(), Step(1, start - 1))
+    def keep(self, step: Step) -> None:
+        """Copy the entry before the step changes it, so that a rollback can come back to the step's start."""
+        if self.copies is not None and step.tokens:
+            taking = (
+                None if step.count is None else (step.count > 0).long()
+            )  # an idle row would crowd out an older copy
+            self.copies.put(self.work.all(), Step(1, step.start - 1, taking))
 
     def reserve(self, end: int) -> None:
         """Make room for the copies of positions below `end`."""

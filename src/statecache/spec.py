@@ -106,7 +106,7 @@ class ModelSpec:
         return capacity if bound else None
 
     def nbytes(self, rows: int, length: int, dtype: torch.dtype = torch.float32, slack: int = 0) -> Sizes:
-        """Bytes that a cache of this many rows with `capacity=length` allocates; of a growing one, the least it needs."""
+        """Bytes that a cache of these rows with `capacity=length` allocates; the least that a growing one needs."""
         sizes = Counter(dict.fromkeys(KINDS, 0))
         for _, state in self.states():
             slots = 1 + slack if state.leased else state.limit(length, slack)

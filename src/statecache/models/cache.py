@@ -1,8 +1,6 @@
 """StateCache: the rings of a model behind the interface that transformers' models and `generate` call.
 
-transformers never says where a forward pass begins or ends. A step opens at the first write, with as many tokens as that
-write brings, and closes at the last write that the last layer with a state makes. The order inside that layer differs
-from family to family, so its writes are counted.
+A step opens at the first write of a pass, with as many tokens as that write brings; `passes` knows where it ends.
 
 B rows, T new tokens, H heads, D head size, K width of a convolution.
 """
@@ -17,14 +15,13 @@ from torch import Tensor
 from transformers import Cache
 
 from statecache.cache import Rings
-from statecache.clock import capturing
+from statecache.clock import Clock, capturing
 from statecache.errors import (
     ConfigError,
     DeviceError,
     DtypeError,
     LayerError,
     OptionError,
-    RaggedError,
     RowsError,
     ShapeError,
     SlackError,
@@ -32,7 +29,8 @@ from statecache.errors import (
     StepError,
 )
 from statecache.models.layers import Layer
-from statecache.models.table import KINDS, SHIFTS_IN_PLACE, model_spec
+from statecache.models.passes import Pass
+from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE, model_spec
 from statecache.ring import Lease, Ring, Step, offset
 from statecache.spec import LayerSpec, StateSpec
 
@@ -67,11 +65,7 @@ class StateCache(Rings, Cache):
         self.offloading, self.layer_class_to_replicate = False, None
 
         self._fed = False  # whether any row holds a token: the models ask whether there is a previous state
-        self._last = max((n.index for n in self.spec.layers if n.states or n.open), default=-1)
-        self._due = self._writes_due()  # writes that the last layer makes in a step; None until one has been seen
-        self._left = 0  # of them, in the open step
-        self._written: set[str] = set()  # states written in the open step
-        self._handed: dict[str, Tensor] = {}  # inputs before the open step, as given to the convolution that asked
+        self._pass = Pass(self.spec)
 
     def __repr__(self) -> str:
         held = "empty" if self.clock is None else f"{self.clock.rows} rows, {self.nbytes()}"
@@ -87,30 +81,27 @@ class StateCache(Rings, Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in keys and values (B, H, T, D); return what the step's tokens may attend to, in order of position."""
+        pair = ((self._name(layer_idx, "key"), key_states), (self._name(layer_idx, "value"), value_states))
         tokens = key_states.shape[-2]
-        keys = self._state(layer_idx, "key", key_states, tokens)
-        values = self._state(layer_idx, "value", value_states, tokens)
-        step = self._begin(layer_idx, "key", key_states, tokens)
+        for name, new in pair:
+            self._check(name, self._heads(name, new), new, tokens)
+        step = self._begin(pair[0][0], key_states, tokens)
         exact = self.capacity is None
-        seen = [
-            _cut(self._ring(name, new, tokens).extend(new, step, exact), new)
-            for name, new in ((keys, key_states), (values, value_states))
-        ]
-        self._wrote(layer_idx, "key", counts=True)
-        return seen[0], seen[1]
+        keys, values = (_cut(self._ring(name, new, tokens).extend(new, step, exact), new) for name, new in pair)
+        self._wrote(layer_idx, pair[0][0], counts=True)
+        return keys, values
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The inputs (B, C, window) that the convolution still needs, oldest first; None where there are none yet."""
         name = self._name(layer_idx, "conv", state_idx)
-        self._new_pass(name)
+        self._finish(name)
         state = self.states.get(name)
         if not self._fed or state is None or self.spec.model in SHIFTS_IN_PLACE:
             return None
         if isinstance(state, Lease):
             return state.entry
         assert state.spec.window is not None
-        past = state.past(state.spec.window, Step(0, self._start()))
-        self._handed[name] = past
+        self._pass.handed[name] = past = state.past(state.spec.window, Step(0, self._start()))
         return past
 
     def update_conv_state(
@@ -127,41 +118,44 @@ class StateCache(Rings, Cache):
         K has cut the window itself: (B, C, window) is then the whole state after the last token.
         """
         name = self._name(layer_idx, "conv", state_idx)
-        self._new_pass(name)
-        if name not in self._declared:
-            self._declare(layer_idx, name, _first_conv(name.split(".")[1], conv_states, conv_kernel_size))
-        spec = self._declared[name]
+        self._finish(name)
+        spec = self._declared.get(name) or _first_conv(name.split(".")[1], conv_states, conv_kernel_size)
         if conv_kernel_size is not None and spec.window not in (conv_kernel_size - 1, conv_kernel_size):
             raise ConfigError(
-                f'state "{name}": the layer convolves {conv_kernel_size} inputs, and the configuration of this cache says '
-                f"{(spec.window or 0) + 1}: make it from the configuration of the model that uses it"
+                f'state "{name}": the layer convolves {conv_kernel_size} inputs, and the cache was made for '
+                f"{(spec.window or 0) + 1}: make it from the configuration of the {self.spec.model} model that uses it"
             )
-        self._state(layer_idx, name.split(".")[1], conv_states, tokens := conv_states.shape[-1])
-        if spec.leased:
-            self._keep(layer_idx)
-            lease = self._lease(name, conv_states)
-            lease.put(conv_states)
-            self._wrote(layer_idx, name.split(".")[1], counts=True)
-            return conv_states
-        step = self._begin(layer_idx, name.split(".")[1], conv_states, tokens)
+        tokens = conv_states.shape[-1]
+        self._check(name, spec, conv_states, tokens)
+        if tokens > 1 and self._fed and self.spec.model in DROPS_STATE:
+            raise StepError(
+                f'state "{name}": {tokens} tokens came on top of others, and the code of a {self.spec.model} model then starts '
+                "its recurrence from zero: feed one token at a time"
+            )
+        step = None if spec.leased else self._begin(name, conv_states, tokens)
+        if name not in self._declared:
+            self._declare(name, spec)
         self._keep(layer_idx)
-        ring = self._ring(name, conv_states, tokens)
-        past = self._handed.pop(name, None)
-        if past is None and self._fed:
-            assert spec.window is not None
-            past = ring.past(spec.window, step)
-        if past is None:
-            wide = torch.nn.functional.pad(conv_states, (max((conv_kernel_size or 0) - tokens, 0), 0))
+        if step is None:
+            self._lease(name, conv_states).put(conv_states)
+            wide = conv_states
         else:
-            wide = torch.cat([past, conv_states], -1)
-        ring.put(conv_states, step)
-        self._wrote(layer_idx, name.split(".")[1], counts=True)
+            ring, past = self._ring(name, conv_states, tokens), self._pass.handed.pop(name, None)
+            if past is None and self._fed:
+                assert spec.window is not None
+                past = ring.past(spec.window, step)
+            if past is None:
+                wide = torch.nn.functional.pad(conv_states, (max((conv_kernel_size or 0) - tokens, 0), 0))
+            else:
+                wide = torch.cat([past, conv_states], -1)
+            ring.put(conv_states, step)
+        self._wrote(layer_idx, name, counts=True)
         return wide
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The state after the last token (B, *D), to read and to overwrite in place; None where there is none yet."""
         name = self._name(layer_idx, "recurrent", state_idx)
-        self._new_pass(name)
+        self._finish(name)
         state = self.states.get(name)
         if not self._fed or state is None:
             return None
@@ -178,23 +172,23 @@ class StateCache(Rings, Cache):
         tokens: T, from a layer that has no other state and may be the first of its pass.
         """
         name = self._name(layer_idx, "recurrent", state_idx)
-        if name not in self._declared:
-            shape = tuple(recurrent_states.shape[1:])
-            self._declare(layer_idx, name, StateSpec(name.split(".")[1], "recurrent", shape, 1, leased=True))
-        self._state(layer_idx, name.split(".")[1], recurrent_states, 0)
+        shape = tuple(recurrent_states.shape[1:])
+        spec = self._declared.get(name) or StateSpec(name.split(".")[1], "recurrent", shape, 1, leased=True)
+        self._check(name, spec, recurrent_states, 0)
         alone = not self._convolves(layer_idx) and not KINDS[self.spec.layers[layer_idx].kind].attention
         if alone:
-            if self._step is None and tokens is None:
+            tokens = self._step.tokens if tokens is None and self._step is not None else tokens
+            if tokens is None:
                 raise StepError(
-                    f'state "{name}": it is the first of its pass to be written, and a recurrent state does not show how many '
-                    "tokens it took in: pass tokens= to update_recurrent_state"
+                    f'state "{name}": it is the first of its pass to be written, and a recurrent state does not show '
+                    "how many tokens it took in: pass tokens= to update_recurrent_state"
                 )
-            known = self._step.tokens if tokens is None and self._step else tokens
-            assert known is not None
-            self._begin(layer_idx, name.split(".")[1], recurrent_states, known)
+            self._begin(name, recurrent_states, tokens)
+        if name not in self._declared:
+            self._declare(name, spec)
         lease = self._lease(name, recurrent_states)
         lease.put(recurrent_states)
-        self._wrote(layer_idx, name.split(".")[1], counts=alone)
+        self._wrote(layer_idx, name, counts=alone)
         return _cut(lease.entry, recurrent_states)
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -204,9 +198,8 @@ class StateCache(Rings, Cache):
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether the states stand after some token."""
         if layer_idx is not None:
-            self._check_layer(layer_idx)
-            if any(f"{layer_idx}.{s.name}" in self._written for s in self.spec.layers[layer_idx].states):
-                self._finish()
+            for state in self._layer(layer_idx).states:
+                self._finish(f"{layer_idx}.{state.name}")
         return self._fed
 
     # ---- what masks and generate call
@@ -301,7 +294,7 @@ class StateCache(Rings, Cache):
         """Make sure that tokens can be forgotten. Raises SlackError where no slots were reserved for that."""
         if not self.slack:
             raise SlackError(
-                "the cache cannot forget tokens: make it with slack= the most tokens that a round of assisted decoding drafts"
+                "the cache cannot forget tokens: make it with slack= the most that a round of assisted decoding drafts"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -356,79 +349,45 @@ class StateCache(Rings, Cache):
             return state.store.read(slice(0, max(self.clock.sync())))
         return state.store.all()
 
-    # ---- the step
+    # ---- the pass
 
-    def _begin(self, layer: int, name: str, new: Tensor, tokens: int) -> Step:
+    def _begin(self, name: str, new: Tensor, tokens: int) -> Step:
         """The open step; a new one, if this is its first write."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and f"{layer}.{name}" in self._written:
+        if not torch.compiler.is_compiling() and name in self._pass.written:
             self._finish()
-            if f"{layer}.{name}" in self._written:
+            if name in self._pass.written:
                 raise StepError(
-                    f'state "{layer}.{name}" is written a second time in one pass: the pass before was interrupted, so some '
+                    f'state "{name}" is written a second time in one pass: the pass before was interrupted, so some '
                     "layers have taken in its tokens and some have not: reset(), or restore() a mark"
                 )
-        if self._step is None:
-            if self.clock is None:
-                self._start_clock(len(new), self.device or new.device)
-            elif self.clock.rows != len(new):
-                self._change_rows(len(new))
-            if self.clock is not None and self.clock.ragged:
-                self.clock.uniform()
-            step = self.open(tokens)
-            self._left = self._due or 0
-            return step
-        if self._step.tokens != tokens:
-            raise ShapeError(
-                f'state "{layer}.{name}": the pass began with {self._step.tokens} tokens, and here come {tokens}'
-            )
-        return self._step
+        if self._step is not None:
+            if self._step.tokens != tokens:
+                raise ShapeError(f'state "{name}": {tokens} tokens came in a pass that began with {self._step.tokens}')
+            return self._step
+        clock = self._clock_for(new)
+        if clock.ragged:
+            clock.uniform()
+        self._pass.begin()
+        return self.open(tokens)
 
     def _wrote(self, layer: int, name: str, counts: bool) -> None:
-        """Take note of a write; close the step if it was the pass's last. `counts`: among those the last layer makes."""
-        if not torch.compiler.is_compiling():
-            self._written.add(f"{layer}.{name}")
-        if layer == self._last and counts and self._due is not None:
-            self._left -= 1
-            if self._left == 0:
-                self._close_pass()
+        if self._pass.wrote(layer, name, counts):
+            self._end()
 
-    def _close_pass(self) -> None:
+    def _end(self) -> None:
         if self._step is None:
             raise StepError(
-                f"layer {self._last} ended a pass in which no state showed how many tokens it took in: "
+                f"layer {self._pass.last} ended a pass in which no state showed how many tokens it took in: "
                 "see docs/adding_a_layer.md"
             )
-        if not torch.compiler.is_compiling():
-            if self._handed:
-                raise StepError(
-                    f'state "{next(iter(self._handed))}" was read and not written: a "{self.spec.model}" model seems to shift '
-                    "it in place, which no ring can see: add the model to statecache.models.table.SHIFTS_IN_PLACE"
-                )
-            self._written.clear()
+        self._pass.end()
         self.close(self._step)
         self._fed = True
 
-    def _finish(self) -> None:
-        """Close the first pass of a family that is in no table: only the next call shows that it has ended."""
-        if self._due is None and self._step is not None and not torch.compiler.is_compiling():
-            names = {n.split(".")[1] for n in self._written if n.startswith(f"{self._last}.")}
-            counted = {n for n in names if not n.startswith("recurrent")} or names
-            if counted:
-                self._due = len(counted)
-                self._close_pass()
-
-    def _new_pass(self, name: str) -> None:
-        """A state that was written already is read or written again: the pass before, if it was a first one, has ended."""
-        if self._due is None and name in self._written:
-            self._finish()
-
-    def _writes_due(self) -> int | None:
-        if self._last < 0 or self.spec.layers[self._last].open:
-            return None
-        states = self.spec.layers[self._last].states
-        attention = any(s.name == "key" for s in states)
-        return attention + sum(s.kind == "conv" for s in states) or len(states)
+    def _finish(self, name: str | None = None) -> None:
+        """Close the first pass of a family that is in no table, if this call (about `name`) shows that it is over."""
+        if self._pass.due is None and (name is None or name in self._pass.written) and self._pass.over():
+            self._end()
 
     def _start(self) -> int | Tensor:
         """Where the pass that is open, or about to open, starts."""
@@ -445,29 +404,32 @@ class StateCache(Rings, Cache):
             for spec in self.spec.layers[layer].states:
                 state = self.states.get(f"{layer}.{spec.name}")
                 if isinstance(state, Lease):
-                    state.keep(self._start())
+                    state.keep(Step(1, self._start()))
 
-    def _convolves(self, layer: int) -> bool:
-        return any(s.kind == "conv" for s in self.spec.layers[layer].states)
-
-    def _change_rows(self, rows: int) -> None:
+    def _clock_for(self, new: Tensor) -> Clock:
+        """The clock, for a batch of as many rows as `new`."""
+        rows, device = len(new), self.device or new.device
+        if self.clock is not None and self.clock.rows != rows:
+            if any(self.clock.sync()):
+                raise RowsError(
+                    f"the batch has {rows} rows, and the cache holds {self.clock.rows}: select or repeat rows "
+                    "with gather()"
+                )
+            if self.capacity is not None:
+                raise RowsError(
+                    f"the batch has {rows} rows, and the cache was allocated with {len(self.clock.length)} at fixed "
+                    f"addresses: make it with rows={rows}, or without capacity="
+                )
+            self.clock = None
+            self.states.clear()
+        if self.clock is None:
+            self._start_clock(rows, device)
         assert self.clock is not None
-        if self.capacity is not None or any(self.clock.sync()):
-            raise RowsError(
-                f"the batch has {rows} rows, and the cache holds {self.clock.rows}: select or repeat rows with gather()"
-                if any(self.clock.sync())
-                else f"the batch has {rows} rows, and the cache was allocated with {self.clock.rows} at fixed addresses: "
-                f"make it with rows={rows}, or without capacity="
-            )
-        self.states.clear()
-        self._room = 0
-        self._start_clock(rows, self.clock.length.device)
+        return self.clock
 
     def _drop_step(self) -> None:
         super()._drop_step()
-        self._written.clear()
-        self._handed.clear()
-        self._left = 0
+        self._pass.drop()
 
     def _settle(self) -> None:
         self._finish()
@@ -479,89 +441,90 @@ class StateCache(Rings, Cache):
 
     # ---- states
 
-    def _check_layer(self, layer: int) -> LayerSpec:
+    def _layer(self, layer: int) -> LayerSpec:
         if not isinstance(layer, int) or not 0 <= layer < len(self.spec.layers):
             raise LayerError(
-                f"there is no layer {layer!r}: this {self.spec.model} cache has layers 0..{len(self.spec.layers) - 1}"
+                f"there is no layer {layer!r}: {self.spec.model} has layers 0..{len(self.spec.layers) - 1}"
             )
         return self.spec.layers[layer]
 
-    def _name(self, layer: int, kind: str, number: int) -> str:
-        """The name of a convolution's or recurrence's state, which exists or may still be declared."""
-        spec = self._check_layer(layer)
-        name = kind if number == 0 else f"{kind}{number}"
-        if not spec.open and all(s.name != name for s in spec.states):
-            held = ", ".join(s.name for s in spec.states) or "nothing"
-            raise LayerError(f'layer {layer} ("{spec.kind}") of this {self.spec.model} cache holds {held}, no "{name}"')
-        return f"{layer}.{name}"
-
-    def _declare(self, layer: int, name: str, spec: StateSpec) -> None:
-        self._declared[name] = spec
-        layers = list(self.spec.layers)
-        layers[layer] = layers[layer].with_state(spec)
-        self.spec = replace(self.spec, layers=tuple(layers))
-
-    def _state(self, layer: int, short: str, new: Tensor, tokens: int) -> str:
-        """The name of the state that `new` belongs to, after checking that it does. Nothing is changed."""
-        layers = self._check_layer(layer)
+    def _name(self, layer: int, short: str, number: int = 0) -> str:
+        """The name of a state that exists, or that an open layer may still declare."""
+        spec = self._layer(layer)
+        short = short if number == 0 else f"{short}{number}"
         name = f"{layer}.{short}"
-        spec = self._declared.get(name)
-        if spec is None:
-            held = ", ".join(s.name for s in layers.states) or "nothing"
-            raise LayerError(
-                f'layer {layer} ("{layers.kind}") of this {self.spec.model} cache holds {held}, no "{short}"'
-            )
+        if name not in self._declared and not (spec.open and not short.startswith(("key", "value"))):
+            held = ", ".join(s.name for s in spec.states) or "nothing"
+            raise LayerError(f'layer {layer} ("{spec.kind}") of {self.spec.model} holds {held}, no "{short}"')
+        return name
+
+    def _declare(self, name: str, spec: StateSpec) -> None:
+        """Add a state, or what its first write shows of it, to the layer."""
+        index = int(name.split(".", maxsplit=1)[0])
+        layers = list(self.spec.layers)
+        layers[index] = layers[index].with_state(spec)
+        self.spec, self._declared[name] = replace(self.spec, layers=tuple(layers)), spec
+
+    def _check(self, name: str, spec: StateSpec, new: Tensor, tokens: int) -> None:
+        """Whether `new` is T tokens of this state, for the rows there are. Changes nothing."""
         shape = tuple(new.shape[1:])
         if not spec.leased:
             shape = shape[: spec.axis] + shape[spec.axis + 1 :]
+        if spec.shape is not None and (shape != spec.shape or new.dim() != len(spec.shape) + (1 if spec.leased else 2)):
+            raise ShapeError(
+                f'state "{name}": came {tuple(new.shape)}, so an entry is {shape}, and the cache was made for '
+                f"{spec.shape}: make it from the configuration of the {self.spec.model} model that uses it"
+            )
+        if not spec.leased and new.shape[1 + spec.axis] != tokens:
+            raise ShapeError(f'state "{name}": {new.shape[1 + spec.axis]} tokens came in a pass of {tokens}')
+        if self._step is not None and self.clock is not None and len(new) != self.clock.rows:
+            raise RowsError(f'state "{name}": {len(new)} rows came in a pass of {self.clock.rows}')
+        state = self.states.get(name)
+        if state is not None:
+            buffer = state.buffers()[0]
+            if new.device != buffer.device:
+                raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {buffer.device}')
+            if new.dtype != buffer.dtype and not spec.leased:
+                raise DtypeError(
+                    f'state "{name}": came in {new.dtype}, and the cache holds {buffer.dtype}: make it with '
+                    f"dtype={new.dtype}, or leave dtype= out"
+                )
+
+    def _heads(self, name: str, new: Tensor) -> StateSpec:
+        """What an attention layer's keys or values are; where no table says, what their first write shows."""
+        spec = self._declared[name]
         if spec.shape is None:
             if new.dim() != 4:
                 raise ShapeError(f'state "{name}": came {tuple(new.shape)}, expected (rows, heads, tokens, head size)')
-            self._declare(layer, name, replace(spec, shape=shape))
-        elif shape != spec.shape or new.dim() != len(spec.shape) + (1 if spec.leased else 2):
-            raise ShapeError(
-                f'state "{name}": came {tuple(new.shape)}, so an entry is {shape}, and the cache was made for {spec.shape} of '
-                f'layer {layer} ("{layers.kind}"): make it from the configuration of the model that uses it'
-            )
-        if self._step is not None and self.clock is not None and len(new) != self.clock.rows:
-            raise RowsError(f'state "{name}": {len(new)} rows came in a pass of {self.clock.rows}')
-        if tokens and not spec.leased and new.shape[1 + spec.axis] != tokens:
-            raise ShapeError(f'state "{name}": {new.shape[1 + spec.axis]} tokens came in a pass of {tokens}')
-        state = self.states.get(name)
-        if state is not None:
-            held = state.buffers()[0]
-            if new.device != held.device:
-                raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {held.device}')
-            if new.dtype != held.dtype and not spec.leased:
-                raise DtypeError(
-                    f'state "{name}": came in {new.dtype}, and the cache holds {held.dtype}: make it with dtype={new.dtype}, or '
-                    "leave dtype= out"
-                )
-        return name
+            spec = replace(spec, shape=(new.shape[1], new.shape[3]))
+            self._declare(name, spec)
+        return spec
 
     def _ring(self, name: str, new: Tensor, tokens: int) -> Ring:
-        state = self.states.get(name) or self._first(name, new, tokens)
+        state = self.states.get(name) or self._allocate_like(name, new, tokens)
         assert isinstance(state, Ring)
         return state
 
     def _lease(self, name: str, new: Tensor) -> Lease:
-        state = self.states.get(name) or self._first(name, new, 0)
+        state = self.states.get(name) or self._allocate_like(name, new, 0)
         assert isinstance(state, Lease)
         return state
 
-    def _first(self, name: str, new: Tensor, tokens: int) -> Ring | Lease:
-        if self.clock is None:
-            self._start_clock(len(new), self.device or new.device)
-        floating = new.dtype.is_floating_point
-        return self._allocate(name, self.dtype if self.dtype and floating else new.dtype, new.device, tokens)
+    def _allocate_like(self, name: str, new: Tensor, tokens: int) -> Ring | Lease:
+        self._clock_for(new)
+        dtype = self.dtype if self.dtype is not None and new.is_floating_point() else new.dtype
+        return self._allocate(name, dtype, new.device, tokens)
 
     def _attention(self, layer: int) -> StateSpec | None:
         """The keys of this layer; of the first that has keys, where it has none."""
-        for spec in (self._check_layer(layer), *self.spec.layers):
+        for spec in (self._layer(layer), *self.spec.layers):
             for state in spec.states:
                 if state.name == "key":
                     return state
         return None
+
+    def _convolves(self, layer: int) -> bool:
+        return any(state.kind == "conv" for state in self.spec.layers[layer].states)
 
 
 def _first_conv(name: str, new: Tensor, width: int | None) -> StateSpec:

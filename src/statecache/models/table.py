@@ -46,6 +46,10 @@ KINDS: dict[str, Kind] = {
 SHIFTS_IN_PLACE = {"kimi_linear", "bailing_hybrid", "glm5_next"}
 
 
+# Their scan takes no initial state: several tokens on top of others would start the recurrence from zero, silently.
+DROPS_STATE = {"mamba", "falcon_mamba", "jamba", "zamba"}
+
+
 def conv(width: int, channels: int, name: str = "conv") -> StateSpec:
     """The last inputs of a causal convolution of this width."""
     return StateSpec(name, "conv", (channels,), width - 1, axis=1)

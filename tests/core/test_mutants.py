@@ -1,0 +1,150 @@
+"""The schedules kill mutants of the core's arithmetic: a test that could not fail would prove nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import oracle
+import pytest
+
+import statecache
+
+MODULES = ("errors", "spec", "storage", "storage.dense", "ring", "clock", "cache")
+
+# name: (module, what stands there once, what stands there instead)
+MUTANTS = {
+    "a chunk longer than the ring keeps its first entries": (
+        "ring",
+        "new.narrow(self.axis, step.tokens - n, n), step.start + step.tokens - n",
+        "new.narrow(self.axis, 0, n), step.start",
+    ),
+    "positions below zero read what the slot holds": (
+        "ring",
+        "torch.where(self._spread(position >= 0)",
+        "torch.where(self._spread(position >= -9)",
+    ),
+    "a row that takes nothing in writes its padding": (
+        "ring",
+        "step.start[:, None] + t, t >= 0",
+        "step.start[:, None] + t, t >= -9",
+    ),
+    "the past of a window is one entry short": (
+        "ring",
+        "held = min(step.start, window - 1)",
+        "held = min(step.start, window - 2)",
+    ),
+    "the window begins one too late": (
+        "ring",
+        "(start - window + 1).clamp(min=0)",
+        "(start - window + 2).clamp(min=0)",
+    ),
+    "the second run of slots starts at one": (
+        "ring",
+        "slice(0, slot + n - self.capacity)",
+        "slice(1, slot + n - self.capacity + 1)",
+    ),
+    "put happens before the past is read": (
+        "ring",
+        "            seen = pieces[0] if len(pieces) == 1 else",
+        "            self.put(new, step)\n            seen = pieces[0] if len(pieces) == 1 else",
+    ),
+    "a copy is kept one slot late": ("ring", "Step(1, step.start - 1, taking)", "Step(1, step.start, taking)"),
+    "a rollback takes every row's copy": ("ring", "torch.where(moved, before,", "torch.where(moved | True, before,"),
+    "a lease is not copied before it changes": (
+        "ring",
+        "if self.copies is not None and step.tokens:",
+        "if self.copies is not None and step.tokens > 1:",
+    ),
+    "a ring has no slots for its slack": ("spec", "self.window + slack, capacity", "self.window, capacity"),
+    "the floor does not rise": (
+        "clock",
+        "torch.maximum(floor, length - self.slack)",
+        "torch.minimum(floor, length - self.slack)",
+    ),
+    "copies of what was taken back still count": ("clock", "torch.where(kept > start, 0, kept)", "kept"),
+    "a rollback may reach one below the floor": ("clock", "target < least:", "target + 1 < least:"),
+    "idle rows count as having taken all in": (
+        "clock",
+        "step.tokens if step.count is None else step.count",
+        "step.tokens",
+    ),
+    "growth forgets the last slot": (
+        "storage.dense",
+        "wider.narrow(self.axis, 0, self.slots).copy_(self.data)",
+        "wider.narrow(self.axis, 0, self.slots - 1).copy_(self.data.narrow(self.axis, 0, self.slots - 1))",
+    ),
+    "a mark never turns stale": ("cache", "if base < min(length, marked) and", "if base < 0 and"),
+    "a mark turns stale though nothing below it was written": (
+        "cache",
+        "base < min(length, marked)",
+        "base <= min(length, marked)",
+    ),
+    "a mark does not copy the windows": ("ring", "() if self.spec.window is None else (", "() if True else ("),
+    "gathering leaves the lengths behind": (
+        "clock",
+        '("length", "floor", "kept"):\n            data = getattr',
+        '("floor", "kept"):\n            data = getattr',
+    ),
+    "a reset leaves the leased state": ("ring", "        self.work.all().zero_()\n", ""),
+}
+
+
+def load(name: str, mutant: tuple[str, str, str] | None) -> SimpleNamespace:
+    """The core as a package of another name, with one line of it changed."""
+    root = Path(statecache.__file__).parent
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = []  # type: ignore[attr-defined]
+    for module in MODULES:
+        file = root / module.replace(".", "/")
+        source = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text()
+        if mutant and mutant[0] == module:
+            assert source.count(mutant[1]) == 1, f"{mutant[1]!r} stands {source.count(mutant[1])} times in {module}"
+            source = source.replace(mutant[1], mutant[2])
+        spec = importlib.util.spec_from_loader(f"{name}.{module}", loader=None, is_package=file.is_dir())
+        assert spec is not None
+        sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
+        exec(compile(source.replace("statecache.", f"{name}."), spec.name, "exec"), loaded.__dict__)
+    return SimpleNamespace(**{m: sys.modules[f"{name}.{m}"] for m in ("cache", "errors", "ring", "spec", "clock")})
+
+
+@pytest.fixture
+def core(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    name = "mutant"
+    yield load(name, request.param)
+    for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+        del sys.modules[module]
+
+
+def schedules(n: int) -> Iterator[list[oracle.Op]]:
+    rnd = random.Random(7)
+    what = ["step"] * 5 + ["ragged"] * 2 + ["rollback"] * 4 + ["checkpoint", "restore", "restore", "gather", "reset"]
+    for _ in range(n):
+        length = rnd.randint(4, 25)
+        number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack
+        yield [
+            (rnd.choice(what), rnd.choice(number), tuple(rnd.randint(0, 9) for _ in range(3))) for _ in range(length)
+        ]
+
+
+def survives(core: SimpleNamespace, n: int) -> bool:
+    for i, schedule in enumerate(schedules(n)):
+        try:
+            oracle.run(core, schedule, fixed=bool(i & 1), leased=bool(i & 2), on_device=bool(i & 4))
+        except Exception:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("core", [None], indirect=True)
+def test_the_core_itself_survives(core: SimpleNamespace) -> None:
+    assert survives(core, 200)
+
+
+@pytest.mark.parametrize("core", MUTANTS.values(), ids=MUTANTS.keys(), indirect=True)
+def test_mutant_is_killed(core: SimpleNamespace) -> None:
+    assert not survives(core, 400)
