@@ -88,6 +88,9 @@ class Rings:
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
+        for state in self.states.values():
+            if isinstance(state, Lease):
+                state.cut()  # a tensor with a gradient's history can neither be copied nor pickled
         return {k: v for k, v in self.__dict__.items() if k != "_marks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,7 +216,7 @@ class Rings:
 
         Raises MarkError for a mark of another cache, StaleMarkError where something written since overwrote it.
         """
-        self._settle()
+        self._settle(refuse=False)
         if mark.owner() is not self:
             raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
         if mark.stale is not None:
@@ -310,11 +313,14 @@ class Rings:
         """Forget a step that was left open."""
         self._step = None
 
-    def _settle(self) -> None:
-        """Bring the host up to date, and find the marks that steps since the last such call have made stale."""
+    def _settle(self, refuse: bool = True) -> None:
+        """Bring the host up to date, and find the marks that steps since the last such call have made stale.
+
+        Raises CapacityError after a compiled step that ran past the capacity, unless it is not to `refuse`.
+        """
         if self.clock is None:
             return
-        now = self.clock.sync()
+        now = self.clock.sync() if refuse else self.clock.catch_up()
         for mark in self._marks:
             for row, (base, length, marked) in enumerate(zip(self._base, now, mark.lengths, strict=False)):
                 if base < min(length, marked) and mark.stale is None:

@@ -32,6 +32,7 @@ class Clock:
         self.kept = longs(room.rows, room.slack)  # in slot (n - 1) % slack: n, if leased states were copied at length n
         self.overflow = zeros(dtype=torch.bool, device=room.device, static=self.static)
         self.host = [0] * room.rows
+        self.overflowed = False
         self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
         self._seen = self.length._version
         self._after: list[int] | None = None  # the host's lengths once the open step is closed
@@ -49,20 +50,21 @@ class Clock:
         """Tokens each row has taken in: (B,) long, live."""
         return self.length if self.rows == len(self.length) else self.length[: self.rows]
 
-    def sync(self) -> list[int]:
-        """The lengths on the host. Waits for the device if compiled or replayed steps moved it meanwhile.
-
-        Raises CapacityError if one of those steps ran past the capacity.
-        """
+    def catch_up(self) -> list[int]:
+        """The lengths on the host. Waits for the device if compiled or replayed steps moved it meanwhile."""
         if self.captured or self._seen != self.length._version:
-            self.host = self.lengths.tolist()
-            self._seen = self.length._version
-            if self.overflow.item():
-                raise CapacityError(
-                    f"a compiled step took a row past capacity={self.limit}; its tokens were dropped and the recurrent "
-                    "states are ahead of the others: reset() or restore() a mark, and give a larger capacity="
-                )
+            self._read()
         return self.host
+
+    def sync(self) -> list[int]:
+        """As `catch_up`. Raises CapacityError if one of those steps ran past the capacity."""
+        host = self.catch_up()
+        if self.overflowed:
+            raise CapacityError(
+                f"a compiled step took a row past capacity={self.limit}; its tokens were dropped and the recurrent states "
+                "are ahead of the others: reset() or restore() a mark, and give a larger capacity="
+            )
+        return host
 
     def uniform(self) -> int:
         """The length of every row, on the host. Raises RaggedError where rows differ."""
@@ -156,7 +158,7 @@ class Clock:
     def rollback(self, forget: Tensor) -> None:
         """Subtract (B,) tokens, as `refuse` allowed."""
         self.lengths.sub_(forget)
-        self._moved()
+        self._read()
 
     def reset(self) -> None:
         """Every row is empty, and all rows are in use again."""
@@ -165,7 +167,7 @@ class Clock:
         self.floor.zero_()
         self.kept.zero_()
         self.overflow.zero_()
-        self._moved()
+        self._read()
 
     def take(self, rows: Tensor) -> None:
         """Keep these rows (n,), in this order."""
@@ -177,7 +179,7 @@ class Clock:
                 with torch.inference_mode(False):
                     setattr(self, name, data.index_select(0, rows))
         self.rows = len(rows)
-        self._moved()
+        self._read()
 
     def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
         rows = slice(0, self.rows)
@@ -187,11 +189,12 @@ class Clock:
         for data, copy in zip((self.length, self.floor, self.kept), copied, strict=True):
             data[: self.rows].copy_(copy)
         self.overflow.zero_()
-        self._moved()
+        self._read()
 
     def buffers(self) -> list[Tensor]:
         return [self.length, self.floor, self.kept, self.overflow]
 
-    def _moved(self) -> None:
+    def _read(self) -> None:
         self.host = self.lengths.tolist()
+        self.overflowed = bool(self.overflow.item())
         self._seen = self.length._version

@@ -236,9 +236,13 @@ class Lease:
     @property
     def entry(self) -> Tensor:
         """The state after each row's last token, to read and overwrite: (B, *D)."""
-        if self.work.data.requires_grad:  # the model overwrote it with gradients on; the next step starts afresh
-            self.work.data.detach_()
+        self.cut()
         return self.work.all().squeeze(1)
+
+    def cut(self) -> None:
+        """Drop the history of gradients that a model left by overwriting the entry with gradients on."""
+        if self.work.data.requires_grad:
+            self.work.data.detach_()
 
     def put(self, state: Tensor) -> None:
         """Overwrite the entry with `state` (B, *D)."""
@@ -273,7 +277,7 @@ class Lease:
         if self.copies is not None:
             before = self.copies.past(1, Step(1, length, torch.ones_like(length)))
             moved = moved.view(-1, *[1] * (before.dim() - 1))
-            self.work.all().copy_(torch.where(moved, before, self.work.all()))
+            self.entry.copy_(torch.where(moved, before, self.work.all()).squeeze(1))
 
     def snapshot(self) -> tuple[Tensor, ...]:
         return tuple(store.all().clone() for store in self._stores())

@@ -135,10 +135,9 @@ def _step(core: Any, s: Subject, tokens: int, count: list[int] | None, on_device
     rings, rows = s.rings, len(s.lists.rows)
     start = s.lists.lengths()
     taken = [tokens] * rows if count is None else count
-    if rings.capacity is not None:
-        if any(n + t > CAPACITY for n, t in zip(start, taken, strict=True)):
-            with_error(core.errors.CapacityError, rings.open, tokens, None if count is None else torch.tensor(count))
-            return
+    if rings.capacity is not None and any(n + t > CAPACITY for n, t in zip(start, taken, strict=True)):
+        with_error(core.errors.CapacityError, rings.open, tokens, None if count is None else torch.tensor(count))
+        return
     new = [[float(next(fresh)) for _ in range(n)] for n in taken]
     step = rings.open(tokens, None if count is None else torch.tensor(count))
     if on_device and isinstance(step.start, int) and rings.capacity is not None:

@@ -129,8 +129,8 @@ class StateCache(Rings, Cache):
         self._check(name, spec, conv_states, tokens)
         if tokens > 1 and self._fed and self.spec.model in DROPS_STATE:
             raise StepError(
-                f'state "{name}": {tokens} tokens came on top of others, and the code of a {self.spec.model} model then starts '
-                "its recurrence from zero: feed one token at a time"
+                f'state "{name}": {tokens} tokens came on top of others, and the code of a {self.spec.model} model then '
+                "starts its recurrence from zero: feed one token at a time"
             )
         step = None if spec.leased else self._begin(name, conv_states, tokens)
         if name not in self._declared:
@@ -431,9 +431,9 @@ class StateCache(Rings, Cache):
         super()._drop_step()
         self._pass.drop()
 
-    def _settle(self) -> None:
+    def _settle(self, refuse: bool = True) -> None:
         self._finish()
-        super()._settle()
+        super()._settle(refuse)
 
     def _between(self) -> None:
         super()._between()

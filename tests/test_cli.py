@@ -1,0 +1,386 @@
+"""The command line, on tiny random checkpoints: what is printed where, exit codes, Ctrl-C, and that chat reads once."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from statecache.cli import chat, main
+from statecache.cli.model import Settings, load
+from statecache.cli.writing import Stop
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
+
+
+def save_checkpoint(family: str, folder: Path, template: str | None = None) -> str:
+    """A tiny random model of this family with a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({x: i for i, x in enumerate([*SPECIAL, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", additional_special_tokens=SPECIAL[1:]
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    model, _ = families.build(family, vocab_size=len(tokenizer))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_checkpoint("qwen3_5", tmp_path_factory.mktemp("qwen3_5"))
+
+
+@pytest.fixture
+def statecache(monkeypatch, capfd):
+    """Run the command line here: (exit code, standard output, standard error)."""
+
+    def run(*args: str, stdin: str | None = None, terminal: bool = False) -> tuple[int, str, str]:
+        source = io.StringIO(stdin or "")
+        source.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdin", source)
+        monkeypatch.setattr(sys, "argv", ["statecache", *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def program(*args: str, **options) -> subprocess.Popen[str]:
+    code = "from statecache.cli import main; main()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *args], **{**pipes, **options})
+
+
+# ---- starting
+
+
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"]])
+def test_help_answers_without_torch(args):
+    code = (
+        "import sys, statecache.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5  # 0.3 s on an idle machine
+    assert "Example: statecache" in run.stdout
+    assert run.stdout.endswith("[]\n")
+
+
+def test_version_is_that_of_the_package(statecache):
+    assert statecache("--version")[:2] == (0, "statecache 0.1.0\n")
+
+
+# ---- errors: one line on standard error, nothing on standard output
+
+
+@pytest.mark.parametrize(
+    ("args", "terminal", "code", "message"),
+    [
+        (["generate"], True, 2, "no prompt: give one as an argument, with --file, or through a pipe"),
+        (["generate"], False, 2, "the prompt is empty: give at least one word"),
+        (["generate", "a", "--prompt", "b"], False, 2, "PROMPT and --prompt are both given: keep one of them"),
+        (["generate", "--file", "x", "-p", "b"], False, 2, "--prompt and --file are both given: keep one of them"),
+        (["generate", "--file", "no/such.txt"], False, 1, "cannot read no/such.txt: No such file or directory"),
+        (["generate", "a", "-n", "0"], False, 2, "Invalid value for '--max-new-tokens' / '-n'"),
+        (["generate", "a", "--dtype", "int4"], False, 2, "Invalid value for '--dtype'"),
+        (["generate", "a", "--nonsense"], False, 2, "No such option: --nonsense"),
+        (["nonsense"], False, 2, "No such command 'nonsense'"),
+        (["generate", "a", "--model", "./no/such/folder"], False, 1, 'there is no folder "./no/such/folder": give'),
+        (["inspect", "--model", "tests"], False, 1, '"tests" holds no config.json: give the folder of'),
+        (["generate", "a", "--device", "abacus"], False, 2, 'no device "abacus" here: leave --device out'),
+    ],
+)
+def test_bad_call_is_one_line(statecache, args, terminal, code, message):
+    got, out, err = statecache(*args, terminal=terminal)
+    assert (got, out) == (code, "")
+    assert err.startswith(f"statecache: {message}")
+    assert err.count("\n") == 1
+
+
+def test_unreachable_hub_is_one_line():
+    run = program("inspect", "--model", "org/no-such", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    out, err = run.communicate(timeout=120)
+    assert (run.returncode, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith('statecache: "org/no-such" is no folder here and no model that the hub gave (check the name')
+
+
+def test_unreadable_checkpoint_is_one_line(statecache, checkpoint, tmp_path):
+    for file in Path(checkpoint).iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    code, out, err = statecache("generate", "Once", "--model", str(tmp_path))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f'statecache: cannot load "{tmp_path}": ')
+
+
+@pytest.mark.parametrize("kind", ["wavelet", "window_attention"])  # unknown to transformers, and to the table alone
+def test_unknown_layer_type_is_one_line(statecache, checkpoint, tmp_path, kind):
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    config |= {"model_type": "llama", "layer_types": [kind] * 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = statecache("inspect", "--model", str(tmp_path))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert kind in err
+
+
+# ---- generate
+
+
+def test_generate_streams_text_and_keeps_the_rest_off_standard_output(statecache, checkpoint):
+    code, out, err = statecache("generate", "Once upon", "--model", checkpoint, "-n", "12", "--temperature", "0")
+    assert code == 0
+    assert out.startswith("Once upon")
+    assert out.endswith("\n")
+    for name in ("prompt tokens", "new tokens", "tokens per second", "conv", "recurrent", "attention", "all states"):
+        assert name in err
+
+
+def test_quiet_prints_the_text_alone(statecache, checkpoint):
+    args = ("generate", "Once", "--model", checkpoint, "-n", "12", "--temperature", "0")
+    _, loud, _ = statecache(*args)
+    assert statecache(*args, "--quiet") == (0, loud, "")
+
+
+@pytest.mark.parametrize("way", ["argument", "option", "file", "pipe", "dash"])
+def test_prompt_comes_from_one_of_its_sources(statecache, checkpoint, tmp_path, way):
+    (tmp_path / "prompt.txt").write_text("Once upon\n")
+    args = {
+        "argument": ["Once upon"],
+        "option": ["--prompt", "Once upon"],
+        "file": ["--file", str(tmp_path / "prompt.txt")],
+        "pipe": [],
+        "dash": ["--file", "-"],
+    }[way]
+    stdin = "Once upon\n" if way in ("pipe", "dash") else None
+    code, out, _ = statecache("generate", *args, "--model", checkpoint, "-n", "1", "--json", stdin=stdin)
+    assert code == 0
+    assert json.loads(out)["prompt"] == "Once upon"
+
+
+def test_json_is_one_object_with_what_was_asked_and_what_it_cost(statecache, checkpoint):
+    args = ("generate", "Once", "--model", checkpoint, "-n", "9", "--temperature", "0.5", "--top-p", "0.9")
+    code, out, err = statecache(*args, "--seed", "3", "--json")
+    report = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert report["tokens"] == {"prompt": 4, "new": 9}
+    assert report["tokens_per_second"] == pytest.approx(9 / report["seconds"], rel=0.01)
+    sizes = report["bytes"]
+    assert min(sizes["conv"], sizes["recurrent"], sizes["attention"]) > 0
+    assert sizes.pop("total") == sum(sizes.values())
+    wanted = {"temperature": 0.5, "top_p": 0.9, "seed": 3, "do_sample": True, "max_new_tokens": 9}
+    assert wanted.items() <= report["settings"].items()
+    assert (report["settings"]["device"], report["settings"]["dtype"]) == ("cpu", "float32")
+
+
+def test_same_seed_gives_the_same_text(statecache, checkpoint):
+    def text(seed):
+        args = ("generate", "Once", "--model", checkpoint, "-n", "24", "--temperature", "1", "--seed", seed, "--json")
+        return json.loads(statecache(*args)[1])["text"]
+
+    assert text("1") == text("1") != text("2")
+
+
+def test_greedy_text_is_the_argmax_of_full_forwards(statecache, checkpoint):
+    _, out, _ = statecache("generate", "Once upon", "--model", checkpoint, "-n", "16", "--temperature", "0", "--json")
+    loaded = load(Settings(checkpoint, device="cpu"))
+    ids = torch.tensor([loaded.tokenizer("Once upon")["input_ids"]])
+    before = ids.shape[1]
+    for _ in range(16):
+        with torch.no_grad():
+            ids = torch.cat([ids, loaded.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert json.loads(out)["text"] == loaded.tokenizer.decode(ids[0, before:], skip_special_tokens=True)
+
+
+def test_dtype_is_that_of_the_model_and_its_cache(statecache, checkpoint):
+    def sizes(dtype):
+        args = ("generate", "Once", "--model", checkpoint, "-n", "4", "--dtype", dtype, "--json")
+        return json.loads(statecache(*args)[1])["bytes"]
+
+    full, half = sizes("float32"), sizes("bfloat16")
+    assert half["conv"] * 2 == full["conv"]
+    assert half["recurrent"] == full["recurrent"]  # float32 or better, always
+
+
+def test_embedded_model_is_the_default(statecache):
+    code, out, _ = statecache("generate", "Once upon a time", "-n", "8", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["settings"]["model"] == "embedded"
+    assert min(report["bytes"][kind] for kind in ("conv", "recurrent", "attention")) > 0
+
+
+# ---- Ctrl-C
+
+
+def test_ctrl_c_keeps_what_was_written(checkpoint):
+    run = program("generate", "Once", "--model", checkpoint, "-n", "100000")
+    assert run.stdout.read(8).startswith("Once")
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "new tokens" in err
+    assert "Traceback" not in err
+    assert out.endswith("\n")
+
+
+def test_reader_that_leaves_is_no_error(checkpoint):
+    reader, writer = os.pipe()
+    run = program("generate", "Once", "--model", checkpoint, "-n", "2000", "--quiet", stdout=writer)
+    os.close(writer)
+    os.read(reader, 4)
+    os.close(reader)
+    assert run.communicate(timeout=60) == (None, "")
+    assert run.returncode == 1
+
+
+def test_second_ctrl_c_interrupts_at_once():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- chat
+
+
+def stepwise(talk: chat.Conversation, fed: list[int], written: list[int]) -> None:
+    """Every written token is the argmax of one full forward over what came before it."""
+    ids = torch.tensor([[*fed, *written]])
+    with torch.no_grad():
+        best = talk.loaded.model(ids, use_cache=False).logits[0].argmax(-1)
+    assert best[len(fed) - 1 : -1].tolist() == written
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["story", "template"])
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba", "mamba2", "jamba", "bamba"])
+def test_chat_never_reads_a_token_twice(tmp_path, family, template):
+    talk = chat.Conversation(load(Settings(save_checkpoint(family, tmp_path, template), device="cpu")))
+    options = {"max_new_tokens": 7, "do_sample": False}
+    for turn, line in enumerate(("Once upon a time", "there was a fox", "and it ran")):
+        held, before = talk.held(), list(talk.ids)
+        assert held == max(len(before) - 1, 0)
+        talk.say(line)
+        assert talk.ids[:held] == before[:held], f"turn {turn} changes what the cache holds"
+        fed = list(talk.ids)
+        with Stop() as stop:
+            written = talk.answer(options, stop)
+        stepwise(talk, fed, written.tokens)
+    assert talk.held() == len(talk.ids) - 1
+
+
+def test_chat_goes_on_after_ctrl_c(checkpoint, monkeypatch):
+    talk = chat.Conversation(load(Settings(checkpoint, device="cpu")))
+    pieces = []
+
+    def press_ctrl_c(text):
+        pieces.append(text)
+        if len(pieces) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat, "_show", press_ctrl_c)
+    talk.say("Once upon a time")
+    with Stop() as stop:
+        written = talk.answer({"max_new_tokens": 500, "do_sample": False}, stop)
+    assert stop.requested
+    assert 3 <= len(written.tokens) < 500
+    assert talk.held() == len(talk.ids) - 1
+    talk.say("and then")
+    fed = list(talk.ids)
+    with Stop() as stop:
+        stepwise(talk, fed, talk.answer({"max_new_tokens": 5, "do_sample": False}, stop).tokens)
+
+
+def test_chat_goes_on_after_an_interrupt_within_a_forward(checkpoint, monkeypatch):
+    talk = chat.Conversation(load(Settings(checkpoint, device="cpu")))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    talk.say("Once")
+    with Stop() as stop, monkeypatch.context() as patch:
+        patch.setattr(chat, "_show", interrupt)
+        assert talk.answer({"max_new_tokens": 5, "do_sample": False}, stop).tokens == []
+    assert talk.held() == 0
+    talk.say("upon")
+    fed = list(talk.ids)
+    with Stop() as stop:
+        stepwise(talk, fed, talk.answer({"max_new_tokens": 5, "do_sample": False}, stop).tokens)
+
+
+def test_chat_command_reports_reuse_and_obeys(statecache, checkpoint):
+    lines = "Once\nupon\n/stats\n/what\n/reset\na time\n/exit\nnever read\n"
+    code, out, err = statecache(
+        "chat", "--model", checkpoint, "-n", "6", "--temperature", "0", "--seed", "1", stdin=lines
+    )
+    assert code == 0
+    assert "0 tokens reused, 4 read, 6 written" in err
+    assert "9 tokens reused, 6 read, 6 written" in err  # 4 + 6 - 1, then the one left over and " upon"
+    assert "tokens in the cache" in err
+    assert "No command /what: /stats shows" in err
+    assert "0 tokens reused, 6 read, 6 written" in err
+    assert "never" not in err + out
+
+
+# ---- inspect
+
+
+def test_inspect_shows_every_layer_and_the_total(statecache, checkpoint):
+    code, out, err = statecache("inspect", "--model", checkpoint, "--length", "100", "--rows", "2")
+    assert (code, err) == (0, "")
+    for word in ("linear_attention", "full_attention", "recurrent", "key", "per token", "2 rows of 100 tokens"):
+        assert word in out
+
+
+def test_inspect_needs_no_weights_and_agrees_with_the_cache(statecache, checkpoint, tmp_path):
+    (tmp_path / "config.json").write_bytes(Path(checkpoint, "config.json").read_bytes())
+    code, out, _ = statecache("inspect", "--model", str(tmp_path), "--length", "16", "--dtype", "float32", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [x["kind"] for x in report["layers"]] == ["linear_attention", "full_attention"] * 2
+    fixed = sum(s["bytes_per_row"] for x in report["layers"] for s in x["states"])
+    per_token = sum(s["bytes_per_token"] for x in report["layers"] for s in x["states"])
+    sizes = report["bytes"]
+    assert fixed == sizes["conv"] + sizes["recurrent"]
+    assert per_token * 16 == sizes["attention"] + sizes["sliding"]
+    _, out, _ = statecache("generate", "Once", "--model", checkpoint, "-n", "4", "--json")
+    allocated = json.loads(out)["bytes"]
+    assert {k: sizes[k] for k in ("conv", "recurrent")} == {k: allocated[k] for k in ("conv", "recurrent")}
+
+
+def test_inspect_says_what_it_cannot_know(statecache, checkpoint, tmp_path):
+    config = json.loads(Path(checkpoint, "config.json").read_text()) | {"model_type": "qwen2_moe"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = statecache("inspect", "--model", str(tmp_path))
+    assert code == 0
+    assert "unknown until the model first writes them" in " ".join(out.split())
+    _, out, _ = statecache("inspect", "--model", str(tmp_path), "--json")
+    assert json.loads(out)["bytes"] is None
+
+
+def test_inspect_knows_the_embedded_model(statecache):
+    code, out, _ = statecache("inspect", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert {s["kind"] for x in report["layers"] for s in x["states"]} >= {"conv", "recurrent", "attention"}

@@ -1,0 +1,75 @@
+"""Every python block in the README and the docs runs, in its page's order, and prints what it says; links lead somewhere."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from statecache.models import table
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTINUES = "<!-- continues -->\n"  # before a block: it goes on in the namespace of the one before
+FENCE = re.compile(rf"^({CONTINUES})?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SAYS = re.compile(r"^print\(.*\)  # (.+)$", re.MULTILINE)  # a line that shows what it prints
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+
+
+def programs() -> Iterator[object]:
+    """The blocks of each page, joined where one continues another, each at the line where it stands."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        joined: list[tuple[int, str]] = []
+        for block in FENCE.finditer(text):
+            line = text.count("\n", 0, block.start(2))
+            if block.group(1) and joined:
+                first, code = joined.pop()
+                # blank lines in between: a traceback then points into the page
+                joined.append((first, code + "\n" * (line - first - code.count("\n")) + block.group(2)))
+            else:
+                joined.append((line, block.group(2)))
+        for line, code in joined:
+            yield pytest.param(page, line, code, id=f"{page.relative_to(ROOT)}:{line}")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No network, a folder of its own, and whatever a program changes is put back."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    kinds, shapes = dict(table.KINDS), dict(table.SHAPES)
+    with torch.random.fork_rng(), torch.enable_grad():
+        yield
+    for rows, before in ((table.KINDS, kinds), (table.SHAPES, shapes)):
+        rows.clear()
+        rows.update(before)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("page", "line", "code"), list(programs()))
+def test_block_runs_and_prints_what_it_says(page: Path, line: int, code: str, capsys: pytest.CaptureFixture[str]):
+    torch.manual_seed(0)
+    exec(compile("\n" * line + code, page, "exec"), {"__name__": "__main__"})
+    printed = iter(capsys.readouterr().out.splitlines())
+    for said in SAYS.findall(code):
+        assert said in printed, f"{page.name} says that it prints: {said}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_no_python_block_is_left_out():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```py") == len(FENCE.findall(text)), page
+
+
+def test_transformers_versions_in_the_docs_are_the_supported_ones():
+    text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    assert transformers.__version__.rpartition(".")[0] in text
