@@ -9,7 +9,7 @@ Slots = slice | Tensor  # the same for all rows: a slice, or (n,); each row its 
 
 
 def fixed(tensor: Tensor) -> Tensor:
-    """Promise torch.compile that this tensor never moves; unpromised, CUDA graphs are skipped without an error."""
+    """Promise torch.compile that this tensor never moves; unpromised, CUDA graphs may copy it, or be skipped in silence."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
     return tensor
