@@ -95,11 +95,6 @@ class Rings:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _marks=weakref.WeakSet())
-        if self.capacity is not None:
-            from statecache.storage.dense import fixed
-
-            for buffer in self.buffers():
-                fixed(buffer)
 
     # ---- what there is
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statecache.errors import CapacityError, RaggedError, RollbackError, StateCacheError
 from statecache.ring import Room, Step
-from statecache.storage.dense import zeros
+from statecache.storage.dense import keep_rows, revive, zeros
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -32,6 +32,7 @@ class Clock:
         self.kept = longs(room.rows, room.slack)  # in slot (n - 1) % slack: n, if leased states were copied at length n
         self.overflow = zeros(dtype=torch.bool, device=room.device, static=self.static)
         self.host = [0] * room.rows
+        self.ragged = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
         self.overflowed = False
         self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
         self._seen = self.length._version
@@ -43,6 +44,8 @@ class Clock:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        for name in ("length", "floor", "kept", "overflow"):
+            setattr(self, name, revive(getattr(self, name), self.static))
         self._seen = self.length._version
 
     @property
@@ -61,27 +64,22 @@ class Clock:
         host = self.catch_up()
         if self.overflowed:
             raise CapacityError(
-                f"a compiled step took a row past capacity={self.limit}; its tokens were dropped and the recurrent states "
-                "are ahead of the others: reset() or restore() a mark, and give a larger capacity="
+                f"a compiled step took a row past capacity={self.limit}; its tokens were dropped and the recurrent "
+                "states are ahead of the others: reset() or restore() a mark, and give a larger capacity="
             )
         return host
 
     def uniform(self) -> int:
         """The length of every row, on the host. Raises RaggedError where rows differ."""
         host = self.sync()
-        if host and host.count(host[0]) != len(host):
+        if self.ragged:
             raise RaggedError(
                 f"rows hold {host} tokens; an unmodified model counts one number of columns for the whole batch: "
                 "roll back every row by the same number"
             )
-        return host[0] if host else 0
+        return host[0]
 
     # ---- a step
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows differ, as far as the host knows."""
-        return self.host.count(self.host[0]) != len(self.host)
 
     def open(self, tokens: int, count: Tensor | None = None) -> Step:
         """Begin a pass of T `tokens`, of which row b takes in the first `count[b]`.
@@ -102,7 +100,7 @@ class Clock:
                     f"capacity={self.limit}: give a larger capacity=, or leave it out for a cache that grows"
                 )
         self._after = [length + n for length, n in zip(host, taken, strict=True)]
-        if count is None and host.count(host[0]) == len(host):
+        if count is None and not self.ragged:
             return Step(tokens, host[0])
         return Step(tokens, self.lengths.clone(), torch.full_like(self.lengths, tokens) if count is None else count)
 
@@ -128,8 +126,8 @@ class Clock:
                 here &= step.count[:, None] > 0
             kept.copy_(torch.where(here, start, torch.where(kept > start, 0, kept)))
         if self._after is not None and not torch.compiler.is_compiling():
-            self.host, self._after = self._after, None
-            self._seen = self.length._version
+            self._know(self._after)
+            self._after = None
 
     # ---- between steps
 
@@ -172,12 +170,7 @@ class Clock:
     def take(self, rows: Tensor) -> None:
         """Keep these rows (n,), in this order."""
         for name in ("length", "floor", "kept"):
-            data = getattr(self, name)
-            if self.static:
-                data[: len(rows)] = data.index_select(0, rows)
-            else:
-                with torch.inference_mode(False):
-                    setattr(self, name, data.index_select(0, rows))
+            setattr(self, name, keep_rows(getattr(self, name), rows, self.static))
         self.rows = len(rows)
         self._read()
 
@@ -195,6 +188,11 @@ class Clock:
         return [self.length, self.floor, self.kept, self.overflow]
 
     def _read(self) -> None:
-        self.host = self.lengths.tolist()
+        self._know(self.lengths.tolist())
         self.overflowed = bool(self.overflow.item())
-        self._seen = self.length._version
+
+    def _know(self, lengths: list[int]) -> None:
+        self.host, self._seen = lengths, self.length._version
+        ragged = lengths.count(lengths[0]) != len(lengths)
+        if ragged != self.ragged:
+            self.ragged = ragged

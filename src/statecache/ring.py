@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from statecache.spec import StateSpec
-from statecache.storage.dense import Dense
+from statecache.storage.dense import Dense, keep_rows, revive, zeros
 
 FIRST_SLOTS = 64  # of a ring that grows, beyond what its first write needs
 
@@ -95,7 +95,8 @@ class Ring:
         """Write the step's entries (B, T, *D); of a chunk longer than the ring, its last C."""
         n = min(step.tokens, self.capacity)
         if isinstance(step.start, int):
-            self._put_slices(new.narrow(self.axis, step.tokens - n, n), step.start + step.tokens - n)
+            dropped = step.tokens - n
+            self._put_slices(new.narrow(self.axis, dropped, n) if dropped else new, step.start + dropped)
             return
         if step.count is None:
             position = step.positions(step.tokens - n, n)
@@ -167,7 +168,7 @@ class Ring:
 
     def reset(self, rows: int) -> None:
         """Be empty, with this many rows in use. Nothing to clear: positions below 0 read as zero."""
-        self.store.rows = rows
+        self.store.use(rows)
 
     def rollback(self, length: Tensor, moved: Tensor) -> None:
         """Nothing to move: the entries before the new lengths are still there."""
@@ -213,7 +214,7 @@ class Ring:
 
 
 class Lease:
-    """A state of window 1 that its model overwrites in place: one working entry, and copies of the ones before.
+    """A state of window 1 that its model overwrites in place: one entry a row, and copies of the ones before.
 
     The copy of the state after position p lives in slot p % slack of a ring of its own, taken at the start of the step
     that follows p.
@@ -221,32 +222,30 @@ class Lease:
 
     def __init__(self, spec: StateSpec, room: Room, tokens: int = 0) -> None:
         assert spec.shape is not None
-        self.spec = spec
-        self.work = Dense(
-            room.rows,
-            1,
-            spec.shape,
-            dtype=spec.dtype_for(room.dtype),
-            device=room.device,
-            static=room.capacity is not None,
-        )
+        self.spec, self.rows, self.static = spec, room.rows, room.capacity is not None
+        dtype = spec.dtype_for(room.dtype)
+        self.data = zeros(room.rows, *spec.shape, dtype=dtype, device=room.device, static=self.static)
         copies = replace(spec, leased=False, window=room.slack)
         self.copies = Ring(copies, replace(room, slack=0)) if room.slack else None
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.data = revive(self.data, self.static)
 
     @property
     def entry(self) -> Tensor:
         """The state after each row's last token, to read and overwrite: (B, *D)."""
         self.cut()
-        return self.work.all().squeeze(1)
+        return self.data if self.rows == self.data.shape[0] else self.data[: self.rows]
 
     def cut(self) -> None:
         """Drop the history of gradients that a model left by overwriting the entry with gradients on."""
-        if self.work.data.requires_grad:
-            self.work.data.detach_()
+        if self.data.requires_grad:
+            self.data.detach_()
 
     def put(self, state: Tensor) -> None:
         """Overwrite the entry with `state` (B, *D)."""
-        self.entry.copy_(state.detach())
+        self.entry.copy_(state.detach() if state.requires_grad else state)
 
     def keep(self, step: Step) -> None:
         """Copy the entry before the step changes it, so that a rollback can come back to the step's start."""
@@ -254,7 +253,7 @@ class Lease:
             taking = (
                 None if step.count is None else (step.count > 0).long()
             )  # an idle row would crowd out an older copy
-            self.copies.put(self.work.all(), Step(1, step.start - 1, taking))
+            self.copies.put(self.entry[:, None], Step(1, step.start - 1, taking))
 
     def reserve(self, end: int) -> None:
         """Make room for the copies of positions below `end`."""
@@ -262,32 +261,31 @@ class Lease:
             self.copies.reserve(end)
 
     def take(self, rows: Tensor, length: int) -> None:
-        self.work.take(rows, 1)
+        self.data, self.rows = keep_rows(self.data, rows, self.static), len(rows)
         if self.copies is not None:
             self.copies.take(rows, self.copies.capacity)
 
     def reset(self, rows: int) -> None:
-        self.work.rows = rows
-        self.work.all().zero_()
+        self.rows = rows
+        self.entry.zero_()
         if self.copies is not None:
             self.copies.reset(rows)
 
     def rollback(self, length: Tensor, moved: Tensor) -> None:
         """Take the copy made at each row's new length (B,), in the rows that moved (B,) bool."""
         if self.copies is not None:
-            before = self.copies.past(1, Step(1, length, torch.ones_like(length)))
+            before = self.copies.past(1, Step(1, length, torch.ones_like(length)))[:, 0]
             moved = moved.view(-1, *[1] * (before.dim() - 1))
-            self.entry.copy_(torch.where(moved, before, self.work.all()).squeeze(1))
+            self.entry.copy_(torch.where(moved, before, self.entry))
 
     def snapshot(self) -> tuple[Tensor, ...]:
-        return tuple(store.all().clone() for store in self._stores())
+        copies = () if self.copies is None else self.copies.snapshot()
+        return (self.entry.clone(), *copies)
 
     def load(self, copies: tuple[Tensor, ...]) -> None:
-        for store, copied in zip(self._stores(), copies, strict=True):
-            store.load(copied)
+        self.put(copies[0])
+        if self.copies is not None:
+            self.copies.load(copies[1:])
 
     def buffers(self) -> list[Tensor]:
-        return [store.data for store in self._stores()]
-
-    def _stores(self) -> list[Dense]:
-        return [self.work] if self.copies is None else [self.work, self.copies.store]
+        return [self.data] if self.copies is None else [self.data, *self.copies.buffers()]

@@ -100,6 +100,21 @@ class ModelSpec:
             for state in layer.states:
                 yield f"{layer.index}.{state.name}", state
 
+    def in_order(self) -> ModelSpec:
+        """The same, with a convolution's inputs as one leased entry in time order, that its model may shift in place.
+
+        That is quicker than a ring, takes as many bytes, and does for a cache without slack, which never goes back.
+        """
+
+        def lease(state: StateSpec) -> StateSpec:
+            if state.kind != "conv" or state.leased or state.shape is None or state.window is None:
+                return state
+            shape = (*state.shape[: state.axis], state.window, *state.shape[state.axis :])
+            return replace(state, shape=shape, window=1, axis=0, leased=True)
+
+        layers = tuple(replace(n, states=tuple(lease(s) for s in n.states)) for n in self.layers)
+        return replace(self, layers=layers)
+
     def full_at(self, capacity: int | None, slack: int) -> int | None:
         """The longest a row can get with rings of this `capacity`; None where every ring has the window it needs."""
         bound = any(s.holds_all(capacity, slack) for _, s in self.states())
@@ -108,6 +123,12 @@ class ModelSpec:
     def nbytes(self, rows: int, length: int, dtype: torch.dtype = torch.float32, slack: int = 0) -> Sizes:
         """Bytes that a cache of these rows with `capacity=length` allocates; the least that a growing one needs."""
         sizes = Counter(dict.fromkeys(KINDS, 0))
+        for layer in self.layers:
+            if layer.open and not any(state.kind in ("conv", "recurrent") for state in layer.states):
+                raise ValueError(
+                    f'layer {layer.index} ("{layer.kind}") of {self.model}: its states are not known before the '
+                    "first write"
+                )
         for _, state in self.states():
             slots = 1 + slack if state.leased else state.limit(length, slack)
             assert slots is not None

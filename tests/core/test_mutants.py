@@ -20,7 +20,7 @@ MODULES = ("errors", "spec", "storage", "storage.dense", "ring", "clock", "cache
 MUTANTS = {
     "a chunk longer than the ring keeps its first entries": (
         "ring",
-        "new.narrow(self.axis, step.tokens - n, n), step.start + step.tokens - n",
+        "new.narrow(self.axis, dropped, n) if dropped else new, step.start + dropped",
         "new.narrow(self.axis, 0, n), step.start",
     ),
     "positions below zero read what the slot holds": (
@@ -87,10 +87,10 @@ MUTANTS = {
     "a mark does not copy the windows": ("ring", "() if self.spec.window is None else (", "() if True else ("),
     "gathering leaves the lengths behind": (
         "clock",
-        '("length", "floor", "kept"):\n            data = getattr',
-        '("floor", "kept"):\n            data = getattr',
+        '("length", "floor", "kept"):\n            setattr(self, name, keep',
+        '("floor", "kept"):\n            setattr(self, name, keep',
     ),
-    "a reset leaves the leased state": ("ring", "        self.work.all().zero_()\n", ""),
+    "a reset leaves the leased state": ("ring", "        self.entry.zero_()\n", ""),
 }
 
 

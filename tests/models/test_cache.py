@@ -138,7 +138,9 @@ def test_assisted_decoding_of_transformers_works(name: str) -> None:
     prompt = torch.cat([ids[:1, :6]] * 4, 1)
     plain = model.generate(prompt, max_new_tokens=20)
     cache = sc.StateCache(config, slack=12)
-    assert torch.equal(model.generate(prompt, past_key_values=cache, max_new_tokens=20, prompt_lookup_num_tokens=5), plain)
+    assert torch.equal(
+        model.generate(prompt, past_key_values=cache, max_new_tokens=20, prompt_lookup_num_tokens=5), plain
+    )
     draft, _ = families.build(name, seed=1)
     cache = sc.StateCache(config, slack=24)
     assert torch.equal(model.generate(prompt, past_key_values=cache, max_new_tokens=20, assistant_model=draft), plain)
@@ -166,6 +168,10 @@ def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
     a = feed(model, ids[:, :1], cache, 9)
     with torch.inference_mode():
         feed(model, ids[:, :1], cache, 10)
+        copies = [cache.fork(), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    for other in copies:
+        feed(model, ids[:, :1], other, 11)
+        assert other.lengths.tolist() == [12, 12]
     cache.gather(torch.tensor([1]))
     assert torch.isfinite(feed(model, ids[:1, :1], cache, 11)).all()
     assert torch.isfinite(a).all()
@@ -178,10 +184,10 @@ def test_a_backward_pass_through_the_cache_is_refused(name: str) -> None:
         cache = sc.StateCache(config)
         feed(model, ids, cache)
         logits = feed(model, ids[:, :1], cache, 9)
-        logits = feed(model, ids[:, :1], cache, 10)
-        if name != "mamba2":  # whose states reach the output through an overwritten lease: autograd itself refuses
-            with pytest.raises(errors.StateCacheError, match="no gradient"):
-                logits.sum().backward()
+        own = name != "mamba2"  # whose overwritten lease makes autograd itself refuse
+        with pytest.raises(errors.StateCacheError if own else RuntimeError, match="no gradient" if own else "inplace"):
+            logits.sum().backward()
+        feed(model, ids[:, :1], cache, 10)
     assert not any(buffer.requires_grad for buffer in cache.fork().buffers())
 
 
@@ -201,12 +207,17 @@ def test_compiled_steps_share_one_graph_and_the_host_catches_up(name: str) -> No
         feed(model, ids[:, :1], cache, n)
     assert counter.frame_count == 1
     assert addresses == [b.data_ptr() for b in cache.buffers()]
-    model.forward = forward
+    compiled, model.forward = model.forward, forward
     assert cache.lengths.tolist() == [14, 14]
     cache.rollback(2)
     got = feed(model, ids[:, 1:2], cache, 12)
     want = model(torch.cat([ids, ids[:, :1].expand(-1, 3), ids[:, 1:2]], 1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    cache.reset()
+    feed(model, ids[:, :4], cache)  # a prompt of another length
+    model.forward = compiled
+    feed(model, ids[:, 4:5], cache, 4)
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_step_past_the_capacity_is_reported_by_the_next_call() -> None:
@@ -220,7 +231,12 @@ def test_a_compiled_step_past_the_capacity_is_reported_by_the_next_call() -> Non
     for n in range(9, 13):
         feed(model, ids[:, :1], cache, n)
     model.forward = forward
-    for call in (lambda: cache.lengths, cache.checkpoint, lambda: cache.rollback(1), lambda: feed(model, ids, cache, 9)):
+    for call in (
+        lambda: cache.lengths,
+        cache.checkpoint,
+        lambda: cache.rollback(1),
+        lambda: feed(model, ids, cache, 9),
+    ):
         with pytest.raises(errors.CapacityError, match="capacity=11"):
             call()
     cache.restore(mark)
@@ -240,11 +256,27 @@ BAD = {
     "heads": (errors.ShapeError, "made for", lambda c: c.update(keys(heads=3), keys(heads=3), 1)),
     "head size": (errors.ShapeError, "made for", lambda c: c.update(keys(), keys(size=8), 1)),
     "rank": (errors.ShapeError, "made for", lambda c: c.update(keys()[0], keys()[0], 1)),
-    "keys without values": (errors.ShapeError, "1 tokens came in a pass of 2", lambda c: c.update(keys(tokens=2), keys(), 1)),
-    "channels": (errors.ShapeError, "made for", lambda c: c.update_conv_state(torch.zeros(2, 5, 1), 0, conv_kernel_size=4)),
-    "kernel": (errors.ConfigError, "convolves 7", lambda c: c.update_conv_state(torch.zeros(2, 128, 1), 0, conv_kernel_size=7)),
+    "keys without values": (
+        errors.ShapeError,
+        r"\(rows, 2, 2, 16\)",
+        lambda c: c.update(keys(tokens=2), keys(), 1),
+    ),
+    "channels": (
+        errors.ShapeError,
+        "made for",
+        lambda c: c.update_conv_state(torch.zeros(2, 5, 1), 0, conv_kernel_size=4),
+    ),
+    "kernel": (
+        errors.ConfigError,
+        "convolves 7",
+        lambda c: c.update_conv_state(torch.zeros(2, 128, 1), 0, conv_kernel_size=7),
+    ),
     "state": (errors.ShapeError, "made for", lambda c: c.update_recurrent_state(torch.zeros(2, 4, 4), 0)),
-    "dtype": (errors.DtypeError, "float64", lambda c: c.update(keys(dtype=torch.float64), keys(dtype=torch.float64), 1)),
+    "dtype": (
+        errors.DtypeError,
+        "float64",
+        lambda c: c.update(keys(dtype=torch.float64), keys(dtype=torch.float64), 1),
+    ),
     "device": (errors.DeviceError, "meta", lambda c: c.update(keys(device="meta"), keys(device="meta"), 1)),
     "rows": (errors.RowsError, "3 rows", lambda c: c.update(keys(rows=3), keys(rows=3), 1)),
     "layer": (errors.LayerError, "no layer 9", lambda c: c.update(keys(), keys(), 9)),

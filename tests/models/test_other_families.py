@@ -24,21 +24,22 @@ from statecache.models.table import model_spec
 ATTENTION = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"]
 SLIDING = ["mistral", "mixtral", "qwen3", "gemma2", "gemma3_text", "phi3"]
 UNLISTED = [n for n in ("kimi_linear", "bailing_hybrid", "lfm3", "zaya", "inkling", "inkling2") if tiny.available(n)]
+LISTED = [n for n in families.FAMILIES if "minimax" not in n and "+" not in n]
 RENAMED = ["mamba2", "jamba", "zamba", "qwen3_next", "lfm2", "falcon_h1"]
 DROPS_STATE = {"jamba", "zamba"}  # their own scan starts from zeros whenever it gets several tokens
 BY_COPIES = {"kimi_linear", "bailing_hybrid", "zaya", "mamba2", "jamba", "zamba", "qwen3_next", "falcon_h1"}
 
 CAPACITY = {"growing": None, "fixed": 64}
 each_cache = pytest.mark.parametrize("capacity", CAPACITY.values(), ids=CAPACITY)
-# transformers' generate gives inkling's sliding layers the mask of its full ones wherever a cache is compileable; with a
-# StaticCache too (create_masks_for_generate, "hybrid_sliding")
+# where a cache is compileable (StaticCache too), transformers' generate gives inkling's sliding layers the mask of
+# its full ones (create_masks_for_generate, "hybrid_sliding")
 each_written = pytest.mark.parametrize(
     ("name", "capacity"),
     [
         pytest.param(name, capacity, id=f"{name}-{kind}")
         for name in [*ATTENTION, *UNLISTED, *RENAMED]
         for kind, capacity in CAPACITY.items()
-        if (name, kind) != ("inkling", "fixed")
+        if not (name.startswith("inkling") and kind == "fixed")
     ],
 )
 each_model = pytest.mark.parametrize("name", [*ATTENTION, *UNLISTED, *RENAMED])
@@ -85,7 +86,13 @@ def test_left_padded_rows_get_what_they_would_get_alone(name: str, capacity: int
 @each_cache
 def test_beams_are_those_of_a_search_without_a_cache(name: str, capacity: int | None) -> None:
     model, ids = build(name), draw(2, 21)
-    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    options = {
+        "max_new_tokens": 8,
+        "num_beams": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     want = model.generate(ids, use_cache=False, **options)
     out = model.generate(ids, past_key_values=new_cache(name, model, capacity=capacity), **options)
     assert out.sequences.tolist() == want.sequences.tolist()
@@ -197,7 +204,9 @@ def test_prompts_around_the_window_are_exact(window: int, capacity: int | None) 
 
 @pytest.mark.parametrize("name", SLIDING)
 @pytest.mark.parametrize(("capacity", "slack"), [(6, 0), (6, 3), (8, 0), (10, 4), (12, 4)])
-def test_a_capacity_that_cuts_the_window_short_refuses_what_it_cannot_hold(name: str, capacity: int, slack: int) -> None:
+def test_a_capacity_that_cuts_the_window_short_refuses_what_it_cannot_hold(
+    name: str, capacity: int, slack: int
+) -> None:
     model, ids = build(name), draw(2, capacity + 5)
     cache = StateCache(model.config, capacity=capacity, slack=slack)
     assert_same(feed_all(model, cache, ids[:, :capacity], (4,)), full(model, ids[:, :capacity]))
@@ -237,7 +246,9 @@ def storages(thing: Any, seen: set[int] | None = None) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*ATTENTION, *families.FAMILIES.keys() - {n for n in families.FAMILIES if "minimax" in n}])
+@pytest.mark.parametrize(
+    "name", [*ATTENTION, *families.FAMILIES.keys() - {n for n in families.FAMILIES if "minimax" in n}]
+)
 def test_sizes_are_known_before_anything_is_allocated(name: str, dtype: torch.dtype) -> None:
     model = build(name)
     for capacity, slack in ((40, 0), (40, 3), (6, 2)):
@@ -257,12 +268,13 @@ def test_sizes_are_known_before_anything_is_allocated(name: str, dtype: torch.dt
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, when inductor is imported
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("mistral", "inductor"), ("gemma3_text", "inductor"), ("mamba2", "eager"), ("zaya", "eager")],
+    [("mistral", "inductor"), ("gemma3_text", "aot_eager"), ("mamba2", "eager"), ("zaya", "eager")],
 )
 def test_one_graph_serves_all_steps_past_the_window(name: str, backend: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, ids = build(name), draw(2, 26)
+    # one layer for inductor, whose C++ compiler takes a minute otherwise
+    model, ids = build(name, **({"num_hidden_layers": 1} if backend == "inductor" else {})), draw(2, 26)
     cache = new_cache(name, model, capacity=40)
     feed(model, cache, ids[:, :5], 0)
     addresses = [buffer.data_ptr() for buffer in cache.buffers()]
@@ -281,7 +293,7 @@ def test_one_graph_serves_all_steps_past_the_window(name: str, backend: str) -> 
 @pytest.mark.parametrize("name", [*UNLISTED, *RENAMED])
 def test_a_family_in_no_table_declares_its_states_at_the_first_write(name: str) -> None:
     model = build(name)
-    cache = new_cache(name, model)
+    cache = new_cache(name, model, slack=1)
     with pytest.raises(ValueError, match="not known before the first write"):
         cache.spec.nbytes(2, 64)
     feed(model, cache, draw(2, 5), 0)

@@ -23,10 +23,20 @@ SIZE = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 96, "max_positi
 DENSE = {**SIZE, **HEADS, **NO_END, "num_hidden_layers": 2}
 MIXED = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 LATENT = {
-    **{k: v for k, v in {**SIZE, **NO_END}.items()},
-    **{"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4, "moe_intermediate_size": 32},
-    **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_local_experts": 4},
-    **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **SIZE,
+    **NO_END,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "moe_intermediate_size": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
 }
@@ -60,7 +70,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm3": (
         *("Lfm3Config", "Lfm3ForCausalLM"),
         {
-            **{**DENSE, "num_hidden_layers": 5, "head_dim": 16, "sliding_window": WINDOW},
+            **DENSE,
+            "num_hidden_layers": 5,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
             "layer_types": ["conv", "sliding_attention", "conv", "full_attention", "conv"],
         },
     ),
@@ -68,18 +81,34 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         *("ZayaConfig", "ZayaForCausalLM"),
         {
             **{k: v for k, v in DENSE.items() if k != "intermediate_size"},
-            **{"num_hidden_layers": 3, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
-            **{"router_hidden_size": 16, "sliding_window": WINDOW},
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "router_hidden_size": 16,
+            "sliding_window": WINDOW,
             "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
         },
     ),
     "inkling": (
         *("InklingTextConfig", "InklingForCausalLM"),
         {
-            **{**DENSE, "num_hidden_layers": 3, "head_dim": 16, "sliding_window_size": WINDOW, "conv_kernel_size": 4},
-            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4},
-            **{"rel_extent": 32, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2},
-            **{"n_shared_experts": 1, "route_scale": 1.0, "logits_mup_width_multiplier": 1.0},
+            **DENSE,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "sliding_window_size": WINDOW,
+            "conv_kernel_size": 4,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16,
+            "d_rel": 4,
+            "rel_extent": 32,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "route_scale": 1.0,
+            "logits_mup_width_multiplier": 1.0,
             "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
         },
     ),
@@ -87,10 +116,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         *("Inkling2TextConfig", "Inkling2ForCausalLM"),
         {
             **{k: v for k, v in DENSE.items() if k != "intermediate_size"},
-            **{"num_hidden_layers": 3, "head_dim": 16, "unpadded_vocab_size": V, "sliding_window_size": WINDOW},
-            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4},
-            **{"rel_extent": 32, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2},
-            **{"n_layers_per_attn_res_block": 2, "route_scale": 1.0},
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "unpadded_vocab_size": V,
+            "sliding_window_size": WINDOW,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16,
+            "d_rel": 4,
+            "rel_extent": 32,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_layers_per_attn_res_block": 2,
+            "route_scale": 1.0,
             "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
         },
     ),
@@ -152,7 +191,7 @@ def feed_all(model: Any, cache: Any, ids: Tensor, sizes: Any, start: int = 0) ->
 
 
 def write(model: Any, cache: Any, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """transformers' `generate`: sequences, and logits (B, new, V) of the new tokens."""
+    """What transformers' `generate` gives: sequences, and logits (B, new, V) of the new tokens."""
     kwargs = {families.cache_arg(model): cache, "return_dict_in_generate": True, "output_logits": True, **kwargs}
     out = model.generate(ids, do_sample=False, **kwargs)
     return out.sequences, torch.stack(out.logits, 1)

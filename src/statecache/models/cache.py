@@ -38,9 +38,9 @@ from statecache.spec import LayerSpec, StateSpec
 class StateCache(Rings, Cache):
     """The state of every layer of a hybrid model, for `past_key_values=` (or `cache_params=`) of transformers.
 
-    capacity: tokens a row may hold, at addresses that never move, for torch.compile and CUDA graphs; None grows.
-    slack: how many of its last tokens each row can forget.
-    rows, dtype, device: allocate at once, where the configuration gives every shape; else at the first forward.
+    - `capacity`: tokens a row may hold, at addresses that never move, for torch.compile and CUDA graphs; None grows.
+    - `slack`: how many of its last tokens each row can forget.
+    - `rows`, `dtype`, `device`: allocate at once, where the configuration gives every shape; else at the first forward.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, UnknownLayerError for a layer type that the table does not know.
@@ -60,12 +60,16 @@ class StateCache(Rings, Cache):
             raise OptionError(
                 f"StateCache takes a model's configuration, not a {type(config).__name__}: give model.config"
             )
-        Rings.__init__(self, model_spec(config), capacity=capacity, slack=slack, rows=rows, dtype=dtype, device=device)
+        spec = model_spec(config)
+        if not slack:
+            spec = spec.in_order()
+        Rings.__init__(self, spec, capacity=capacity, slack=slack, rows=rows, dtype=dtype, device=device)
         self.layers = [Layer(self, layer.index) for layer in self.spec.layers]
         self.offloading, self.layer_class_to_replicate = False, None
 
         self._fed = False  # whether any row holds a token: the models ask whether there is a previous state
         self._pass = Pass(self.spec)
+        self._passed: dict[str, tuple[Any, ...]] = {}  # what each state's last tensor was, once it has been checked
 
     def __repr__(self) -> str:
         held = "empty" if self.clock is None else f"{self.clock.rows} rows, {self.nbytes()}"
@@ -84,7 +88,7 @@ class StateCache(Rings, Cache):
         pair = ((self._name(layer_idx, "key"), key_states), (self._name(layer_idx, "value"), value_states))
         tokens = key_states.shape[-2]
         for name, new in pair:
-            self._check(name, self._heads(name, new), new, tokens)
+            self._check_heads(name, new, tokens)
         step = self._begin(pair[0][0], key_states, tokens)
         exact = self.capacity is None
         keys, values = (_cut(self._ring(name, new, tokens).extend(new, step, exact), new) for name, new in pair)
@@ -92,16 +96,23 @@ class StateCache(Rings, Cache):
         return keys, values
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The inputs (B, C, window) that the convolution still needs, oldest first; None where there are none yet."""
+        """The inputs (B, C, window) that the convolution still needs, oldest first; None where there are none yet.
+
+        Without slack they are live: a layer that was told that it may (`is_recording_past`) shifts them in place.
+        """
         name = self._name(layer_idx, "conv", state_idx)
         self._finish(name)
         state = self.states.get(name)
-        if not self._fed or state is None or self.spec.model in SHIFTS_IN_PLACE:
+        if not self._fed or state is None:
             return None
         if isinstance(state, Lease):
-            return state.entry
-        assert state.spec.window is not None
-        self._pass.handed[name] = past = state.past(state.spec.window, Step(0, self._start()))
+            past = state.entry
+        else:
+            assert state.spec.window is not None
+            past = state.past(state.spec.window, self._step or Step(0, self._start()))
+            self._pass.handed[name] = past
+        if self.spec.model in SHIFTS_IN_PLACE:  # it will not ask: what it did to the copy is looked at afterwards
+            self._pass.handed[name] = past = past.clone()
         return past
 
     def update_conv_state(
@@ -119,38 +130,53 @@ class StateCache(Rings, Cache):
         """
         name = self._name(layer_idx, "conv", state_idx)
         self._finish(name)
-        spec = self._declared.get(name) or _first_conv(name.split(".")[1], conv_states, conv_kernel_size)
-        if conv_kernel_size is not None and spec.window not in (conv_kernel_size - 1, conv_kernel_size):
+        spec = self._declared.get(name) or _first_conv(name, conv_states, conv_kernel_size, self.slack)
+        assert spec.shape is not None and spec.window is not None
+        if conv_kernel_size is None:
+            return self._update_window(name, spec, conv_states, layer_idx)
+        held = spec.shape[-1] if spec.leased else spec.window
+        if held not in (conv_kernel_size - 1, conv_kernel_size):
             raise ConfigError(
                 f'state "{name}": the layer convolves {conv_kernel_size} inputs, and the cache was made for '
-                f"{(spec.window or 0) + 1}: make it from the configuration of the {self.spec.model} model that uses it"
+                f"{held + 1}: make it from the configuration of the {self.spec.model} model that uses it"
             )
         tokens = conv_states.shape[-1]
-        self._check(name, spec, conv_states, tokens)
+        channels = spec.shape[:-1] if spec.leased else spec.shape
+        self._check(name, (*channels, tokens), conv_states)
         if tokens > 1 and self._fed and self.spec.model in DROPS_STATE:
             raise StepError(
-                f'state "{name}": {tokens} tokens came on top of others, and the code of a {self.spec.model} model then '
-                "starts its recurrence from zero: feed one token at a time"
+                f'state "{name}": {tokens} tokens came on top of others, and the code of a {self.spec.model} model '
+                "then starts its recurrence from zero: feed one token at a time"
             )
-        step = None if spec.leased else self._begin(name, conv_states, tokens)
+        step = self._begin(name, conv_states, tokens)
         if name not in self._declared:
             self._declare(name, spec)
         self._keep(layer_idx)
-        if step is None:
-            self._lease(name, conv_states).put(conv_states)
-            wide = conv_states
+        state = self.states.get(name) or self._allocate_like(name, conv_states, tokens)
+        past = self._pass.handed.pop(name, None)
+        if past is None and self._fed:
+            past = state.entry if isinstance(state, Lease) else state.past(held, step)
+        if past is None:
+            wide = torch.nn.functional.pad(conv_states, (max(conv_kernel_size - tokens, 0), 0))
         else:
-            ring, past = self._ring(name, conv_states, tokens), self._pass.handed.pop(name, None)
-            if past is None and self._fed:
-                assert spec.window is not None
-                past = ring.past(spec.window, step)
-            if past is None:
-                wide = torch.nn.functional.pad(conv_states, (max((conv_kernel_size or 0) - tokens, 0), 0))
-            else:
-                wide = torch.cat([past, conv_states], -1)
-            ring.put(conv_states, step)
+            wide = _cut(torch.cat([past, conv_states], -1), conv_states)
+        if isinstance(state, Lease):
+            state.put(wide.narrow(-1, wide.shape[-1] - held, held))
+        else:
+            state.put(conv_states, step)
         self._wrote(layer_idx, name, counts=True)
         return wide
+
+    def _update_window(self, name: str, spec: StateSpec, window: Tensor, layer: int) -> Tensor:
+        """Take in the window that a layer has cut itself."""
+        assert spec.shape is not None
+        self._check(name, spec.shape, window)
+        if name not in self._declared:
+            self._declare(name, spec)
+        self._keep(layer)
+        self._lease(name, window).put(window)
+        self._wrote(layer, name, counts=True)
+        return window
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The state after the last token (B, *D), to read and to overwrite in place; None where there is none yet."""
@@ -174,7 +200,9 @@ class StateCache(Rings, Cache):
         name = self._name(layer_idx, "recurrent", state_idx)
         shape = tuple(recurrent_states.shape[1:])
         spec = self._declared.get(name) or StateSpec(name.split(".")[1], "recurrent", shape, 1, leased=True)
-        self._check(name, spec, recurrent_states, 0)
+        assert spec.shape is not None
+        self._check(name, spec.shape, recurrent_states, cast=True)
+        self._take_shifted(layer_idx)
         alone = not self._convolves(layer_idx) and not KINDS[self.spec.layers[layer_idx].kind].attention
         if alone:
             tokens = self._step.tokens if tokens is None and self._step is not None else tokens
@@ -192,14 +220,20 @@ class StateCache(Rings, Cache):
         return _cut(lease.entry, recurrent_states)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Always: so a model hands in a convolution's inputs at every step and never shifts the state it was given."""
-        return True
+        """Whether a convolution must hand in its inputs also when it takes one token, instead of shifting its state.
+
+        With slack always. Without, only where a pass begins and ends: there it is checked and counted.
+        """
+        return self.slack > 0 or layer_idx in self._pass.ends
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether the states stand after some token."""
         if layer_idx is not None:
+            # zamba asks between its keys and its convolution, inkling between two of its convolutions
+            asked = None if state_idx is None else {f"{kind}{state_idx or ''}" for kind in ("conv", "recurrent")}
             for state in self._layer(layer_idx).states:
-                self._finish(f"{layer_idx}.{state.name}")
+                if state.kind in ("conv", "recurrent") and (asked is None or state.name in asked):
+                    self._finish(f"{layer_idx}.{state.name}")
         return self._fed
 
     # ---- what masks and generate call
@@ -257,7 +291,7 @@ class StateCache(Rings, Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether one compiled graph serves every step."""
+        """Whether one compiled graph serves every step, and `generate` may make the masks before the forward."""
         return self.capacity is not None
 
     @property
@@ -367,8 +401,21 @@ class StateCache(Rings, Cache):
         clock = self._clock_for(new)
         if clock.ragged:
             clock.uniform()
-        self._pass.begin()
+        self._pass.begin(int(name.partition(".")[0]))
         return self.open(tokens)
+
+    def _take_shifted(self, layer: int) -> None:
+        """Take in the one input of each convolution whose state this layer was handed and has shifted in place."""
+        if self.spec.model in SHIFTS_IN_PLACE:
+            for name in [n for n in self._pass.handed if n.startswith(f"{layer}.")]:
+                shifted = self._pass.handed.pop(name)
+                step, state = self._begin(name, shifted, 1), self.states[name]
+                self._keep(layer)
+                if isinstance(state, Lease):
+                    state.put(shifted)
+                else:
+                    state.put(shifted[..., -1:], step)
+                self._wrote(layer, name, counts=True)
 
     def _wrote(self, layer: int, name: str, counts: bool) -> None:
         if self._pass.wrote(layer, name, counts):
@@ -422,6 +469,7 @@ class StateCache(Rings, Cache):
                 )
             self.clock = None
             self.states.clear()
+            self._passed.clear()
         if self.clock is None:
             self._start_clock(rows, device)
         assert self.clock is not None
@@ -438,6 +486,7 @@ class StateCache(Rings, Cache):
     def _between(self) -> None:
         super()._between()
         self._fed = any(self._base)
+        self._passed.clear()
 
     # ---- states
 
@@ -450,10 +499,12 @@ class StateCache(Rings, Cache):
 
     def _name(self, layer: int, short: str, number: int = 0) -> str:
         """The name of a state that exists, or that an open layer may still declare."""
-        spec = self._layer(layer)
         short = short if number == 0 else f"{short}{number}"
         name = f"{layer}.{short}"
-        if name not in self._declared and not (spec.open and not short.startswith(("key", "value"))):
+        if name in self._declared:
+            return name
+        spec = self._layer(layer)
+        if not (spec.open and not short.startswith(("key", "value"))):
             held = ", ".join(s.name for s in spec.states) or "nothing"
             raise LayerError(f'layer {layer} ("{spec.kind}") of {self.spec.model} holds {held}, no "{short}"')
         return name
@@ -465,18 +516,17 @@ class StateCache(Rings, Cache):
         layers[index] = layers[index].with_state(spec)
         self.spec, self._declared[name] = replace(self.spec, layers=tuple(layers)), spec
 
-    def _check(self, name: str, spec: StateSpec, new: Tensor, tokens: int) -> None:
-        """Whether `new` is T tokens of this state, for the rows there are. Changes nothing."""
-        shape = tuple(new.shape[1:])
-        if not spec.leased:
-            shape = shape[: spec.axis] + shape[spec.axis + 1 :]
-        if spec.shape is not None and (shape != spec.shape or new.dim() != len(spec.shape) + (1 if spec.leased else 2)):
+    def _check(self, name: str, expected: tuple[int, ...], new: Tensor, cast: bool = False) -> None:
+        """Whether `new` is (rows, *expected), for the rows there are. `cast`: in any dtype. Changes nothing."""
+        came = (new.shape, expected, new.dtype, new.device)
+        if not torch.compiler.is_compiling() and self._passed.get(name) == came:
+            return
+        if tuple(new.shape[1:]) != expected:
             raise ShapeError(
-                f'state "{name}": came {tuple(new.shape)}, so an entry is {shape}, and the cache was made for '
-                f"{spec.shape}: make it from the configuration of the {self.spec.model} model that uses it"
+                f'state "{name}": came {tuple(new.shape)}, and the cache was made for (rows, '
+                f"{', '.join(map(str, expected))}): make it from the configuration of the {self.spec.model} model that "
+                "uses it"
             )
-        if not spec.leased and new.shape[1 + spec.axis] != tokens:
-            raise ShapeError(f'state "{name}": {new.shape[1 + spec.axis]} tokens came in a pass of {tokens}')
         if self._step is not None and self.clock is not None and len(new) != self.clock.rows:
             raise RowsError(f'state "{name}": {len(new)} rows came in a pass of {self.clock.rows}')
         state = self.states.get(name)
@@ -484,21 +534,24 @@ class StateCache(Rings, Cache):
             buffer = state.buffers()[0]
             if new.device != buffer.device:
                 raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {buffer.device}')
-            if new.dtype != buffer.dtype and not spec.leased:
+            if new.dtype != buffer.dtype and not cast:
                 raise DtypeError(
                     f'state "{name}": came in {new.dtype}, and the cache holds {buffer.dtype}: make it with '
                     f"dtype={new.dtype}, or leave dtype= out"
                 )
+            if self._step is not None and not torch.compiler.is_compiling():
+                self._passed[name] = came
 
-    def _heads(self, name: str, new: Tensor) -> StateSpec:
-        """What an attention layer's keys or values are; where no table says, what their first write shows."""
+    def _check_heads(self, name: str, new: Tensor, tokens: int) -> None:
+        """Check keys or values; where no table says what they are, their first write does."""
         spec = self._declared[name]
         if spec.shape is None:
             if new.dim() != 4:
                 raise ShapeError(f'state "{name}": came {tuple(new.shape)}, expected (rows, heads, tokens, head size)')
             spec = replace(spec, shape=(new.shape[1], new.shape[3]))
             self._declare(name, spec)
-        return spec
+        assert spec.shape is not None
+        self._check(name, (spec.shape[0], tokens, spec.shape[1]), new)
 
     def _ring(self, name: str, new: Tensor, tokens: int) -> Ring:
         state = self.states.get(name) or self._allocate_like(name, new, tokens)
@@ -527,12 +580,15 @@ class StateCache(Rings, Cache):
         return any(state.kind == "conv" for state in self.spec.layers[layer].states)
 
 
-def _first_conv(name: str, new: Tensor, width: int | None) -> StateSpec:
-    """How a convolution of a family that is in no table is kept: as many inputs as it says; or the window it cut."""
+def _first_conv(name: str, new: Tensor, width: int | None, slack: int) -> StateSpec:
+    """How a convolution of a family that is in no table is kept: as many inputs as it says, or the window it cut."""
+    short = name.partition(".")[2]
     if width is None:
-        return StateSpec(name, "conv", tuple(new.shape[1:]), 1, leased=True)
+        return StateSpec(short, "conv", tuple(new.shape[1:]), 1, leased=True)
     shape = tuple(new.shape[1:-1])
-    return StateSpec(name, "conv", shape, width, axis=len(shape))
+    if not slack:
+        return StateSpec(short, "conv", (*shape, width), 1, leased=True)
+    return StateSpec(short, "conv", shape, width, axis=len(shape))
 
 
 class _NoGradient(torch.autograd.Function):

@@ -18,30 +18,56 @@ class Pass:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.model = spec.model
-        self.last = max((layer.index for layer in spec.layers if layer.states or layer.open), default=-1)
+        holding = [layer.index for layer in spec.layers if layer.states or layer.open] or [-1]
+        self.last = holding[-1]
+        self.ends = {holding[0], holding[-1]}  # the layers where a pass begins and ends
+        self.attends = self.last >= 0 and any(state.name == "key" for state in spec.layers[self.last].states)
+        kind = spec.layers[self.last].kind if self.last >= 0 else ""
+        self.like = [n.index for n in spec.layers if n.kind == kind and n.index != self.last]
+        self.first: int | None = None  # the layer that begins a pass
         self.due = _due(spec, self.last)  # writes that the last layer makes; None until they have been seen
         self.left = 0  # of them, in this pass
         self.written: set[str] = set()
         self.handed: dict[str, Tensor] = {}  # what a convolution was shown, until it writes
 
-    def begin(self) -> None:
+    def begin(self, layer: int) -> None:
+        """Start counting. Raises StepError where the pass before has ended too early."""
         self.left = self.due or 0
+        if self.first is None:
+            self.first = layer
+        elif layer == self.last != self.first:
+            raise StepError(
+                f"layer {layer} writes more states than the layers of its kind before it, so that its pass was thought "
+                "to be over: add its states to statecache.models.table.SHAPES (docs/adding_a_layer.md)"
+            )
 
     def wrote(self, layer: int, name: str, counts: bool) -> bool:
         """Take note of a write; whether it was the pass's last. `counts`: if it is one of those that end a pass."""
         if not torch.compiler.is_compiling():
             self.written.add(name)
-        if layer != self.last or not counts or self.due is None:
+        if layer != self.last or not counts:
             return False
+        if self.due is None:  # a first pass: as many as the layers of its kind before it
+            written = len(self._counted(layer))
+            if not written or not self.like or written != len(self._counted(self.like[-1])):
+                return False
+            self.due = self.left = written
+            return True
         self.left -= 1
         return self.left == 0
+
+    def _counted(self, layer: int) -> set[str]:
+        """The writes of a layer in this pass that are counted."""
+        names = {name.split(".")[1] for name in self.written if name.startswith(f"{layer}.")}
+        return {name for name in names if not name.startswith("recurrent")} or names
 
     def over(self) -> bool:
         """Whether a first pass of unknown end, now that another call comes, has ended."""
         if self.due is not None or torch.compiler.is_compiling():
             return False
-        of_last = {name.split(".")[1] for name in self.written if name.startswith(f"{self.last}.")}
-        counted = {name for name in of_last if not name.startswith("recurrent")} or of_last
+        counted = self._counted(self.last)
+        if self.attends and "key" not in counted:
+            return False  # inkling asks for mask sizes inside its layers, between its convolutions and its keys
         self.due = len(counted) or None
         return self.due is not None
 

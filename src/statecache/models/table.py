@@ -41,10 +41,9 @@ KINDS: dict[str, Kind] = {
     "dummy": Kind(),
 }
 
-# These shift their convolution's state in place in a one-token step, without asking whether they may, and say nothing.
-# Handed no state, they come through `update_conv_state` at every step instead.
+# These shift their convolution's state in place in a one-token step, without asking whether they may, and say nothing:
+# the new input is read off the state they were handed, when they write their recurrence.
 SHIFTS_IN_PLACE = {"kimi_linear", "bailing_hybrid", "glm5_next"}
-
 
 # Their scan takes no initial state: several tokens on top of others would start the recurrence from zero, silently.
 DROPS_STATE = {"mamba", "falcon_mamba", "jamba", "zamba"}

@@ -9,7 +9,7 @@ Slots = slice | Tensor  # the same for all rows: a slice, or (n,); each row its 
 
 
 def fixed(tensor: Tensor) -> Tensor:
-    """Promise torch.compile that this tensor never moves; unpromised, CUDA graphs may copy it, or be skipped in silence."""
+    """Promise torch.compile that this tensor never moves; unpromised, a CUDA graph may copy it or be skipped."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
     return tensor
@@ -21,6 +21,23 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device, static: bool) -
         return torch.zeros(shape, dtype=dtype, device=device)
     with torch.inference_mode(False):
         buffer = torch.zeros(shape, dtype=dtype, device=device)
+    return fixed(buffer) if static else buffer
+
+
+def keep_rows(buffer: Tensor, rows: Tensor, static: bool) -> Tensor:
+    """These rows (n,) of a buffer, in this order: in place if it never moves, else in another."""
+    if static:
+        buffer[: len(rows)] = buffer.index_select(0, rows)
+        return buffer
+    with torch.inference_mode(False):
+        return buffer.index_select(0, rows)
+
+
+def revive(buffer: Tensor, static: bool) -> Tensor:
+    """A buffer that was copied or read from a pickle, as `zeros` makes them."""
+    if buffer.is_inference():
+        with torch.inference_mode(False):
+            buffer = buffer.clone()
     return fixed(buffer) if static else buffer
 
 
@@ -38,35 +55,47 @@ class Dense:
         device: torch.device,
         static: bool = False,
     ) -> None:
-        self.axis, self.static, self.rows = axis, static, rows
+        self.axis, self.static = axis, static
         full = (rows, *shape[: axis - 1], slots, *shape[axis - 1 :])
-        self.data = zeros(*full, dtype=dtype, device=device, static=static)
+        self._hold(zeros(*full, dtype=dtype, device=device, static=static))
 
-    @property
-    def slots(self) -> int:
-        return self.data.shape[self.axis]
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        rows = self.rows
+        self._hold(revive(self.data, self.static))
+        self.use(rows)
+
+    def _hold(self, data: Tensor) -> None:
+        self.data, self.slots = data, data.shape[self.axis]
+        self.use(data.shape[0])
+
+    def use(self, rows: int) -> None:
+        """Have this many rows in use, from the first on."""
+        self.rows = rows
+        self._all = self.data if rows == self.data.shape[0] else self.data[:rows]
 
     def all(self) -> Tensor:
         """Every slot of the rows in use; a view."""
-        return self.data if self.rows == len(self.data) else self.data[: self.rows]
+        return self._all
 
     def read(self, at: Slots) -> Tensor:
         """The entries at these slots, time at `axis`. A view where the slots are a slice."""
         if isinstance(at, slice):
-            return self.all().narrow(self.axis, at.start, at.stop - at.start)
+            return self._all.narrow(self.axis, at.start, at.stop - at.start)
         if at.dim() == 1:
-            return self.all().index_select(self.axis, at)
-        return self.all()[self._index(at)].movedim(1, self.axis)
+            return self._all.index_select(self.axis, at)
+        return self._all[self._index(at)].movedim(1, self.axis)
 
     def write(self, at: Slots, entries: Tensor) -> None:
         """Put entries, time at `axis`, into these slots. No gradient flows through a store."""
-        entries = entries.detach()
+        if entries.requires_grad:
+            entries = entries.detach()
         if isinstance(at, slice):
             self.read(at).copy_(entries)
         elif at.dim() == 1:
-            self.all().index_copy_(self.axis, at, entries)
+            self._all.index_copy_(self.axis, at, entries)
         else:
-            self.all()[self._index(at)] = entries.movedim(self.axis, 1)
+            self._all[self._index(at)] = entries.movedim(self.axis, 1)
 
     def _index(self, at: Tensor) -> tuple[Tensor | slice, ...]:
         row = torch.arange(len(at), device=at.device)[:, None]
@@ -79,29 +108,20 @@ class Dense:
 
     def grow(self, slots: int) -> None:
         """Move to a tensor of this many slots; what is held keeps its slot."""
-        shape = list(self.data.shape)
-        del shape[0], shape[self.axis - 1]
-        wider = zeros(
-            len(self.data),
-            *shape[: self.axis - 1],
-            slots,
-            *shape[self.axis - 1 :],
-            dtype=self.data.dtype,
-            device=self.data.device,
-            static=self.static,
-        )
+        shape = (*self.data.shape[: self.axis], slots, *self.data.shape[self.axis + 1 :])
+        wider = zeros(*shape, dtype=self.data.dtype, device=self.data.device, static=self.static)
         wider.narrow(self.axis, 0, self.slots).copy_(self.data)
-        self.data = wider
+        rows = self.rows
+        self._hold(wider)
+        self.use(rows)
 
     def take(self, rows: Tensor, used: int) -> None:
         """Keep these rows (n,), in this order, of the first `used` slots; in place if the tensor never moves."""
         if self.static:
-            held = self.data.narrow(self.axis, 0, used)
-            held[: len(rows)] = held.index_select(0, rows)
+            keep_rows(self.data.narrow(self.axis, 0, used), rows, static=True)
         else:
-            with torch.inference_mode(False):
-                self.data = self.data.index_select(0, rows)
-        self.rows = len(rows)
+            self._hold(keep_rows(self.data, rows, static=False))
+        self.use(len(rows))
 
     def load(self, entries: Tensor) -> None:
         """Put back what `all` once showed, perhaps when there were fewer slots."""
