@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from statecache.cli import chat, main
 from statecache.cli.model import Settings, load
-from statecache.cli.writing import Stop
+from statecache.cli.writing import Stop, TextWriter
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -228,6 +228,18 @@ def test_embedded_model_is_the_default(statecache):
     assert code == 0
     assert report["settings"]["model"] == "embedded"
     assert min(report["bytes"][kind] for kind in ("conv", "recurrent", "attention")) > 0
+
+
+def test_text_comes_in_whole_characters(checkpoint):
+    tokenizer, pieces = load(Settings(checkpoint, device="cpu")).tokenizer, []
+    writer = TextWriter(tokenizer, tokenizer("Once").input_ids, pieces.append)
+    writer.put(torch.tensor([tokenizer("Once").input_ids]))
+    for token in tokenizer("a\N{LATIN SMALL LETTER E WITH ACUTE} \N{FOX FACE}<|end|>b").input_ids:
+        writer.put(torch.tensor([token]))
+    writer.put(torch.tensor(tokenizer("\N{FOX FACE}").input_ids[:2]))
+    writer.end()
+    assert pieces == ["a", "\N{LATIN SMALL LETTER E WITH ACUTE}", " ", "\N{FOX FACE}", "b", "\N{REPLACEMENT CHARACTER}"]
+    assert writer.text == "".join(pieces)
 
 
 # ---- Ctrl-C

@@ -1,0 +1,85 @@
+"""`statecache inspect`: what a model's cache is made of."""
+
+import json as json_format
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from statecache.cli.model import load_config
+from statecache.cli.report import byte_rows, human_bytes, two_columns
+from statecache.models.table import model_spec
+from statecache.spec import ModelSpec, StateSpec
+
+
+def inspect_command(model: str | None, rows: int, length: int, dtype: str | None, *, json: bool) -> None:
+    """Print a table of the states of every layer, and what rows x length of them take."""
+    config = load_config(model).get_text_config(decoder=True)
+    kept_in = getattr(torch, dtype) if dtype else config.dtype or torch.float32
+    spec = model_spec(config)
+    known = all(state.shape is not None for _, state in spec.states()) and not any(x.open for x in spec.layers)
+    sizes = spec.nbytes(rows, length, dtype=kept_in) if known else None
+    if json:
+        report = {
+            "model": model or "embedded",
+            "model_type": spec.model,
+            "dtype": _name(kept_in),
+            "layers": [
+                {"layer": x.index, "kind": x.kind, "states": [_state(s, kept_in) for s in x.states]}
+                for x in spec.layers
+            ],
+            "rows": rows,
+            "length": length,
+            "bytes": None if sizes is None else {**sizes.by_kind, "total": sizes.total},
+        }
+        print(json_format.dumps(report))
+        return
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    screen.print(_table(spec, kept_in))
+    if sizes is None:
+        screen.print("Some shapes are unknown until the model first writes them, so there are no totals.")
+    else:
+        screen.print(f"{rows} row{'s' * (rows > 1)} of {length:,} tokens:")
+        screen.print(two_columns(byte_rows(sizes.by_kind, sizes.total)))
+
+
+def _state(state: StateSpec, model: torch.dtype) -> dict[str, Any]:
+    entry = None if state.shape is None else state.entry_bytes(model)
+    everything = state.window is None
+    return {
+        "name": state.name,
+        "kind": state.kind,
+        "window": state.window,
+        "shape": state.shape,
+        "dtype": _name(state.dtype_for(model)),
+        "bytes_per_row": None if entry is None else 0 if state.window is None else state.window * entry,
+        "bytes_per_token": None if entry is None else entry if everything else 0,
+    }
+
+
+def _table(spec: ModelSpec, dtype: torch.dtype) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), title=f"{spec.model}, {_name(dtype)}", title_justify="left")
+    for name in ("layer", "kind", "state", "window", "entry", "dtype", "per row", "per token"):
+        table.add_column(name, justify="right" if name in ("layer", "window", "per row", "per token") else "left")
+    for layer in spec.layers:
+        head = (str(layer.index), layer.kind)
+        for state in layer.states:
+            x = _state(state, dtype)
+            entry = "?" if x["shape"] is None else "x".join(map(str, x["shape"]))
+            window = "all" if state.window is None else str(state.window)
+            fixed, growing = _bytes(x["bytes_per_row"]), _bytes(x["bytes_per_token"])
+            table.add_row(*head, state.name, window, entry, x["dtype"], fixed, growing)
+            head = ("", "")
+        if not layer.states:
+            table.add_row(*head, "known at the first write" if layer.open else "none")
+    return table
+
+
+def _bytes(n: int | None) -> str:
+    return "?" if n is None else human_bytes(n) if n else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
