@@ -1,0 +1,78 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST := 5.17.0
+
+.PHONY: run test lint format types docs examples test-oldest package check check-long clean
+
+run: $(VENV)/run.stamp
+	$(BIN)/statecache generate "Once upon a time"
+
+# Tests run tiny models: more threads only wait for each other, ten times slower on a busy machine.
+test test-oldest check-long: export OMP_NUM_THREADS ?= 1
+
+test: $(VENV)/dev.stamp
+	$(BIN)/pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+examples: $(VENV)/run.stamp
+	@for file in examples/*.py; do echo "$$file"; $(BIN)/python -W error "$$file" || exit 1; done
+
+# What talks to transformers, with the oldest supported one in front of the pinned one.
+test-oldest: $(VENV)/dev.stamp $(VENV)/oldest.stamp
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(BIN)/pytest tests/models tests/test_cli.py
+
+# The wheel by itself, as `pip install .` gives it: code, weights and tokenizer.
+package: $(VENV)/run.stamp
+	rm -rf $(VENV)/wheel
+	$(PIP) install --quiet --no-deps --target $(VENV)/wheel .
+	cd $(VENV)/wheel && PYTHONPATH=$(CURDIR)/$(VENV)/wheel ../bin/python bin/statecache generate --quiet --max-new-tokens 16 "Once upon a time"
+
+check:
+	.ci/run
+
+check-long: $(VENV)/dev.stamp
+	$(BIN)/pytest -m long
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis site dist
+
+$(BIN)/python:
+	@echo "Making $(VENV) with $(PYTHON); this happens once."
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "statecache needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing statecache and its pinned dependencies into $(VENV): torch is a large download, minutes the first time."
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	@echo "Installing the pinned development tools into $(VENV)."
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	@echo "Installing the pinned documentation tools into $(VENV)."
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(VENV)/oldest.stamp: $(VENV)/run.stamp
+	@echo "Installing transformers $(OLDEST) beside the pinned one, into $(VENV)/oldest."
+	rm -rf $(VENV)/oldest
+	$(PIP) install --quiet --no-deps --target $(VENV)/oldest transformers==$(OLDEST)
+	@touch $@
