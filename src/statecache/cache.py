@@ -5,6 +5,7 @@ B rows, T new tokens.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +158,7 @@ class Rings:
             raise StepError("a step is open already; close it first")
         step = self.clock.open(tokens, count)
         if self.capacity is None:
-            self._reserve(max(self.clock.host, default=0) + tokens)
+            self._reserve(max(self.clock.host) + tokens)
         self._step = step
         return step
 
@@ -172,7 +173,7 @@ class Rings:
             for state in self.states.values():
                 state.reserve(end)
             growing = [s.capacity for s in self.states.values() if isinstance(s, Ring) and s.capacity != s.limit]
-            self._room = min(growing, default=end)
+            self._room = min(growing) if growing else sys.maxsize
 
     def _start_clock(self, rows: int, device: torch.device) -> None:
         room = Room(rows, self.capacity, self.slack, torch.long, device)

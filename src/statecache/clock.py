@@ -55,7 +55,7 @@ class Clock:
 
     def catch_up(self) -> list[int]:
         """The lengths on the host. Waits for the device if compiled or replayed steps moved it meanwhile."""
-        if self.captured or self._seen != self.length._version:
+        if not torch.compiler.is_compiling() and (self.captured or self._seen != self.length._version):
             self._read()
         return self.host
 
@@ -125,7 +125,7 @@ class Clock:
             if step.count is not None:
                 here &= step.count[:, None] > 0
             kept.copy_(torch.where(here, start, torch.where(kept > start, 0, kept)))
-        if self._after is not None and not torch.compiler.is_compiling():
+        if self._after is not None:
             self._know(self._after)
             self._after = None
 
@@ -192,7 +192,9 @@ class Clock:
         self.overflowed = bool(self.overflow.item())
 
     def _know(self, lengths: list[int]) -> None:
-        self.host, self._seen = lengths, self.length._version
+        self.host = lengths
+        if not torch.compiler.is_compiling():
+            self._seen = self.length._version
         ragged = lengths.count(lengths[0]) != len(lengths)
         if ragged != self.ragged:
             self.ragged = ragged

@@ -220,6 +220,23 @@ def test_compiled_steps_share_one_graph_and_the_host_catches_up(name: str) -> No
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", SHALLOW)
+def test_a_growing_cache_compiles_a_few_times_and_serves_every_length(name: str) -> None:
+    model, config, ids = build(name, **SHALLOW[name])
+    ids = torch.cat([ids] * 12, 1)
+    cache = sc.StateCache(config)
+    feed(model, ids[:, :9], cache)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    forward, model.forward = model.forward, torch.compile(model.forward, fullgraph=True, backend=counter)
+    got = torch.cat([feed(model, ids[:, n : n + 1], cache, n) for n in range(9, 100)], 1)
+    model.forward = forward
+    assert counter.frame_count <= 4  # a first length, any length, and slots that doubled once
+    assert cache.lengths.tolist() == [100, 100]
+    want = model(ids[:, :100], use_cache=False).logits[:, 9:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_compiled_step_past_the_capacity_is_reported_by_the_next_call() -> None:
     model, config, ids = build("lfm2", **SHALLOW["lfm2"])
     cache = sc.StateCache(config, capacity=11)
