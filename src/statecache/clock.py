@@ -190,6 +190,7 @@ class Clock:
     def _read(self) -> None:
         self._know(self.lengths.tolist())
         self.overflowed = bool(self.overflow.item())
+        self._after = None  # of a pass that was given up
 
     def _know(self, lengths: list[int]) -> None:
         self.host = lengths

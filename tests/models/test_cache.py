@@ -407,6 +407,31 @@ def test_an_interrupted_pass_is_noticed_and_can_be_repaired(repair: str) -> None
     torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, start:], rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_step_after_an_interrupted_pass_counts_from_the_reset() -> None:
+    model, config, ids = build("lfm2", **SHALLOW["lfm2"])
+    cache = sc.StateCache(config, capacity=16)
+    feed(model, ids[:, :5], cache)
+    cache.update_conv_state(torch.zeros(2, 64, 7), 0, conv_kernel_size=3)  # a pass of 7 that nothing ends
+    cache.reset()
+    torch._dynamo.reset()
+    forward, model.forward = model.forward, torch.compile(model.forward, fullgraph=True, backend="eager")
+    feed(model, ids[:, :1], cache)
+    model.forward = forward
+    assert cache.lengths.tolist() == [1, 1]
+    torch.testing.assert_close(feed(model, ids[:, 1:], cache, 1), model(ids, use_cache=False).logits[:, 1:])
+
+
+def test_a_mark_of_other_rows_is_stale() -> None:
+    model, config, ids = build("lfm2")
+    cache = sc.StateCache(config)
+    feed(model, ids, cache)
+    cache.reset()
+    mark = cache.checkpoint()
+    feed(model, ids[:1], cache)
+    with pytest.raises(errors.StaleMarkError, match="number of rows"):
+        cache.restore(mark)
+
+
 def test_capabilities_say_what_the_method_would_raise() -> None:
     model, config, ids = build("qwen3_next")
     cache = sc.StateCache(config, slack=2)

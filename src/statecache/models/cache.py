@@ -467,6 +467,7 @@ class StateCache(Rings, Cache):
                     f"the batch has {rows} rows, and the cache was allocated with {len(self.clock.length)} at fixed "
                     f"addresses: make it with rows={rows}, or without capacity="
                 )
+            self._invalidate("the number of rows changed since")
             self.clock = None
             self.states.clear()
             self._passed.clear()
