@@ -18,8 +18,6 @@ from statecache.cache import Rings
 from statecache.clock import Clock, capturing
 from statecache.errors import (
     ConfigError,
-    DeviceError,
-    DtypeError,
     LayerError,
     OptionError,
     RowsError,
@@ -28,6 +26,7 @@ from statecache.errors import (
     StateCacheError,
     StepError,
 )
+from statecache.models.checks import check, cut
 from statecache.models.layers import Layer
 from statecache.models.passes import Pass
 from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE, model_spec
@@ -91,7 +90,7 @@ class StateCache(Rings, Cache):
             self._check_heads(name, new, tokens)
         step = self._begin(pair[0][0], key_states, tokens)
         exact = self.capacity is None
-        keys, values = (_cut(self._ring(name, new, tokens).extend(new, step, exact), new) for name, new in pair)
+        keys, values = (cut(self._ring(name, new, tokens).extend(new, step, exact), new) for name, new in pair)
         self._wrote(layer_idx, pair[0][0], counts=True)
         return keys, values
 
@@ -159,7 +158,7 @@ class StateCache(Rings, Cache):
         if past is None:
             wide = torch.nn.functional.pad(conv_states, (max(conv_kernel_size - tokens, 0), 0))
         else:
-            wide = _cut(torch.cat([past, conv_states], -1), conv_states)
+            wide = cut(torch.cat([past, conv_states], -1), conv_states)
         if isinstance(state, Lease):
             state.put(wide.narrow(-1, wide.shape[-1] - held, held))
         else:
@@ -217,7 +216,7 @@ class StateCache(Rings, Cache):
         lease = self._lease(name, recurrent_states)
         lease.put(recurrent_states)
         self._wrote(layer_idx, name, counts=alone)
-        return _cut(lease.entry, recurrent_states)
+        return cut(lease.entry, recurrent_states)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether a convolution must hand in its inputs also when it takes one token, instead of shifting its state.
@@ -522,26 +521,12 @@ class StateCache(Rings, Cache):
         came = (new.shape, expected, new.dtype, new.device)
         if not torch.compiler.is_compiling() and self._passed.get(name) == came:
             return
-        if tuple(new.shape[1:]) != expected:
-            raise ShapeError(
-                f'state "{name}": came {tuple(new.shape)}, and the cache was made for (rows, '
-                f"{', '.join(map(str, expected))}): make it from the configuration of the {self.spec.model} model that "
-                "uses it"
-            )
-        if self._step is not None and self.clock is not None and len(new) != self.clock.rows:
-            raise RowsError(f'state "{name}": {len(new)} rows came in a pass of {self.clock.rows}')
-        state = self.states.get(name)
-        if state is not None:
-            buffer = state.buffers()[0]
-            if new.device != buffer.device:
-                raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {buffer.device}')
-            if new.dtype != buffer.dtype and not cast:
-                raise DtypeError(
-                    f'state "{name}": came in {new.dtype}, and the cache holds {buffer.dtype}: make it with '
-                    f"dtype={new.dtype}, or leave dtype= out"
-                )
-            if self._step is not None and not torch.compiler.is_compiling():
-                self._passed[name] = came
+        clock, state = self.clock, self.states.get(name)
+        rows = clock.rows if clock is not None and self._step is not None else None
+        held = None if state is None else state.buffers()[0]
+        check(name, new, expected, model=self.spec.model, rows=rows, held=held, cast=cast)
+        if rows is not None and held is not None and not torch.compiler.is_compiling():
+            self._passed[name] = came
 
     def _check_heads(self, name: str, new: Tensor, tokens: int) -> None:
         """Check keys or values; where no table says what they are, their first write does."""
@@ -590,21 +575,3 @@ def _first_conv(name: str, new: Tensor, width: int | None, slack: int) -> StateS
     if not slack:
         return StateSpec(short, "conv", (*shape, width), 1, leased=True)
     return StateSpec(short, "conv", shape, width, axis=len(shape))
-
-
-class _NoGradient(torch.autograd.Function):
-    """Identity that raises in the backward pass, since entries carry no gradient: wrong ones would be silent."""
-
-    @staticmethod
-    def forward(ctx: Any, seen: Tensor, new: Tensor) -> Tensor:
-        return seen.view_as(seen)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Any:
-        raise StateCacheError("a StateCache carries no gradient: train with use_cache=False")
-
-
-def _cut(seen: Tensor, new: Tensor) -> Tensor:
-    if new.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _NoGradient.apply(seen, new)  # type: ignore[no-any-return, no-untyped-call]
-    return seen

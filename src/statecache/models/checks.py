@@ -1,0 +1,49 @@
+"""What a layer hands in: whether it belongs to its state, before anything is written; and that no gradient follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecache.errors import DeviceError, DtypeError, RowsError, ShapeError, StateCacheError
+
+
+def check(
+    name: str, new: Tensor, expected: tuple[int, ...], *, model: str, rows: int | None, held: Tensor | None, cast: bool
+) -> None:
+    """Raise the error that says why `new` is not (rows, *expected) as the cache has `held` it. `cast`: of any dtype."""
+    if tuple(new.shape[1:]) != expected:
+        raise ShapeError(
+            f'state "{name}": came {tuple(new.shape)}, and the cache was made for (rows, '
+            f"{', '.join(map(str, expected))}): make it from the configuration of the {model} model that uses it"
+        )
+    if rows is not None and len(new) != rows:
+        raise RowsError(f'state "{name}": {len(new)} rows came in a pass of {rows}')
+    if held is not None and new.device != held.device:
+        raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {held.device}')
+    if held is not None and new.dtype != held.dtype and not cast:
+        raise DtypeError(
+            f'state "{name}": came in {new.dtype}, and the cache holds {held.dtype}: make it with dtype={new.dtype}, '
+            "or leave dtype= out"
+        )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Identity that raises in the backward pass, since entries carry no gradient: wrong ones would be silent."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, new: Tensor) -> Tensor:
+        return seen.view_as(seen)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Any:
+        raise StateCacheError("a StateCache carries no gradient: train with use_cache=False")
+
+
+def cut(seen: Tensor, new: Tensor) -> Tensor:
+    """What a layer sees of the cache after it handed in `new`: the same, but for a backward pass, which it refuses."""
+    if new.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _NoGradient.apply(seen, new)  # type: ignore[no-any-return, no-untyped-call]
+    return seen
