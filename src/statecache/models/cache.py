@@ -316,12 +316,13 @@ class StateCache(Rings, Cache):
         """Whether any tokens within the slack can be cropped, chunks too: not with a recurrence."""
         return self.slack > 0 and not any(s.leased for s in self._declared.values())
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last n tokens, given as -n; 0 does nothing. See `rollback`."""
-        if tokens_to_remove > 0:
-            raise OptionError(f"crop({tokens_to_remove}): give minus the number of tokens to forget")
-        if tokens_to_remove:
-            self.rollback(-tokens_to_remove)
+        tokens = int(tokens_to_remove)  # in transformers 5.17 a tensor
+        if tokens > 0:
+            raise OptionError(f"crop({tokens}): give minus the number of tokens to forget")
+        if tokens:
+            self.rollback(-tokens)
 
     def activate_past_recording(self) -> None:
         """Make sure that tokens can be forgotten. Raises SlackError where no slots were reserved for that."""
