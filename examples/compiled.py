@@ -1,7 +1,10 @@
 """One compiled graph for every step of every request: with a capacity, nothing in the cache ever moves."""
 
+import shutil
+import sysconfig
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -31,7 +34,9 @@ cache = sc.StateCache(config, capacity=128, rows=1, dtype=torch.float32, device=
 addresses = [buffer.data_ptr() for buffer in cache.buffers()]
 print(f"allocated before the first token: {cache.nbytes()}")
 
-step = torch.compile(model.forward, fullgraph=True)
+# inductor writes C++ on a CPU: without a compiler for that, and Python's headers, the graph runs as it was traced
+builds = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+step = torch.compile(model.forward, fullgraph=True, backend="inductor" if builds else "aot_eager")
 
 
 def decode(forward, prompt: list[int], tokens: int) -> tuple[list[int], float]:

@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -14,6 +12,7 @@ from pathlib import Path
 import families
 import matrix
 import pytest
+from tiny_models import COMPILER
 
 MATRIX = Path(matrix.__file__)
 COMPILED = (
@@ -103,10 +102,8 @@ def report(family: str, failed: dict[str, dict[str, object]]) -> None:
 
 
 def compiled_step(family: str, folder: Path) -> dict[str, object]:
-    """The cell of a compiled step, by inductor where it can build: it needs g++ and Python's headers."""
-    inductor = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-    backend = "inductor" if inductor else "aot_eager"
-    options = ("--only", "compiled_step", "--limit", "600", "--backend", backend)
+    """The cell of a compiled step."""
+    options = ("--only", "compiled_step", "--limit", "600", "--backend", COMPILER)
     return run_matrix(family, folder / family, *options)["compiled_step"]
 
 

@@ -268,7 +268,7 @@ def test_sizes_are_known_before_anything_is_allocated(name: str, dtype: torch.dt
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, when inductor is imported
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("mistral", "inductor"), ("gemma3_text", "aot_eager"), ("mamba2", "eager"), ("zaya", "eager")],
+    [("mistral", tiny.COMPILER), ("gemma3_text", "aot_eager"), ("mamba2", "eager"), ("zaya", "eager")],
 )
 def test_one_graph_serves_all_steps_past_the_window(name: str, backend: str) -> None:
     torch._dynamo.reset()

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import families
 import torch
 import transformers
 from torch import Tensor
+
+# inductor where it can build, which takes g++ and Python's headers
+BUILDS = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+COMPILER = "inductor" if BUILDS else "aot_eager"
 
 WINDOW = 8  # of every sliding layer
 V = 101
