@@ -384,9 +384,12 @@ def test_a_model_that_would_drop_its_state_is_stopped() -> None:
 
 
 @pytest.mark.parametrize("repair", ["reset", "restore"])
-def test_an_interrupted_pass_is_noticed_and_can_be_repaired(repair: str) -> None:
+@pytest.mark.parametrize("slack", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_interrupted_pass_is_noticed_and_can_be_repaired(repair: str, slack: int, tokens: int) -> None:
     model, config, ids = build("granitemoehybrid")
-    cache = sc.StateCache(config, slack=1)
+    ids = ids[:, : 5 + tokens]
+    cache = sc.StateCache(config, slack=slack)
     feed(model, ids[:, :5], cache)
     mark = cache.checkpoint()
 
