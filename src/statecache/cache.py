@@ -139,10 +139,7 @@ class Rings:
         yield "step", self._refuse_torn()
         yield "checkpoint", self._refuse_torn()
         yield "fork", self._refuse_torn()
-        yield (
-            "gather",
-            self._refuse_torn() or (None if rows else RowsError("there are no rows before the first forward")),
-        )
+        yield "gather", self._refuse_gather()
         yield "rollback", self._refuse_rollback([1] * rows)
         yield "reset", None
 
@@ -258,9 +255,8 @@ class Rings:
         Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
         """
         self._settle()
-        _check(self._refuse_torn())
-        if self.clock is None:
-            raise RowsError("there are no rows before the first forward")
+        _check(self._refuse_gather())
+        assert self.clock is not None
         index = torch.as_tensor(rows)
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise RowsError(f"rows to keep are a 1-d tensor of integers, not {index.dtype} {tuple(index.shape)}")
@@ -337,6 +333,10 @@ class Rings:
             "the last forward pass was interrupted, so some layers have taken in its tokens and some have not: "
             "reset(), or restore() a mark"
         )
+
+    def _refuse_gather(self) -> StateCacheError | None:
+        empty = self.clock is None
+        return self._refuse_torn() or (RowsError("there are no rows before the first forward") if empty else None)
 
     def _refuse_rollback(self, forget: list[int]) -> StateCacheError | None:
         if self.clock is None:
