@@ -47,7 +47,7 @@ class Layer:
 
     @property
     def record_past(self) -> bool:
-        return True
+        return self.cache.is_recording_past(self.index)
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
