@@ -1,0 +1,115 @@
+"""The gated delta rule (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464).
+
+    S = exp(g_t) S_(t-1)        S_t = S + k_t outer beta_t (v_t - k_t S)        y_t = q_t S_t
+
+q and k are l2-normalised here, q then scaled by K**-0.5. g <= 0 and beta (0..2) together are the gate: a token of
+g = beta = 0 is no token. A chunk solves for what its tokens write, d (Q, V), at once:
+with D_ij = exp(g_(j+1) + .. + g_i),
+
+    d_i + beta_i sum_(j<i) D_ij (k_i k_j) d_j = beta_i (v_i - D_i0 k_i S)
+
+Letters: B rows, T new tokens, H value heads, J key heads (H/J value heads share one), K key size, V value size,
+M chunks, Q tokens of a chunk, n marks of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from statecache.ops import chunks
+
+EXACTNESS = {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
+MOST = 64  # tokens of a chunk
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    count: Tensor | None = None,
+    at: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take in T tokens: q, k (B, T, J, K), v (B, T, H, V), g, beta (B, T, H), state (B, H, K, V) or None for zeros.
+
+    Returns the outputs (B, T, H, V), the state after the first `count` (B,) tokens of each row, None for all, and
+    the states after `at` (B, n) tokens, (B, n, H, K, V), or None.
+    """
+    dtype = chunks.working(v, state)
+    rows, tokens, heads, V = v.shape
+    K = q.shape[-1]
+    size = chunks.size(tokens, MOST)
+    q, k = _unit(q.to(dtype)) * K**-0.5, _unit(k.to(dtype))
+    q, k, v = (chunks.split(tensor, size) for tensor in (q, k, v.to(dtype)))
+    g, beta = (chunks.split(chunks.gated(gate, count, dtype), size) for gate in (g, beta))
+    state = v.new_zeros(rows, heads, K, V) if state is None else state
+    band = max(1, chunks.room(v) // (rows * heads * size * (K + size)))
+    y, state, states = chunks.sweep(_parts, _through, (g, beta), (q, k, v), state, at, band)
+    return chunks.join(y, tokens), state, states
+
+
+@chunks.forward_only
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """Take in one token, `state` (B, H, K, V) in place: q, k (B, J, K), v (B, H, V), g, beta (B, H); (B, H, V)."""
+    return _advance(q, k, v, g, beta, state)
+
+
+@chunks.forward_only
+def fold(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, count: Tensor | None = None) -> None:
+    """Step `state` (B, H, K, V) in place over the first `count` (B,) tokens of a record, None for all.
+
+    The record: k (B, T, J, K), v (B, T, H, V), g and beta (B, T, H).
+    """
+    g, beta = (chunks.gated(gate, count, state.dtype) for gate in (g, beta))
+    for t in range(v.shape[1]):
+        _advance(
+            k[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state
+        )  # any query: products of one shape, one rounding
+
+
+def _advance(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """Write one token into `state`, read y (B, H, V) off the old one: q S_t = exp(g) q S + (q k) d."""
+    rows, heads, K, V = state.shape
+    both = _unit(torch.stack([k, q], 2).to(state.dtype))  # (B, J, 2, K)
+    both = both.unsqueeze(2).expand(-1, -1, heads // k.shape[1], -1, -1).reshape(rows, heads, 2, K)
+    decay = g.to(state.dtype).exp()[..., None]
+    old = torch.bmm(both.view(-1, 2, K), state.reshape(-1, K, V)).view(rows, heads, 2, V) * decay[..., None]
+    new = (v.to(state.dtype) - old[:, :, 0]) * beta.to(state.dtype).unsqueeze(-1)
+    state.mul_(decay[..., None]).addcmul_(both[:, :, 0].unsqueeze(-1), new.unsqueeze(-2))
+    overlap = (both[:, :, 0] * both[:, :, 1]).sum(-1, keepdim=True)
+    return torch.addcmul(old[:, :, 1], overlap, new).mul_(K**-0.5)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _parts(g: Tensor, beta: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What a chunk's passage needs besides the carry, inputs (B, M, Q, ...)."""
+    Q, shared = v.shape[2], v.shape[3] // k.shape[3]
+    q, k = q.transpose(2, 3), k.transpose(2, 3)  # (B, M, J, Q, K)
+    v, beta = v.transpose(2, 3), beta.transpose(2, 3).unsqueeze(-1)  # (B, M, H, Q, V), (B, M, H, Q, 1)
+    total = g.cumsum(2).transpose(2, 3)  # (B, M, H, Q)
+    later = torch.ones(Q, Q, dtype=torch.bool, device=v.device).triu(1)
+    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()  # (B, M, H, Q, Q)
+    q_scores, k_scores = ((a @ k.mT).repeat_interleave(shared, 2) * decay for a in (q, k))
+    system = (k_scores * beta).tril(-1)
+    identity = torch.eye(Q, dtype=v.dtype, device=v.device)
+    solve = torch.linalg.solve_triangular(
+        system + identity, identity.expand_as(system), upper=False, unitriangular=True
+    )
+    q, k = q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2)
+    since, last = total.exp().unsqueeze(-1), total[..., -1:]
+    until = (last - total).exp().unsqueeze(-1)
+    return torch.cat([k * since * beta, q * since], -2), v * beta, solve, q_scores, k * until, last.exp().unsqueeze(-1)
+
+
+def _through(
+    state: Tensor, reads: Tensor, v: Tensor, solve: Tensor, scores: Tensor, writes: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One chunk: state (B, H, K, V), reads (B, H, 2Q, K), v (B, H, Q, V), the rest as `_parts` gives it."""
+    Q = v.shape[-2]
+    seen = reads @ state
+    new = solve @ (v - seen[..., :Q, :])
+    return (seen[..., Q:, :] + scores @ new).transpose(1, 2), state * decay + writes.mT @ new
