@@ -9,14 +9,16 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from statecache.clock import Clock
-from statecache.errors import MarkError, OptionError, RowsError, StaleMarkError, StateCacheError, StepError
+from statecache.draft import Draft
+from statecache.errors import MarkError, OptionError, RowsError, SlackError, StaleMarkError, StateCacheError, StepError
+from statecache.replay import Fold, Replay, fold
 from statecache.ring import Lease, Ring, Room, Step
 from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec
 
@@ -40,7 +42,7 @@ class Mark:
 
     owner: weakref.ref[Rings]
     lengths: list[int]
-    clock: tuple[Tensor, Tensor, Tensor] | None
+    clock: tuple[Tensor, ...] | None
     copies: Mapping[str, tuple[Tensor, ...]] = field(repr=False)
     stale: str | None = None
 
@@ -75,6 +77,7 @@ class Rings:
         self.clock: Clock | None = None
         self._declared: dict[str, StateSpec] = dict(spec.states())
         self._step: Step | None = None
+        self._draft: Draft | None = None
         self._room = 0  # the longest row that every growing ring has slots for
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
         self._base: list[int] = []  # the lengths after the last call that was not a step
@@ -140,30 +143,58 @@ class Rings:
         yield "checkpoint", self._refuse_torn()
         yield "fork", self._refuse_torn()
         yield "gather", self._refuse_gather()
-        yield "rollback", self._refuse_rollback([1] * rows)
-        yield "reset", None
+        yield "rollback", self._refuse_torn() or self._refuse_rollback([1] * rows)
+        yield "speculate", self._refuse_draft(1)
+        yield "reset", self._refuse_round()
 
     # ---- a step
 
-    def open(self, tokens: int, count: Tensor | None = None) -> Step:
+    def open(self, tokens: int, count: Tensor | None = None, folds: Mapping[str, Fold] | None = None) -> Step:
         """Begin a pass of T `tokens`, of which row b takes in the first `count[b]`; all, if there is no count.
 
+        `folds`: of each logged state, by its name; this makes room in the logs, before any layer runs.
         Raises CapacityError or StepError before anything is written.
         """
         assert self.clock is not None, "rows are known from the constructor or from the first write"
         if self._step is not None:
             raise StepError("a step is open already; close it first")
+        if self._draft is not None:
+            self._draft.check(tokens)
+            overwritten = next((n for n, s in self._declared.items() if s.leased and not s.logged), None)
+            if overwritten is not None:
+                raise StepError(
+                    f'state "{overwritten}" is overwritten as the model goes, which no round can take back: '
+                    "statecache.prepare(model) first"
+                )
         step = self.clock.open(tokens, count)
         if self.capacity is None:
             self._reserve(max(self.clock.host) + tokens)
+        if folds is not None and self.slack:
+            replay = self.clock.replay(step)
+            step = replace(step, replay=replay)
+            self._step = step
+            for name, stepping in folds.items():
+                self._fold(name, stepping, replay)
+            self.clock.folded(replay)
         self._step = step
         return step
 
     def close(self, step: Step) -> None:
-        """End the pass: its tokens are now part of the rows."""
+        """End the pass: its tokens are now part of the rows; in a speculative round, those that are accepted later."""
         assert self.clock is not None and step is self._step
-        self.clock.close(step)
+        if self._draft is None:
+            self.clock.close(step)
+        else:
+            self._draft.step = step
+            self.clock.drop()
         self._step = None
+
+    def _fold(self, name: str, step: Fold, replay: Replay) -> None:
+        state, layer = self.states.get(name), name.partition(".")[0]
+        if isinstance(state, Lease) and state.spec.logged:
+            inputs, gates = (self.states[f"{layer}.{part}"] for part in ("inputs", "gates"))
+            assert isinstance(inputs, Ring) and isinstance(gates, Ring)
+            fold(step, state, (inputs, gates), replay)
 
     def _reserve(self, end: int) -> None:
         if end > self._room:
@@ -189,12 +220,21 @@ class Rings:
         self._room = 0  # look at every ring again
         return state
 
+    def speculate(self, max_tokens: int) -> Draft:
+        """Begin a speculative round, as a context: one forward pass of T <= `max_tokens`, of which `commit` keeps some.
+
+        Nothing is kept without a commit. Raises SlackError for more tokens than the slack, StepError in another round.
+        """
+        self._settle()
+        allow(self._refuse_draft(max_tokens))
+        return Draft(self, max_tokens)
+
     # ---- between steps
 
     def checkpoint(self) -> Mark:
         """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
         self._settle()
-        _check(self._refuse_torn())
+        allow(self._refuse_torn())
         mark = Mark(
             weakref.ref(self),
             [] if self.clock is None else list(self.clock.host),
@@ -210,6 +250,7 @@ class Rings:
         Raises MarkError for a mark of another cache, StaleMarkError where something written since overwrote it.
         """
         self._settle(refuse=False)
+        allow(self._refuse_round())
         if mark.owner() is not self:
             raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
         if mark.stale is not None:
@@ -232,13 +273,13 @@ class Rings:
         Raises RollbackError where a row would go below what its states still hold; nothing is changed then.
         """
         self._settle()
-        _check(self._refuse_torn())
+        allow(self._refuse_torn())
         if self.clock is None:
             if isinstance(tokens, int) and tokens == 0:
                 return
             raise RowsError("nothing to forget: the cache is empty")
         forget = self._per_row(tokens)
-        _check(self._refuse_rollback(forget))
+        allow(self._refuse_rollback(forget))
         n = torch.tensor(forget, device=self.clock.length.device)
         self.clock.rollback(n)
         length, moved = self.clock.lengths, n > 0
@@ -255,7 +296,7 @@ class Rings:
         Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
         """
         self._settle()
-        _check(self._refuse_gather())
+        allow(self._refuse_gather())
         assert self.clock is not None
         index = torch.as_tensor(rows)
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
@@ -283,11 +324,12 @@ class Rings:
         import copy
 
         self._settle()
-        _check(self._refuse_torn())
+        allow(self._refuse_torn())
         return copy.deepcopy(self)
 
     def reset(self) -> None:
         """Be empty again, in place; what was allocated stays, and all its rows are in use."""
+        allow(self._refuse_round())
         self._invalidate("the cache was reset since")
         self._empty()
 
@@ -304,6 +346,8 @@ class Rings:
     def _drop_step(self) -> None:
         """Forget a step that was left open."""
         self._step = None
+        if self.clock is not None:
+            self.clock.drop()
 
     def _settle(self, refuse: bool = True) -> None:
         """Bring the host up to date, and find the marks that steps since the last such call have made stale.
@@ -319,6 +363,9 @@ class Rings:
                     mark.stale = f"row {row} was marked at {marked} tokens and written again from {base} on"
         self._base = list(now)
 
+    def _committed(self) -> None:
+        """A speculative round has ended with tokens kept."""
+
     def _between(self) -> None:
         self._base = [] if self.clock is None else list(self.clock.host)
 
@@ -326,7 +373,24 @@ class Rings:
         for mark in self._marks:
             mark.stale = mark.stale or why
 
+    def _refuse_round(self) -> StateCacheError | None:
+        if self._draft is None:
+            return None
+        return StepError("a speculative round is open: commit() what it accepts, or leave its `with` block, first")
+
+    def _refuse_draft(self, tokens: int) -> StateCacheError | None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            return OptionError(f"max_tokens={tokens!r}: give the most tokens that the round's forward pass brings")
+        if tokens > self.slack:
+            return SlackError(
+                f"a round of {tokens} tokens needs slots to go back: the cache was made with slack={self.slack}; "
+                f"make it with slack={tokens} or more"
+            )
+        return self._refuse_torn()
+
     def _refuse_torn(self) -> StateCacheError | None:
+        if self._draft is not None:
+            return self._refuse_round()
         if self._step is None:
             return None
         return StepError(
@@ -341,7 +405,7 @@ class Rings:
     def _refuse_rollback(self, forget: list[int]) -> StateCacheError | None:
         if self.clock is None:
             return RowsError("nothing to forget: the cache is empty")
-        return self.clock.refuse(forget, any(isinstance(s, Lease) for s in self.states.values()))
+        return self.clock.refuse(forget, any(isinstance(s, Lease) and s.copies for s in self.states.values()))
 
     def _per_row(self, tokens: int | Tensor | Sequence[int]) -> list[int]:
         assert self.clock is not None
@@ -356,7 +420,7 @@ class Rings:
         return [int(n) for n in given.tolist()]
 
 
-def _check(error: StateCacheError | None) -> None:
+def allow(error: StateCacheError | None) -> None:
     if error is not None:
         raise error
 

@@ -5,10 +5,13 @@ B rows, T new tokens. The device's lengths are the truth; the host keeps a copy 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from statecache.errors import CapacityError, RaggedError, RollbackError, StateCacheError
+from statecache.replay import Replay
 from statecache.ring import Room, Step
 from statecache.storage.dense import keep_rows, revive, zeros
 
@@ -30,12 +33,15 @@ class Clock:
         self.length = longs(room.rows)
         self.floor = longs(room.rows)  # the shortest length that a rollback can come back to
         self.kept = longs(room.rows, room.slack)  # in slot (n - 1) % slack: n, if leased states were copied at length n
+        self.columns = longs()  # fed to every row, pads included: what transformers calls the length
         self.overflow = zeros(dtype=torch.bool, device=room.device, static=self.static)
         self.host = [0] * room.rows
+        self.floors = [0] * room.rows  # the host's copy of `floor`
+        self.width = 0  # the host's copy of `columns`
         self.ragged = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
         self.overflowed = False
         self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
-        self._seen = self.length._version
+        self._seen = self._version
         self._after: list[int] | None = None  # the host's lengths once the open step is closed
 
     def __getstate__(self) -> dict[str, object]:
@@ -44,18 +50,33 @@ class Clock:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        for name in ("length", "floor", "kept", "overflow"):
+        for name in ("length", "floor", "kept", "columns", "overflow"):
             setattr(self, name, revive(getattr(self, name), self.static))
-        self._seen = self.length._version
+        self._seen = self._version
 
     @property
     def lengths(self) -> Tensor:
         """Tokens each row has taken in: (B,) long, live."""
         return self.length if self.rows == len(self.length) else self.length[: self.rows]
 
+    @property
+    def _version(self) -> int:
+        """What differs once the device's clock was moved."""
+        return self.length._version + self.floor._version
+
+    def drop(self) -> None:
+        """Forget a pass that was given up."""
+        self._after = None
+
+    def keep_from_here(self) -> None:
+        """Rows cannot go back before where they stand."""
+        self.sync()
+        self.floor.copy_(self.length)
+        self._read()
+
     def catch_up(self) -> list[int]:
         """The lengths on the host. Waits for the device if compiled or replayed steps moved it meanwhile."""
-        if not torch.compiler.is_compiling() and (self.captured or self._seen != self.length._version):
+        if not torch.compiler.is_compiling() and (self.captured or self._seen != self._version):
             self._read()
         return self.host
 
@@ -89,8 +110,10 @@ class Clock:
         if self.static and (torch.compiler.is_compiling() or capturing(self.length)):
             if not torch.compiler.is_compiling():
                 self.captured = True
-            start = self.lengths.clone() if count is not None else self.lengths[:1].clone()
-            return Step(tokens, start, count)
+            self._after = None
+            if self.ragged and count is None:
+                count = torch.full_like(self.lengths, tokens)
+            return Step(tokens, self.lengths[:1].clone() if count is None else self.lengths.clone(), count)
         host = self.sync()
         taken = [tokens] * len(host) if count is None else count.tolist()
         for row, (length, n) in enumerate(zip(host, taken, strict=True)):
@@ -101,12 +124,57 @@ class Clock:
                 )
         self._after = [length + n for length, n in zip(host, taken, strict=True)]
         if count is None and not self.ragged:
-            return Step(tokens, host[0])
-        return Step(tokens, self.lengths.clone(), torch.full_like(self.lengths, tokens) if count is None else count)
+            return Step(tokens, host[0], end=host[0] + tokens)
+        taking = torch.full_like(self.lengths, tokens) if count is None else count
+        return Step(tokens, self.lengths.clone(), taking, end=max(self._after))
 
-    def close(self, step: Step) -> None:
-        """End the pass: its tokens are now part of the rows."""
+    def replay(self, step: Step) -> Replay:
+        """How the open step meets the logs, which keep the last `slack` inputs of each row."""
+        tokens, slack = step.tokens, self.slack
+        if self._after is None:  # the host does not know
+            assert isinstance(step.start, Tensor)
+            floor = self.floor[: self.rows].clone()
+            room = step.start + (tokens if step.count is None else step.count) - slack
+            lag = max(slack - tokens, 0) if step.count is None else slack
+            fold = torch.maximum(floor, torch.minimum(room, step.start)) - floor
+            at = None if tokens <= slack else torch.maximum(floor, room) - step.start + lag
+            return Replay(floor, fold, min(tokens, slack), lag, at)
+        spans = list(zip(self.floors, self.host, self._after, strict=True))
+        bases = [max(floor, min(after - slack, length)) for floor, length, after in spans]
+        folds = [base - floor for base, floor in zip(bases, self.floors, strict=True)]
+        lag = max(length - base for length, base in zip(self.host, bases, strict=True))
+        takes = [max(floor, after - slack) - length + lag for floor, length, after in spans]
+        moves = any(max(floor, after - slack) > base for (floor, _, after), base in zip(spans, bases, strict=True))
+        if isinstance(step.start, int) and len(set(self.floors)) == 1:
+            return Replay(self.floors[0], folds[0], folds[0], lag, takes[0] if moves else None)
+        device = self.length.device
+        fold = torch.tensor(folds, device=device)
+        at = torch.tensor(takes, device=device) if moves else None
+        return Replay(self.floor[: self.rows].clone(), fold, max(folds), lag, at)
+
+    def folded(self, replay: Replay) -> None:
+        """The logged states stand where `replay` folds them to."""
+        floor = self.floor[: self.rows]
+        floor.copy_(torch.as_tensor(replay.base, device=floor.device).expand_as(floor))
+        if self._after is not None:
+            self.floors = [
+                max(low, min(end - self.slack, length))
+                for low, length, end in zip(self.floors, self.host, self._after, strict=True)
+            ]
+            self._seen = self._version
+
+    def accept(self, step: Step, accepted: list[int]) -> None:
+        """End a pass of which each row keeps its first `accepted` tokens."""
+        count = torch.tensor(accepted, device=self.length.device)
+        start = self.lengths.clone()
+        self._after = [length + n for length, n in zip(self.host, accepted, strict=True)]
+        self.close(replace(step, start=start, count=count), columns=max(accepted))
+
+    def close(self, step: Step, columns: int | None = None) -> None:
+        """End the pass: its tokens are now part of the rows. `columns`: that it fed, if not all T."""
         length = self.lengths
+        columns = step.tokens if columns is None else columns
+        self.columns.add_(columns)
         if isinstance(step.start, int):
             start: int | Tensor = step.start
             length.add_(step.tokens)
@@ -126,14 +194,17 @@ class Clock:
                 here &= step.count[:, None] > 0
             kept.copy_(torch.where(here, start, torch.where(kept > start, 0, kept)))
         if self._after is not None:
-            self._know(self._after)
+            floors = self.floors
+            if self.slack and step.tokens:
+                floors = [max(low, end - self.slack) for low, end in zip(floors, self._after, strict=True)]
+            self._know(self._after, floors, self.width + columns)
             self._after = None
 
     # ---- between steps
 
     def refuse(self, forget: list[int], leased: bool) -> StateCacheError | None:
         """Why rows cannot forget this many tokens each, or None. Waits for the device."""
-        host, floor, kept = self.sync(), self.floor.tolist(), self.kept.tolist()
+        host, floor, kept = self.sync(), self.floors, self.kept.tolist()
         for row, (length, n) in enumerate(zip(host, forget, strict=True)):
             target = length - n
             if n < 0 or target < 0:
@@ -156,6 +227,7 @@ class Clock:
     def rollback(self, forget: Tensor) -> None:
         """Subtract (B,) tokens, as `refuse` allowed."""
         self.lengths.sub_(forget)
+        self.columns.sub_(forget.min())
         self._read()
 
     def reset(self) -> None:
@@ -164,6 +236,7 @@ class Clock:
         self.length.zero_()
         self.floor.zero_()
         self.kept.zero_()
+        self.columns.zero_()
         self.overflow.zero_()
         self._read()
 
@@ -174,28 +247,29 @@ class Clock:
         self.rows = len(rows)
         self._read()
 
-    def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
+    def snapshot(self) -> tuple[Tensor, ...]:
         rows = slice(0, self.rows)
-        return self.length[rows].clone(), self.floor[rows].clone(), self.kept[rows].clone()
+        return self.length[rows].clone(), self.floor[rows].clone(), self.kept[rows].clone(), self.columns.clone()
 
-    def load(self, copied: tuple[Tensor, Tensor, Tensor]) -> None:
-        for data, copy in zip((self.length, self.floor, self.kept), copied, strict=True):
+    def load(self, copied: tuple[Tensor, ...]) -> None:
+        for data, copy in zip((self.length, self.floor, self.kept), copied[:3], strict=True):
             data[: self.rows].copy_(copy)
+        self.columns.copy_(copied[3])
         self.overflow.zero_()
         self._read()
 
     def buffers(self) -> list[Tensor]:
-        return [self.length, self.floor, self.kept, self.overflow]
+        return [self.length, self.floor, self.kept, self.columns, self.overflow]
 
     def _read(self) -> None:
-        self._know(self.lengths.tolist())
+        self._know(self.lengths.tolist(), self.floor[: self.rows].tolist(), int(self.columns.item()))
         self.overflowed = bool(self.overflow.item())
         self._after = None  # of a pass that was given up
 
-    def _know(self, lengths: list[int]) -> None:
-        self.host = lengths
+    def _know(self, lengths: list[int], floors: list[int], width: int) -> None:
+        self.host, self.floors, self.width = lengths, floors, width
         if not torch.compiler.is_compiling():
-            self._seen = self.length._version
+            self._seen = self._version
         ragged = lengths.count(lengths[0]) != len(lengths)
         if ragged != self.ragged:
             self.ragged = ragged

@@ -7,12 +7,16 @@ comments write them as (B, T, *D).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from statecache.spec import StateSpec
 from statecache.storage.dense import Dense, keep_rows, revive, zeros
+
+if TYPE_CHECKING:
+    from statecache.replay import Replay
 
 FIRST_SLOTS = 64  # of a ring that grows, beyond what its first write needs
 
@@ -24,6 +28,8 @@ class Step:
     tokens: int  # T
     start: int | Tensor  # of every row: known to the host, or (1,) on the device; (B,) where rows may differ
     count: Tensor | None = None  # (B,), each 0..T; None: all T. With a count, start is (B,)
+    end: int | None = None  # of the longest row, if the host knows it
+    replay: Replay | None = None  # in a prepared model, with slack
 
     @property
     def shared(self) -> bool:
@@ -130,13 +136,13 @@ class Ring:
 
         The first is position 0 without a window, else `offset(step.start)`. S is the whole ring without a window, and
         w - 1 + T with one, so that one graph serves every length; entries at or after the step's end are then junk
-        that a causal mask hides. `exact`: without them, where the host knows the start.
+        that a causal mask hides. `exact`: without them, where the host knows the end.
         """
         window = self.spec.window
         if window is None or not self.wraps:
             self.put(new, step)
-            if exact and isinstance(step.start, int):
-                return self.store.read(slice(0, step.start + step.tokens))
+            if exact and step.end is not None:
+                return self.store.read(slice(0, step.end))
             return self.store.all()
         if isinstance(step.start, int):
             held = min(step.start, window - 1)
@@ -225,8 +231,9 @@ class Lease:
         self.spec, self.rows, self.static = spec, room.rows, room.capacity is not None
         dtype = spec.dtype_for(room.dtype)
         self.data = zeros(room.rows, *spec.shape, dtype=dtype, device=room.device, static=self.static)
-        copies = replace(spec, leased=False, window=room.slack)
-        self.copies = Ring(copies, replace(room, slack=0)) if room.slack else None
+        self.copies: Ring | None = None
+        if room.slack and not spec.logged:
+            self.copies = Ring(replace(spec, leased=False, window=room.slack), replace(room, slack=0))
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

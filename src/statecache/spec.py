@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-KINDS = ("attention", "sliding", "conv", "recurrent")
+KINDS = ("attention", "sliding", "conv", "recurrent", "log")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StateSpec:
     """One state of one layer: an entry per token position, of which the layer reads the `window` newest.
 
     attention: None, all of them. Sliding attention over w tokens: w. Convolution of width k: k - 1. Recurrence: 1, its
-    entry at position p being the whole state after token p.
+    entry at position p being the whole state after token p. Log of a recurrence's inputs: 0, its slots are all slack.
     """
 
     name: str  # unique in its layer: key, value, conv, recurrent, conv1, ...
@@ -30,12 +30,15 @@ class StateSpec:
     axis: int = 0  # where time stands among the entry's axes in this state's tensors: 1 is (B, H, T, D)
     dtype: torch.dtype | None = None  # the least precise dtype it is kept in; None is the model's
     leased: bool = False  # window 1, and the model overwrites the entry it is handed instead of giving back another
+    logged: bool = False  # leased, and rolls back by replaying a log of its inputs instead of by copies
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f'state "{self.name}": kind "{self.kind}" is none of {", ".join(KINDS)}')
         if self.leased and self.window != 1:
             raise ValueError(f'state "{self.name}": a leased entry is the whole state, so its window is 1')
+        if self.logged and not self.leased:
+            raise ValueError(f'state "{self.name}": only a leased state is replayed from a log')
 
     def dtype_for(self, model: torch.dtype) -> torch.dtype:
         """The dtype of the entries in a model that computes in `model`."""
@@ -59,12 +62,16 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The states of one layer. `open`: more of them may be declared by their first write."""
+    """The states of one layer. `open`: more of them may be declared by their first write.
+
+    `log`: what its recurrence consumes of a token, kept only where a prepared model is to go back.
+    """
 
     index: int
     kind: str  # its layer type in the model's configuration
     states: tuple[StateSpec, ...] = ()
     open: bool = False
+    log: tuple[StateSpec, ...] = ()
 
     def with_state(self, state: StateSpec) -> LayerSpec:
         """The same layer with `state` added, or in place of the one of that name."""
@@ -115,6 +122,17 @@ class ModelSpec:
         layers = tuple(replace(n, states=tuple(lease(s) for s in n.states)) for n in self.layers)
         return replace(self, layers=layers)
 
+    def with_logs(self) -> ModelSpec:
+        """The same, with recurrences that roll back by replaying their inputs, as prepared models do."""
+
+        def replay(layer: LayerSpec) -> LayerSpec:
+            if not layer.log:
+                return layer
+            states = tuple(replace(s, logged=True) if s.kind == "recurrent" else s for s in layer.states)
+            return replace(layer, states=(*states, *layer.log), log=())
+
+        return replace(self, layers=tuple(replay(layer) for layer in self.layers))
+
     def full_at(self, capacity: int | None, slack: int) -> int | None:
         """The longest a row can get with rings of this `capacity`; None where every ring has the window it needs."""
         bound = any(s.holds_all(capacity, slack) for _, s in self.states())
@@ -130,7 +148,7 @@ class ModelSpec:
                     "first write"
                 )
         for _, state in self.states():
-            slots = 1 + slack if state.leased else state.limit(length, slack)
+            slots = 1 + slack * (not state.logged) if state.leased else state.limit(length, slack)
             assert slots is not None
             sizes[state.kind] += rows * slots * state.entry_bytes(dtype)
         sizes["clock"] = clock_bytes(rows, slack)
@@ -138,5 +156,5 @@ class ModelSpec:
 
 
 def clock_bytes(rows: int, slack: int) -> int:
-    """Bytes of the lengths: how long each row is and may become again, which of them copies stand for, and a flag."""
-    return 8 * rows * (2 + slack) + 1
+    """Bytes of the clock: how long each row is and may become again, where copies stand, columns fed, a flag."""
+    return 8 * rows * (2 + slack) + 8 + 1

@@ -72,7 +72,48 @@ def model(core: SimpleNamespace, leased: bool) -> Any:
     ]
     if leased:
         states.append(spec("lease", "recurrent", (2, 2), 1, leased=True))
-    return core.spec.ModelSpec((core.spec.LayerSpec(0, "test", tuple(states)),))
+    logged = core.spec.LayerSpec(
+        1,
+        "test",
+        (spec("recurrent", "recurrent", (1,), 1, dtype=torch.float64, leased=True),),
+        log=(
+            spec("inputs", "log", (1,), 0, dtype=torch.float64),
+            spec("gates", "log", (1,), 0, dtype=torch.float64),
+        ),
+    )
+    return core.spec.ModelSpec((core.spec.LayerSpec(0, "test", tuple(states)), logged)).with_logs()
+
+
+class Sum:
+    """s = 3 s + x mod 10^6 + 3, exact and sensitive to order; its oracle is `total`."""
+
+    def chunk(self, inputs: Any, gates: Any, query: Any, state: Any, count: Any = None, at: Any = None) -> Any:
+        last, outputs, states = state.clone(), [], [state.clone()]
+        for t in range(inputs.shape[1]):
+            alive = gates[:, t] != 0
+            if count is not None:
+                alive &= (t < count)[:, None]
+            last = torch.where(alive, (3 * last + inputs[:, t]) % 1_000_003, last)
+            outputs.append(last * query[:, t])
+            states.append(last)
+        y = torch.stack(outputs, 1) if outputs else inputs
+        marks = None if at is None else torch.stack(states, 1).gather(1, at[..., None])
+        return y, last, marks
+
+    def step(self, inputs: Any, gates: Any, query: Any, state: Any) -> Any:
+        y, last, _ = self.chunk(inputs[:, None], gates[:, None], query[:, None], state)
+        state.copy_(last)
+        return y[:, 0]
+
+    def fold(self, inputs: Any, gates: Any, state: Any, count: Any) -> None:
+        state.copy_(self.chunk(inputs, gates, torch.ones_like(gates), state, count)[1])
+
+
+def total(entries: list[float]) -> float:
+    s = 0.0
+    for x in entries:
+        s = (3 * s + x) % 1_000_003
+    return s
 
 
 def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool, on_device: bool) -> None:
@@ -101,6 +142,12 @@ def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool,
         elif what == "ragged":
             tokens = number % 10
             _step(core, subject, tokens, [min(n, tokens) for n in per_row], on_device, fresh)
+        elif what == "speculate" and leased:  # such a state is overwritten as its model goes
+            with subject.rings.speculate(1):
+                with_error(core.errors.StepError, subject.rings.open, 1)
+        elif what == "speculate":
+            accepted = [n % (number % (SLACK + 1) + 1) for n in per_row]
+            _step(core, subject, number % (SLACK + 1), None, on_device, fresh, accepted if number % 5 else [])
         elif what == "rollback":
             _rollback(core, subject, [n % (SLACK + 2) for n in per_row], leased)
         elif what == "reset":
@@ -131,18 +178,38 @@ def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool,
         assert addresses == [b.data_ptr() for b in rings.buffers()], "a fixed buffer moved"
 
 
-def _step(core: Any, s: Subject, tokens: int, count: list[int] | None, on_device: bool, fresh: Any) -> None:
+def _step(
+    core: Any,
+    s: Subject,
+    tokens: int,
+    count: list[int] | None,
+    on_device: bool,
+    fresh: Any,
+    accepted: list[int] | None = None,
+) -> None:
+    """One pass; a speculative round, if there is something `accepted`, which is without a commit if that is empty."""
     rings, rows = s.rings, len(s.lists.rows)
     start = s.lists.lengths()
     taken = [tokens] * rows if count is None else count
+    round_ = None
+    if accepted is not None:
+        if not tokens:
+            with_error(core.errors.OptionError, rings.speculate, tokens)
+            return
+        round_ = rings.speculate(tokens)
+        round_.__enter__()
     if rings.capacity is not None and any(n + t > CAPACITY for n, t in zip(start, taken, strict=True)):
         with_error(core.errors.CapacityError, rings.open, tokens, None if count is None else torch.tensor(count))
+        if round_ is not None:
+            round_.__exit__(None, None, None)
         return
     new = [[float(next(fresh)) for _ in range(n)] for n in taken]
-    step = rings.open(tokens, None if count is None else torch.tensor(count))
-    if on_device and isinstance(step.start, int) and rings.capacity is not None:
-        step = core.ring.Step(tokens, rings.clock.lengths[:1].clone())
-        rings._step = step
+    recurrence = Sum()
+    given = None if count is None else torch.tensor(count)
+    if on_device and rings.capacity is not None:
+        step = _open_on_device(rings, tokens, given, recurrence)
+    else:
+        step = rings.open(tokens, given, {"1.recurrent": recurrence.fold})
     ids = torch.full((rows, tokens), -7.0)  # padding that no state may take in
     for b, entries in enumerate(new):
         ids[b, : len(entries)] = torch.tensor(entries)
@@ -169,11 +236,41 @@ def _step(core: Any, s: Subject, tokens: int, count: list[int] | None, on_device
         lease.keep(step)
         last = [entries[-1] if entries else float(lease.entry[b, 0, 0]) for b, entries in enumerate(new)]
         lease.entry.copy_(torch.tensor(last)[:, None, None].expand_as(lease.entry))
+    state, log = rings["1.recurrent"], (rings["1.inputs"], rings["1.gates"])
+    inputs = ids[..., None].double()
+    outputs = core.replay.run(recurrence, inputs, torch.ones_like(inputs), torch.ones_like(inputs), state, log, step)
+    for b, row in enumerate(s.lists.rows):
+        want = [total(row + new[b][: t + 1]) for t in range(len(new[b]))]
+        assert outputs[b, : len(want), 0].tolist() == want, ("recurrent", b)
     rings.close(step)
+    if round_ is not None:
+        assert accepted is not None
+        if accepted and tokens:
+            with_error(core.errors.RowsError, round_.commit, torch.tensor([tokens + 1] * rows))
+            with_error(core.errors.StepError, rings.checkpoint)
+            round_.commit(torch.tensor(accepted))
+            new = [entries[:n] for entries, n in zip(new, accepted, strict=True)]
+        else:
+            new = [[] for _ in new]
+        round_.__exit__(None, None, None)
+        taken = [tokens] * rows
+    for b in range(rows):  # what a round has written over cannot be gone back to, whatever it keeps
+        ahead = start[b] + taken[b] - SLACK
+        s.lists.floor[b] = max(s.lists.floor[b], min(ahead, start[b]))
     s.lists.step(new)
     for mark in s.marks:
         below = [n < m and t for n, t, m in zip(start, taken, mark["lists"].lengths(), strict=False)]
         mark["stale"] = mark["stale"] or any(below)
+
+
+def _open_on_device(rings: Any, tokens: int, count: Any, recurrence: Sum) -> Any:
+    """Open a step in the form of compiled code."""
+    compiling = torch.compiler.is_compiling
+    torch.compiler.is_compiling = lambda: True
+    try:
+        return rings.open(tokens, count, {"1.recurrent": recurrence.fold})
+    finally:
+        torch.compiler.is_compiling = compiling
 
 
 def _rollback(core: Any, s: Subject, forget: list[int], leased: bool) -> None:

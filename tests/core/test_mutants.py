@@ -14,7 +14,7 @@ import pytest
 
 import statecache
 
-MODULES = ("errors", "spec", "storage", "storage.dense", "ring", "clock", "cache")
+MODULES = ("errors", "spec", "storage", "storage.dense", "ring", "replay", "clock", "draft", "cache")
 
 # name: (module, what stands there once, what stands there instead)
 MUTANTS = {
@@ -91,6 +91,36 @@ MUTANTS = {
         '("floor", "kept"):\n            setattr(self, name, keep',
     ),
     "a reset leaves the leased state": ("ring", "        self.entry.zero_()\n", ""),
+    "a log has one slot too few": ("spec", "return min(sizes, default=None)", "return min(sizes) - (self.window == 0)"),
+    "rows read again what is folded": (
+        "replay",
+        "old_gates * ahead[..., None]",
+        "old_gates * (ahead | True)[..., None]",
+    ),
+    "the state is folded from one entry later": (
+        "replay",
+        "replay.floor + replay.most)",
+        "replay.floor + replay.most + 1)",
+    ),
+    "every row is folded over the most": ("replay", "replay.fold if isinstance(replay.fold, Tensor)", "None if True"),
+    "a long pass leaves the state where it was": ("replay", "if states is not None:", "if False:"),
+    "the log is not written": ("replay", "        ring.put(new, step)\n", "        pass\n"),
+    "counts forget what is read again": ("replay", "count = None if count is None else count + lag", "pass"),
+    "folding is not noted": ("cache", "self.clock.folded(replay)", "pass"),
+    "the host does not note folding": ("clock", "max(low, min(end - self.slack, length))", "low"),
+    "the state may move past the tokens before the pass": ("clock", "min(after - slack, length)", "after - slack"),
+    "a round keeps all it brought": (
+        "cache",
+        "        if self._draft is None:\n            self.clock.close",
+        "        if True:\n            self.clock.close",
+    ),
+    "a round keeps one more": ("draft", "keep = [int(n) for", "keep = [int(n) + 1 for"),
+    "an open round can be marked": (
+        "cache",
+        "        if self._draft is not None:\n            return self._refuse_round()\n",
+        "",
+    ),
+    "the device folds too far": ("clock", "torch.minimum(room, step.start)", "torch.minimum(room + 1, step.start)"),
 }
 
 
@@ -109,7 +139,9 @@ def load(name: str, mutant: tuple[str, str, str] | None) -> SimpleNamespace:
         assert spec is not None
         sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
         exec(compile(source.replace("statecache.", f"{name}."), spec.name, "exec"), loaded.__dict__)
-    return SimpleNamespace(**{m: sys.modules[f"{name}.{m}"] for m in ("cache", "errors", "ring", "spec", "clock")})
+    return SimpleNamespace(
+        **{m: sys.modules[f"{name}.{m}"] for m in ("cache", "errors", "ring", "spec", "clock", "replay")}
+    )
 
 
 @pytest.fixture
@@ -122,7 +154,13 @@ def core(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
 
 def schedules(n: int) -> Iterator[list[oracle.Op]]:
     rnd = random.Random(7)
-    what = ["step"] * 5 + ["ragged"] * 2 + ["rollback"] * 4 + ["checkpoint", "restore", "restore", "gather", "reset"]
+    what = (
+        ["step"] * 5
+        + ["ragged"] * 2
+        + ["rollback"] * 4
+        + ["speculate"] * 3
+        + ["checkpoint", "restore", "restore", "gather", "reset"]
+    )
     for _ in range(n):
         length = rnd.randint(4, 25)
         number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack

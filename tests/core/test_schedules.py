@@ -12,13 +12,25 @@ from hypothesis import strategies as st
 import statecache.cache
 import statecache.clock
 import statecache.errors
+import statecache.replay
 import statecache.ring
 import statecache.spec
 
 CORE = SimpleNamespace(
-    cache=statecache.cache, errors=statecache.errors, ring=statecache.ring, spec=statecache.spec, clock=statecache.clock
+    cache=statecache.cache,
+    errors=statecache.errors,
+    ring=statecache.ring,
+    spec=statecache.spec,
+    clock=statecache.clock,
+    replay=statecache.replay,
 )
-WHAT = ["step"] * 4 + ["ragged"] * 2 + ["rollback"] * 3 + ["checkpoint", "restore", "gather", "reset", "fork"]
+WHAT = (
+    ["step"] * 4
+    + ["ragged"] * 2
+    + ["rollback"] * 3
+    + ["speculate"] * 2
+    + ["checkpoint", "restore", "gather", "reset", "fork"]
+)
 
 
 @pytest.fixture(autouse=True)
