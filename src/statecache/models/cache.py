@@ -7,6 +7,7 @@ B rows, T new tokens, H heads, D head size, K width of a convolution.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from statecache.cache import Rings
+from statecache.cache import Rings, allow
 from statecache.clock import Clock, capturing
 from statecache.errors import (
     ConfigError,
@@ -30,6 +31,7 @@ from statecache.models.checks import check, cut
 from statecache.models.layers import Layer
 from statecache.models.passes import Pass
 from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE, model_spec
+from statecache.replay import Fold
 from statecache.ring import Lease, Ring, Step, offset
 from statecache.spec import LayerSpec, StateSpec
 
@@ -69,6 +71,7 @@ class StateCache(Rings, Cache):
         self._fed = False  # whether any row holds a token: the models ask whether there is a previous state
         self._pass = Pass(self.spec)
         self._passed: dict[str, tuple[Any, ...]] = {}  # what each state's last tensor was, once it has been checked
+        self._prepared = False  # whether a prepared model fills it: then a pass is opened and closed by its door
 
     def __repr__(self) -> str:
         held = "empty" if self.clock is None else f"{self.clock.rows} rows, {self.nbytes()}"
@@ -240,9 +243,18 @@ class StateCache(Rings, Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
         """Columns taken in, pads included: an int when growing, a 0-d tensor on the device with a fixed capacity.
 
-        Raises RaggedError where rows differ.
+        Raises RaggedError where rows differ in an unmodified model.
         """
         self._finish()
+        if self.clock is None:
+            return 0
+        if self._prepared:
+            self.clock.catch_up()
+            return self.clock.width if self.capacity is None else self.clock.columns.clone()
+        return self.get_query_offset()
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
+        """The position of a pass's first token."""
         if self.clock is None:
             return 0
         if self.capacity is None:
@@ -250,10 +262,6 @@ class StateCache(Rings, Cache):
         if self.clock.ragged:
             self.clock.uniform()
         return self.clock.lengths[0].clone()
-
-    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
-        """The position of a pass's first token."""
-        return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:
         """How many keys `update` will return to T = `query_length` tokens, and the position of the first."""
@@ -383,10 +391,65 @@ class StateCache(Rings, Cache):
             return state.store.read(slice(0, max(self.clock.sync())))
         return state.store.all()
 
+    # ---- the pass of a prepared model
+
+    def begin(
+        self, like: Tensor, tokens: int, count: Tensor | None = None, folds: Mapping[str, Fold] | None = None
+    ) -> Step:
+        """Open a pass over T `tokens` for as many rows as `like` has, on its device. See `Rings.open`.
+
+        From here on recurrences roll back by replay, if there is slack; only prepared models can go on then.
+        """
+        allow(self._refuse_torn() if self._draft is None else None)
+        self._adopt()
+        self._clock_for(like)
+        return self.open(tokens, count, folds or {})
+
+    def end(self, step: Step) -> None:
+        """Close the pass."""
+        self.close(step)
+        if self._draft is None:
+            self._fed = True
+
+    def _adopt(self) -> None:
+        """Keep logs instead of copies, from the tokens on that are held now."""
+        if self._prepared:
+            return
+        self._prepared = True
+        self.spec = self.spec.with_logs() if self.slack else self.spec
+        self._declared = dict(self.spec.states())
+        for name, state in self.states.items():
+            if isinstance(state, Lease) and self._declared[name].logged:
+                state.spec, state.copies = self._declared[name], None
+        if self.clock is not None:
+            self.clock.keep_from_here()
+
+    def conv_lease(self, layer: int, new: Tensor) -> Lease | Ring:
+        """The inputs of this layer's convolution, which are like `new` (B, C, T)."""
+        name = f"{layer}.conv"
+        spec = self._declared.get(name)
+        if spec is None or spec.shape is None:
+            raise LayerError(f"layer {layer} of {self.spec.model} has no convolution")
+        channels = spec.shape[:-1] if spec.leased else spec.shape
+        self._check(name, (*channels, new.shape[-1]), new)
+        return self.states.get(name) or self._allocate_like(name, new, new.shape[-1])
+
+    def recurrence(self, layer: int, like: Tensor) -> Lease:
+        """The recurrent state of this layer, in a model that computes in the dtype of `like`."""
+        return self._lease(self._name(layer, "recurrent"), like)
+
+    def log(self, layer: int, part: str, new: Tensor) -> Ring:
+        """The ring of what the recurrence consumed: "inputs" or "gates", entries like `new` (B, T, W)."""
+        name = f"{layer}.{part}"
+        self._check(name, tuple(new.shape[1:]), new)
+        return self._ring(name, new, new.shape[1])
+
     # ---- the pass
 
     def _begin(self, name: str, new: Tensor, tokens: int) -> Step:
         """The open step; a new one, if this is its first write."""
+        if self._prepared:
+            return self._of_door(name, tokens)
         if not torch.compiler.is_compiling() and name in self._pass.written:
             self._finish()
             if name in self._pass.written:
@@ -417,8 +480,18 @@ class StateCache(Rings, Cache):
                     state.put(shifted[..., -1:], step)
                 self._wrote(layer, name, counts=True)
 
+    def _of_door(self, name: str, tokens: int) -> Step:
+        if self._step is None:
+            raise StepError(
+                f'state "{name}": the cache was filled by a prepared model, and this is none, or a layer of one called '
+                "by itself: call the whole model, after statecache.prepare(model)"
+            )
+        if self._step.tokens != tokens:
+            raise ShapeError(f'state "{name}": {tokens} tokens came in a pass over {self._step.tokens}')
+        return self._step
+
     def _wrote(self, layer: int, name: str, counts: bool) -> None:
-        if self._pass.wrote(layer, name, counts):
+        if not self._prepared and self._pass.wrote(layer, name, counts):
             self._end()
 
     def _end(self) -> None:
@@ -433,7 +506,12 @@ class StateCache(Rings, Cache):
 
     def _finish(self, name: str | None = None) -> None:
         """Close the first pass of a family that is in no table, if this call (about `name`) shows that it is over."""
-        if self._pass.due is None and (name is None or name in self._pass.written) and self._pass.over():
+        if (
+            not self._prepared
+            and self._pass.due is None
+            and (name is None or name in self._pass.written)
+            and self._pass.over()
+        ):
             self._end()
 
     def _start(self) -> int | Tensor:
@@ -483,6 +561,9 @@ class StateCache(Rings, Cache):
     def _settle(self, refuse: bool = True) -> None:
         self._finish()
         super()._settle(refuse)
+
+    def _committed(self) -> None:
+        self._fed = True
 
     def _between(self) -> None:
         super()._between()

@@ -59,6 +59,11 @@ def recurrent(*shape: int, name: str = "recurrent") -> StateSpec:
     return StateSpec(name, "recurrent", shape, 1, dtype=torch.float32, leased=True)
 
 
+def log(inputs: int, gates: int) -> tuple[StateSpec, StateSpec]:
+    """What a recurrence consumes of one token, by width: inputs in the model's dtype, gates in the state's."""
+    return StateSpec("inputs", "log", (inputs,), 0), StateSpec("gates", "log", (gates,), 0, dtype=torch.float32)
+
+
 def attention(heads: int, key: int, value: int | None = None, window: int | None = None) -> tuple[StateSpec, StateSpec]:
     """Keys and values of an attention layer over all tokens, or over the last `window`."""
     kind = "attention" if window is None else "sliding"
@@ -72,25 +77,32 @@ def attention(heads: int, key: int, value: int | None = None, window: int | None
 # ---- mixers, by family
 
 
+def _scan(kernel: int, width: int, state: int) -> tuple[StateSpec, ...]:
+    """Mamba-1; its log: x and B, dt."""
+    return conv(kernel, width), recurrent(width, state), *log(width + state, width)
+
+
 def _mamba(c: Any) -> tuple[StateSpec, ...]:
-    return conv(c.conv_kernel, c.intermediate_size), recurrent(c.intermediate_size, c.state_size)
+    return _scan(c.conv_kernel, c.intermediate_size, c.state_size)
 
 
 def _jamba(c: Any) -> tuple[StateSpec, ...]:
-    width = c.mamba_expand * c.hidden_size
-    return conv(c.mamba_d_conv, width), recurrent(width, c.mamba_d_state)
+    return _scan(c.mamba_d_conv, c.mamba_expand * c.hidden_size, c.mamba_d_state)
 
 
 def _zamba(c: Any) -> tuple[StateSpec, ...]:
     width = c.mamba_expand * c.hidden_size
-    return conv(c.mamba_d_conv, width), recurrent(c.n_mamba_heads, width // c.n_mamba_heads, c.mamba_d_state)
+    state = recurrent(c.n_mamba_heads, width // c.n_mamba_heads, c.mamba_d_state)
+    return conv(c.mamba_d_conv, width), state, *log(width + c.n_mamba_heads * c.mamba_d_state, width)
 
 
 def _ssd(
     kernel: int, heads: int, head: int, groups: int, state: int, width: int | None = None
 ) -> tuple[StateSpec, ...]:
-    """Mamba-2: the convolution sees x, B and C."""
-    return conv(kernel, (width or heads * head) + 2 * groups * state), recurrent(heads, head, state)
+    """Mamba-2: the convolution sees x, B and C; the log is x and B, dt."""
+    width = width or heads * head
+    states = conv(kernel, width + 2 * groups * state), recurrent(heads, head, state)
+    return *states, *log(width + groups * state, heads)
 
 
 def _mamba2(c: Any) -> tuple[StateSpec, ...]:
@@ -117,15 +129,21 @@ def _zamba2(c: Any) -> tuple[StateSpec, ...]:
 
 
 def _gated_delta(c: Any) -> tuple[StateSpec, ...]:
-    """The convolution sees queries, keys and values."""
+    """The convolution sees queries, keys and values; the log is keys and values, decay and strength."""
     keys = c.linear_num_key_heads * c.linear_key_head_dim
     values = c.linear_num_value_heads * c.linear_value_head_dim
     state = recurrent(c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-    return conv(c.linear_conv_kernel_dim, 2 * keys + values), state
+    return conv(c.linear_conv_kernel_dim, 2 * keys + values), state, *log(keys + values, 2 * c.linear_num_value_heads)
 
 
 def _lfm2(c: Any) -> tuple[StateSpec, ...]:
     return (conv(c.conv_L_cache, c.hidden_size),)
+
+
+def _lightning(c: Any) -> tuple[StateSpec, ...]:
+    """The log is keys and values, and whether there is a token."""
+    heads, size = c.num_attention_heads, c.head_dim or c.hidden_size // c.num_attention_heads
+    return recurrent(heads, size, size), *log(2 * heads * size, 1)
 
 
 def _heads(c: Any, window: int | None = None) -> tuple[StateSpec, ...]:
@@ -156,6 +174,7 @@ SHAPES: dict[tuple[str, str], Shape] = {
     ("olmo_hybrid", "linear_attention"): _gated_delta,
     ("lfm2", "conv"): _lfm2,
     ("lfm2_moe", "conv"): _lfm2,
+    ("minimax", "linear_attention"): _lightning,
 }
 
 # Their attention layers have `num_key_value_heads` heads, keys and values of one size.
@@ -208,14 +227,16 @@ def _layer(index: int, name: str, config: Any) -> LayerSpec:
             f'{", ".join(KINDS)}: add statecache.models.table.KINDS["{name}"] (docs/adding_a_layer.md)'
         )
     states: tuple[StateSpec, ...] = ()
+    logs: tuple[StateSpec, ...] = ()
     mixer = SHAPES.get((config.model_type, name))
     if kind.mixer and mixer is not None:
-        states = mixer(config)
+        declared = mixer(config)
+        states, logs = (tuple(s for s in declared if (s.kind == "log") is logged) for logged in (False, True))
     if kind.attention:
         window = getattr(config, kind.window) if kind.window else None
         known = config.model_type in GROUPED_QUERY
         states += _heads(config, window) if known else _undeclared(attention(0, 0, window=window))
-    return LayerSpec(index, name, states, open=kind.mixer and mixer is None)
+    return LayerSpec(index, name, states, open=kind.mixer and mixer is None, log=logs)
 
 
 def _undeclared(states: tuple[StateSpec, ...]) -> tuple[StateSpec, ...]:

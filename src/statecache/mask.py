@@ -1,0 +1,28 @@
+"""From positions to what a token may attend to.
+
+B rows (1 where all are alike), T new tokens, S keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(query: Tensor, key: Tensor, window: int | None = None, real: Tensor | None = None) -> Tensor:
+    """Which keys each token attends to, (B, 1, T, S) bool: those not after it, and of them the `window` newest.
+
+    query (B, T) and key (B, S) are positions. `real` (B, T): the others are no tokens; they see everything, since a
+    row of nothing but False is NaN after a softmax.
+    """
+    seen = key[:, None] <= query[..., None]
+    if window is not None:
+        seen = seen & (key[:, None] > query[..., None] - window)
+    if real is not None:
+        seen = seen | ~real[..., None]
+    return seen[:, None]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same as a summand of attention scores: 0 where seen, else the least number of `dtype`."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

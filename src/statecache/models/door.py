@@ -1,0 +1,195 @@
+"""The door of a prepared model: where a forward pass begins and ends, and where padding is dealt with, once.
+
+Behind it each row's new tokens stand on the left, counted, with positions and a mask of their own; nothing downstream
+sees a pad. It stands in front of the decoder, so that a pass is opened and closed whoever calls.
+
+B rows, T new tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from statecache.errors import ConfigError, RaggedError, ShapeError
+from statecache.mask import additive, visible
+from statecache.models.cache import StateCache
+from statecache.replay import Fold
+from statecache.ring import Step, offset
+
+CACHES = ("past_key_values", "cache_params")
+MASKS = ("full_attention", "sliding_attention", "linear_attention", "conv")  # what families ask of a dict of masks
+
+
+class Door:
+    """Stands in for the decoder's `forward`. `folds`: how its recurrences step over their logs, by state."""
+
+    def __init__(self, decoder: nn.Module, unmodified: Any, folds: Mapping[str, Fold]) -> None:
+        self.decoder, self.unmodified, self.folds = decoder, unmodified, folds
+        config: Any = decoder.config
+        self.config = config
+        self.names = [name for name in inspect.signature(unmodified).parameters if name != "kwargs"]
+        self.cache_name = next(name for name in CACHES if name in self.names)
+        self.positioned = "position_ids" in self.names
+        self.owns_cache = config.model_type == "minimax"  # refuses others, where it is told to use a cache
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder's own forward, for any padding, rows of any lengths, and caches under either name."""
+        kwargs.update(zip(self.names, args, strict=False))
+        given = [kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None]
+        cache = given[0] if given else None
+        if cache is None and self._uses_cache(kwargs):
+            cache = StateCache(self.config)
+        kwargs[self.cache_name] = cache
+        if isinstance(cache, Cache) and not isinstance(cache, StateCache):
+            return self.unmodified(**kwargs)
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return self.unmodified(**kwargs)  # which says what is missing
+        rows, width = tokens.shape[:2]
+        real = _real(kwargs.get("attention_mask"), rows, width)
+        if cache is None and real is None:
+            return self.unmodified(**kwargs)
+        kwargs["attention_mask"] = None
+        place = None
+        if real is not None:
+            place = torch.argsort(~real, dim=1, stable=True)  # real tokens first, in their order
+            _move(kwargs, place, rows, width)
+        if cache is None:
+            out = self.unmodified(**kwargs)
+        else:
+            out = self._through(cache, kwargs, tokens, None if real is None else real.sum(1))
+        return out if place is None else _back(out, place, rows, width)
+
+    def _uses_cache(self, kwargs: Mapping[str, Any]) -> bool:
+        use = kwargs.get("use_cache")
+        return bool(self.config.use_cache and not self.decoder.training if use is None else use)
+
+    def _through(self, cache: StateCache, kwargs: dict[str, Any], tokens: Tensor, count: Tensor | None) -> Any:
+        width = tokens.shape[1]
+        if cache.spec.model != self.config.model_type or len(cache) != self.config.num_hidden_layers:
+            raise ConfigError(
+                f"the cache was made for {len(cache)} layers of {cache.spec.model}, and this {self.config.model_type} "
+                f"model has {self.config.num_hidden_layers}: make it from model.config"
+            )
+        step = cache.begin(tokens, width, count, self.folds)
+        if self.positioned:
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = _positions(step, tokens)
+            kwargs["attention_mask"] = self._mask(cache, step, tokens)
+        if self.owns_cache:
+            kwargs["use_cache"] = False
+        out = self.unmodified(**kwargs)
+        cache.end(step)
+        return out
+
+    # ---- masks
+
+    def _mask(self, cache: StateCache, step: Step, tokens: Tensor) -> Tensor | dict[str, Tensor | None] | None:
+        """What attention layers are to be told: nothing where causality alone will do."""
+        windows = {s.kind: s.window for layer in cache.spec.layers for s in layer.states if s.name == "key"}
+        masks = {kind: self._kind(cache, step, tokens, window) for kind, window in windows.items()}
+        mixed = len(masks) > 1 or any(layer.kind in MASKS[2:] for layer in cache.spec.layers)
+        if not mixed and None not in masks.values():
+            return next(iter(masks.values()), None)
+        if not mixed:
+            return None
+        full, sliding = masks.get("attention"), masks.get("sliding")
+        return dict(zip(MASKS, (full if "attention" in masks else sliding, sliding, None, None), strict=True))
+
+    def _kind(self, cache: StateCache, step: Step, tokens: Tensor, window: int | None) -> Tensor | None:
+        """The mask of layers that see `window` tokens, over the keys that `Ring.extend` returns."""
+        form = self.config._attn_implementation
+        width, start = step.tokens, step.start
+        uniform = isinstance(start, int)
+        if uniform and cache.capacity is None:
+            # the keys end with the last token: SDPA needs no mask if there is one query, or nothing before the queries
+            short = width == 1 or (form == "sdpa" and start == 0 and (window is None or width <= window))
+            if short or "flash" in form:
+                return None
+        if form not in ("sdpa", "eager"):
+            raise RaggedError(
+                f'rows of different lengths, or a fixed capacity, need masks, and attn_implementation="{form}" takes '
+                'none: load the model with attn_implementation="sdpa"'
+            )
+        device = tokens.device
+        starts = torch.tensor([start], device=device) if uniform else torch.as_tensor(start, device=device)
+        query = starts[:, None] + torch.arange(width, device=device)
+        spec = next(s for layer in cache.spec.layers for s in layer.states if s.name == "key" and s.window == window)
+        if window is None or spec.holds_all(cache.capacity, cache.slack):
+            held = cache.capacity if step.end is None or cache.capacity is not None else step.end
+            key = torch.arange(held or 0, device=device)[None]
+        elif uniform and cache.capacity is None:
+            past = min(int(start), window - 1)
+            key = (starts - past)[:, None] + torch.arange(past + width, device=device)
+        else:
+            key = offset(starts, window)[:, None] + torch.arange(window - 1 + width, device=device)
+        real = None if step.count is None else torch.arange(width, device=device) < step.count[:, None]
+        seen = visible(query, key, window, real)
+        return seen if form == "sdpa" else additive(seen, self.decoder.dtype)  # type: ignore[arg-type]
+
+
+def _real(mask: Any, rows: int, width: int) -> Tensor | None:
+    """Which of the T new tokens are tokens, (B, T) bool, from the last T columns of a mask; None where all are."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < width:
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ShapeError(
+            f"attention_mask: came {came}, expected ({rows}, {width} or more): a prepared model reads which of its "
+            f"{width} new tokens are real off the last columns, and knows the rest itself"
+        )
+    real = mask[:, -width:] != 0
+    if not torch.compiler.is_compiling() and not _capturing(real) and bool(real.all()):
+        return None
+    return real
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _positions(step: Step, tokens: Tensor) -> Tensor:
+    """The position of each new token: (B, T), or (1, T) where all rows stand alike."""
+    offsets = torch.arange(step.tokens, device=tokens.device)
+    if isinstance(step.start, int):
+        return (offsets + step.start)[None]
+    return step.start.to(tokens.device)[:, None] + offsets
+
+
+def _move(kwargs: dict[str, Any], place: Tensor, rows: int, width: int) -> None:
+    """Put what comes one a token in the order of `place` (B, T)."""
+    if kwargs.get("input_ids") is not None:
+        kwargs["input_ids"] = kwargs["input_ids"].gather(1, place)
+    if kwargs.get("inputs_embeds") is not None:
+        kwargs["inputs_embeds"] = _gather(kwargs["inputs_embeds"], place)
+    if kwargs.get("position_ids") is not None:
+        given = kwargs["position_ids"]
+        given = given.expand(*given.shape[:-2], rows, width)
+        kwargs["position_ids"] = given.gather(-1, place.expand_as(given))
+
+
+def _back(out: Any, place: Tensor, rows: int, width: int) -> Any:
+    """Put hidden states (B, T, E) back into the columns they came from."""
+    home = torch.argsort(place, dim=1)
+
+    def back(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return _gather(value, home) if value.dim() == 3 and value.shape[:2] == (rows, width) else value
+        return tuple(back(v) for v in value) if type(value) is tuple else value
+
+    if isinstance(out, tuple):
+        return back(out)
+    for name in ("last_hidden_state", "hidden_states"):
+        if out.get(name) is not None:
+            out[name] = back(out[name])
+    return out
+
+
+def _gather(x: Tensor, place: Tensor) -> Tensor:
+    return x.gather(1, place[..., None].expand(*place.shape, x.shape[-1]))

@@ -1,0 +1,112 @@
+"""prepare and unprepare: exact state operators in a transformers model, and the model as it was.
+
+Nothing of the model is replaced but functions: instances get another `forward`, and lose it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from statecache.errors import UnknownLayerError
+from statecache.models.door import Door
+from statecache.models.generation import Generation
+from statecache.models.mixers import MIXERS, Mixer
+from statecache.models.table import GROUPED_QUERY, KINDS, layer_types
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(model: Model) -> Model:
+    """Give `model` exact state operators, in place; return it. Weights, names and modules stay. Idempotent.
+
+    Raises UnknownLayerError for a mixer that statecache has no operator for, and changes nothing then.
+    """
+    decoder = _decoder(model)
+    if is_prepared(decoder):
+        return model
+    mixers = _mixers(decoder)
+    for mixer in mixers.values():
+        _stand_in(mixer.module, mixer.forward)
+    folds = {f"{layer}.recurrent": mixer.fold_log for layer, mixer in mixers.items() if _recurs(mixer)}
+    _stand_in(decoder, Door(decoder, _own(decoder), folds).forward)
+    for module in model.modules():
+        if hasattr(module, "_prepare_cache_for_generation") and hasattr(module, "prepare_inputs_for_generation"):
+            Generation(module).install()
+    return model
+
+
+def unprepare(model: Model) -> Model:
+    """Take away what `prepare` gave, in place; return the model, which is then as it was."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            owner = getattr(value, "__self__", None)
+            if isinstance(owner, Generation):
+                delattr(module, name)
+            elif isinstance(owner, (Mixer, Door)):
+                _restore(module, name, owner)
+    return model
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `model` has been prepared."""
+    return any(isinstance(getattr(v, "__self__", None), Door) for m in model.modules() for v in vars(m).values())
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The module that runs the layers, and so is handed the cache."""
+    for module in model.modules():
+        layers, config = getattr(module, "layers", None), getattr(module, "config", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None):
+            return module
+    raise UnknownLayerError(
+        f"{type(model).__name__} has no list of decoder layers that its configuration counts: prepare() takes a "
+        "transformers model, or its decoder"
+    )
+
+
+def _mixers(decoder: nn.Module) -> dict[int, Mixer]:
+    config: Any = decoder.config
+    layers: Any = decoder.layers
+    found: dict[int, Mixer] = {}
+    for index, (kind, layer) in enumerate(zip(layer_types(config), layers, strict=True)):
+        row = KINDS.get(kind)
+        known = [module for module in layer.modules() if type(module).__name__ in MIXERS]
+        if row is not None and row.mixer and len(known) == 1:
+            module = known[0]
+            found[index] = MIXERS[type(module).__name__](module, _own(module))
+        elif row is None or row.mixer or config.model_type not in GROUPED_QUERY:
+            inside = [type(module).__name__ for module in layer.children()]
+            raise UnknownLayerError(
+                f'layer {index} ("{kind}") of a {config.model_type} model is a {type(layer).__name__} of '
+                f"{', '.join(inside)}, and there is an operator for none of them: add a row to "
+                "statecache.models.mixers.MIXERS (docs/adding_a_layer.md); the model was left as it is"
+            )
+    return found
+
+
+def _recurs(mixer: Mixer) -> bool:
+    return type(mixer).fold is not Mixer.fold
+
+
+# accelerate keeps the forward that its hooks surround under another name
+def _slot(module: nn.Module) -> str:
+    return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+
+
+def _own(module: nn.Module) -> Any:
+    """The module's own forward."""
+    return vars(module).get(_slot(module)) or module.forward
+
+
+def _stand_in(module: nn.Module, forward: Any) -> None:
+    setattr(module, _slot(module), forward)
+
+
+def _restore(module: nn.Module, name: str, owner: Any) -> None:
+    own = owner.unmodified
+    if name == "forward" and getattr(own, "__func__", None) is type(module).forward:
+        delattr(module, name)
+    else:
+        setattr(module, name, own)
