@@ -19,6 +19,7 @@ from transformers import Cache
 from statecache.errors import ConfigError, RaggedError, ShapeError
 from statecache.mask import additive, visible
 from statecache.models.cache import StateCache
+from statecache.models.table import KINDS
 from statecache.replay import Fold
 from statecache.ring import Step, offset
 
@@ -94,13 +95,10 @@ class Door:
         """What attention layers are to be told: nothing where causality alone will do."""
         windows = {s.kind: s.window for layer in cache.spec.layers for s in layer.states if s.name == "key"}
         masks = {kind: self._kind(cache, step, tokens, window) for kind, window in windows.items()}
-        mixed = len(masks) > 1 or any(layer.kind in MASKS[2:] for layer in cache.spec.layers)
-        if not mixed and None not in masks.values():
-            return next(iter(masks.values()), None)
-        if not mixed:
-            return None
-        full, sliding = masks.get("attention"), masks.get("sliding")
-        return dict(zip(MASKS, (full if "attention" in masks else sliding, sliding, None, None), strict=True))
+        if len(masks) == 1 and not any(KINDS[layer.kind].mixer for layer in cache.spec.layers):
+            return next(iter(masks.values()))  # not every model of attention alone takes a dict
+        sliding = masks.get("sliding")
+        return dict(zip(MASKS, (masks.get("attention", sliding), sliding, None, None), strict=True))
 
     def _kind(self, cache: StateCache, step: Step, tokens: Tensor, window: int | None) -> Tensor | None:
         """The mask of layers that see `window` tokens, over the keys that `Ring.extend` returns."""
