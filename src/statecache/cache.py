@@ -191,9 +191,9 @@ class Rings:
 
     def _fold(self, name: str, step: Fold, replay: Replay) -> None:
         state, layer = self.states.get(name), name.partition(".")[0]
-        if isinstance(state, Lease) and state.spec.logged:
-            inputs, gates = (self.states[f"{layer}.{part}"] for part in ("inputs", "gates"))
-            assert isinstance(inputs, Ring) and isinstance(gates, Ring)
+        inputs, gates = (self.states.get(f"{layer}.{part}") for part in ("inputs", "gates"))
+        if isinstance(inputs, Ring) and isinstance(gates, Ring):  # else nothing is logged yet
+            assert isinstance(state, Lease)
             fold(step, state, (inputs, gates), replay)
 
     def _reserve(self, end: int) -> None:
@@ -368,6 +368,15 @@ class Rings:
 
     def _between(self) -> None:
         self._base = [] if self.clock is None else list(self.clock.host)
+
+    def _wrote_ahead(self) -> None:
+        """A speculative round has written past the ends of the rows: marks of longer rows are stale, whatever it keeps."""
+        lengths = [] if self.clock is None else self.clock.host
+        for mark in self._marks:
+            for row, (length, marked) in enumerate(zip(lengths, mark.lengths, strict=False)):
+                if length < marked:
+                    why = f"row {row} was marked at {marked} tokens, and a speculative round wrote from {length} on"
+                    mark.stale = mark.stale or why
 
     def _invalidate(self, why: str) -> None:
         for mark in self._marks:

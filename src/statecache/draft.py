@@ -78,4 +78,6 @@ class Draft:
         self.cache._committed()
 
     def _end(self) -> None:
+        if self.step is not None or self.cache._step is not None:
+            self.cache._wrote_ahead()
         self._over, self.cache._draft = True, None

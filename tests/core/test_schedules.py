@@ -62,5 +62,14 @@ schedules = st.lists(operation, min_size=1, max_size=25)
         ("restore", 0, (0,)),
     ]
 )
+@example(
+    schedule=[
+        ("step", 9, (0,)),
+        ("checkpoint", 0, (0,)),
+        ("rollback", 0, (2,)),
+        ("speculate", 2, (0,)),
+        ("restore", 0, (0,)),
+    ]
+)
 def test_any_schedule_equals_lists(fixed: bool, leased: bool, on_device: bool, schedule: list[oracle.Op]) -> None:
     oracle.run(CORE, schedule, fixed=fixed, leased=leased, on_device=on_device)

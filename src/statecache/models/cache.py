@@ -423,6 +423,10 @@ class StateCache(Rings, Cache):
                 state.spec, state.copies = self._declared[name], None
         if self.clock is not None:
             self.clock.keep_from_here()
+            if self.dtype is not None and self.device is not None:
+                for name, spec in self._declared.items():
+                    if spec.kind == "log":
+                        self._allocate(name, self.dtype, self.device)
 
     def conv_lease(self, layer: int, new: Tensor) -> Lease | Ring:
         """The inputs of this layer's convolution, which are like `new` (B, C, T)."""
