@@ -31,85 +31,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GraniteMoeHybridConfig,
-    Mamba2Config,
-    Qwen3_5TextConfig,
-    StaticCache,
-)
+from transformers import DynamicCache, StaticCache
 
 import statecache
+from shapes import build, cpu_name, figure, table, tokens_of, versions
 from statecache import StateCache
 
 CHUNK = 1024  # tokens of one prefill forward
+DECODED = ["mamba2", "granitemoehybrid", "qwen3_5"]  # of the shapes
 WARM = 4  # untimed tokens after the prefill; a compiled variant compiles in them
-MIX = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
-COMMON = {"vocab_size": 8192, "hidden_size": 512, "tie_word_embeddings": True, "pad_token_id": 0}
-
-
-def mamba2(layers: int) -> Any:
-    return Mamba2Config(
-        num_hidden_layers=layers,
-        num_heads=16,
-        head_dim=64,
-        state_size=64,
-        n_groups=1,
-        expand=2,
-        chunk_size=64,
-        **COMMON,
-    )
-
-
-def granitemoehybrid(layers: int) -> Any:
-    """Without experts: every layer has the shared feed-forward alone."""
-    return GraniteMoeHybridConfig(
-        num_hidden_layers=layers,
-        layer_types=MIX * (layers // 4),
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_local_experts=0,
-        num_experts_per_tok=0,
-        intermediate_size=1024,
-        shared_intermediate_size=1024,
-        mamba_n_heads=16,
-        mamba_d_head=64,
-        mamba_d_state=64,
-        mamba_n_groups=1,
-        mamba_chunk_size=64,
-        mamba_expand=2,
-        position_embedding_type="rope",
-        max_position_embeddings=16384,
-        **COMMON,
-    )
-
-
-def qwen3_5(layers: int) -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    return Qwen3_5TextConfig(
-        num_hidden_layers=layers,
-        layer_types=MIX * (layers // 4),
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        linear_num_key_heads=8,
-        linear_num_value_heads=8,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        max_position_embeddings=16384,
-        rope_parameters=rope | {"mrope_section": [3, 3, 2], "mrope_interleaved": True},
-        **COMMON,
-    )
-
-
-SHAPES: dict[str, tuple[Callable[[int], Any], int]] = {
-    "mamba2": (mamba2, 12),
-    "granitemoehybrid": (granitemoehybrid, 12),
-    "qwen3_5": (qwen3_5, 8),
-}
-
 CACHES: dict[str, Callable[[Any, int], Any]] = {
     "DynamicCache": lambda config, capacity: DynamicCache(config=config),
     "StaticCache": lambda config, capacity: StaticCache(config=config, max_cache_len=capacity),
@@ -169,16 +99,6 @@ class Reader:
         twin.at = self.at
         twin.forward = torch.compile(self.model.forward, fullgraph=True)
         return twin
-
-
-def build(shape: str, quick: bool) -> Any:
-    make, layers = SHAPES[shape]
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(make(4 if quick else layers)).eval()
-
-
-def tokens_of(model: Any, n: int) -> Tensor:
-    return torch.randint(1, model.config.vocab_size, (1, n), generator=torch.Generator().manual_seed(1))
 
 
 # ---- bytes
@@ -338,12 +258,6 @@ def measure_time(shape: str, model: Any, context: int, opts: argparse.Namespace)
 # ---- what is said
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def targets(cells: list[Cell]) -> Iterator[tuple[bool, str]]:
     """The lines that must hold, each with the figure."""
     for cell in cells:
@@ -355,14 +269,6 @@ def targets(cells: list[Cell]) -> Iterator[tuple[bool, str]]:
             ratio = cell.ratio(variant, base)
             assert ratio is not None
             yield ratio[0] <= limit, f"{where}: {variant} / {base} {ratio[0]:.3f}, at most {limit}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def figure(ratio: tuple[float, float, float] | None) -> str:
-    return "-" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
 
 
 def megabytes(n: int | None) -> str:
@@ -430,12 +336,7 @@ def report(cells: list[Cell], memory: dict[tuple[str, int], dict[str, Any]], opt
 def as_json(cells: list[Cell], memory: dict[tuple[str, int], dict[str, Any]], opts: argparse.Namespace) -> str:
     return json.dumps(
         {
-            "versions": {
-                "statecache": statecache.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "cpu": cpu_name(),
             "threads": opts.threads,
             "clock": opts.clock,
@@ -462,7 +363,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="four layers, short contexts, few rounds, no torch.compile"
     )
-    parser.add_argument("--only", action="append", choices=list(SHAPES), help="this shape; may be given again")
+    parser.add_argument("--only", action="append", choices=DECODED, help="this shape; may be given again")
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens; 128 2048 8192 if left out")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tokens", type=int, default=8, help="timed tokens of each variant in a round")
@@ -493,7 +394,7 @@ def main() -> None:
     began = time.perf_counter()
     cells: list[Cell] = []
     memory: dict[tuple[str, int], dict[str, Any]] = {}
-    for shape in opts.only or SHAPES:
+    for shape in opts.only or DECODED:
         model = build(shape, opts.quick)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for context in opts.contexts:

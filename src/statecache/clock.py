@@ -18,6 +18,8 @@ from statecache.storage.dense import keep_rows, revive, zeros
 
 def capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured, so that nothing may be read back and no number may be baked in."""
+    if torch.compiler.is_compiling():
+        return False
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from statecache.clock import capturing
 from statecache.errors import ConfigError, RaggedError, ShapeError
 from statecache.mask import additive, visible
 from statecache.models.cache import StateCache
@@ -143,13 +144,9 @@ def _real(mask: Any, rows: int, width: int) -> Tensor | None:
             f"{width} new tokens are real off the last columns, and knows the rest itself"
         )
     real = mask[:, -width:] != 0
-    if not torch.compiler.is_compiling() and not _capturing(real) and bool(real.all()):
+    if not torch.compiler.is_compiling() and not capturing(real) and bool(real.all()):
         return None
     return real
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _positions(step: Step, tokens: Tensor) -> Tensor:
