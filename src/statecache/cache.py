@@ -167,6 +167,8 @@ class Rings:
                     "statecache.prepare(model) first"
                 )
         step = self.clock.open(tokens, count)
+        if step.end is not None:
+            self._overwrites(self.clock.taking())
         if self.capacity is None:
             self._reserve(max(self.clock.host) + tokens)
         if folds is not None and self.slack:
@@ -369,13 +371,16 @@ class Rings:
     def _between(self) -> None:
         self._base = [] if self.clock is None else list(self.clock.host)
 
-    def _wrote_ahead(self) -> None:
-        """A speculative round has written past the ends of the rows: marks of longer rows are stale, whatever it keeps."""
+    def _overwrites(self, taken: list[int] | None) -> None:
+        """Rows are about to be written from their ends on, each if it takes in tokens: marks of longer ones are stale.
+
+        Said before a pass, since not every pass is closed: some are interrupted, and a round may keep nothing.
+        """
         lengths = [] if self.clock is None else self.clock.host
         for mark in self._marks:
             for row, (length, marked) in enumerate(zip(lengths, mark.lengths, strict=False)):
-                if length < marked:
-                    why = f"row {row} was marked at {marked} tokens, and a speculative round wrote from {length} on"
+                if length < marked and (taken is None or taken[row]):
+                    why = f"row {row} was marked at {marked} tokens and written again from {length} on"
                     mark.stale = mark.stale or why
 
     def _invalidate(self, why: str) -> None:

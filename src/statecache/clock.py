@@ -130,6 +130,10 @@ class Clock:
         taking = torch.full_like(self.lengths, tokens) if count is None else count
         return Step(tokens, self.lengths.clone(), taking, end=max(self._after))
 
+    def taking(self) -> list[int]:
+        """Tokens that each row takes in in the open pass, as far as the host knows."""
+        return [] if self._after is None else [a - b for a, b in zip(self._after, self.host, strict=True)]
+
     def replay(self, step: Step) -> Replay:
         """How the open step meets the logs, which keep the last `slack` inputs of each row."""
         tokens, slack = step.tokens, self.slack

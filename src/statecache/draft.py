@@ -78,6 +78,6 @@ class Draft:
         self.cache._committed()
 
     def _end(self) -> None:
-        if self.step is not None or self.cache._step is not None:
-            self.cache._wrote_ahead()
+        if self.step is not None and self.step.end is None:  # the pass was compiled: nothing was said before it
+            self.cache._overwrites(None)
         self._over, self.cache._draft = True, None
