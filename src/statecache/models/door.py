@@ -79,6 +79,8 @@ class Door:
                 f"the cache was made for {len(cache)} layers of {cache.spec.model}, and this {self.config.model_type} "
                 f"model has {self.config.num_hidden_layers}: make it from model.config"
             )
+        if self.positioned:
+            self._check_form(cache, width, count)
         step = cache.begin(tokens, width, count, self.folds)
         if self.positioned:
             if kwargs.get("position_ids") is None:
@@ -91,6 +93,17 @@ class Door:
         return out
 
     # ---- masks
+
+    def _check_form(self, cache: StateCache, width: int, count: Tensor | None) -> None:
+        """Whether the attention can be told what rows see, before anything is changed."""
+        form = self.config._attn_implementation
+        ragged = count is not None or (cache.clock is not None and cache.clock.ragged)
+        plain = cache.capacity is None and not ragged and ("flash" in form or width == 1)
+        if form not in ("sdpa", "eager") and not plain and any(s.name == "key" for _, s in cache.spec.states()):
+            raise RaggedError(
+                f'rows of different lengths, padding, and a fixed capacity need masks, and attn_implementation="{form}" '
+                'takes none of them: load the model with attn_implementation="sdpa"'
+            )
 
     def _mask(self, cache: StateCache, step: Step, tokens: Tensor) -> Tensor | dict[str, Tensor | None] | None:
         """What attention layers are to be told: nothing where causality alone will do."""
@@ -111,11 +124,6 @@ class Door:
             short = width == 1 or (form == "sdpa" and start == 0 and (window is None or width <= window))
             if short or "flash" in form:
                 return None
-        if form not in ("sdpa", "eager"):
-            raise RaggedError(
-                f'rows of different lengths, or a fixed capacity, need masks, and attn_implementation="{form}" takes '
-                'none: load the model with attn_implementation="sdpa"'
-            )
         device = tokens.device
         starts = torch.tensor([start], device=device) if uniform else torch.as_tensor(start, device=device)
         query = starts[:, None] + torch.arange(width, device=device)

@@ -77,7 +77,8 @@ def _mixers(decoder: nn.Module) -> dict[int, Mixer]:
             module = known[0]
             found[index] = MIXERS[type(module).__name__](module, _own(module))
         elif row is None or row.mixer or config.model_type not in GROUPED_QUERY:
-            inside = [type(module).__name__ for module in layer.children()]
+            mixers = [type(m).__name__ for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
+            inside = mixers or [type(module).__name__ for module in layer.children()]
             raise UnknownLayerError(
                 f'layer {index} ("{kind}") of a {config.model_type} model is a {type(layer).__name__} of '
                 f"{', '.join(inside)}, and there is an operator for none of them: add a row to "
