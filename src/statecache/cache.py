@@ -78,6 +78,7 @@ class Rings:
         self._declared: dict[str, StateSpec] = dict(spec.states())
         self._step: Step | None = None
         self._draft: Draft | None = None
+        self.lasting = False  # whether a pass is kept for good, unless it is a round's: then it costs no replay
         self._room = 0  # the longest row that every growing ring has slots for
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
         self._base: list[int] = []  # the lengths after the last call that was not a step
@@ -172,8 +173,9 @@ class Rings:
         if self.capacity is None:
             self._reserve(max(self.clock.host) + tokens)
         if folds is not None and self.slack:
-            replay = self.clock.replay(step)
-            step = replace(step, replay=replay)
+            replay = self.clock.replay(step, self.lasting)
+            plain = self.lasting and self._draft is None  # a pass without a log
+            step = replace(step, lasting=plain, replay=None if plain else replay)
             self._step = step
             for name, stepping in folds.items():
                 self._fold(name, stepping, replay)

@@ -45,6 +45,7 @@ class Clock:
         self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
         self._seen = self._version
         self._after: list[int] | None = None  # the host's lengths once the open step is closed
+        self._bases: list[int] | None = None  # the host's floors once the logs are folded for it
 
     def __getstate__(self) -> dict[str, object]:
         self.sync()
@@ -134,27 +135,35 @@ class Clock:
         """Tokens that each row takes in in the open pass, as far as the host knows."""
         return [] if self._after is None else [a - b for a, b in zip(self._after, self.host, strict=True)]
 
-    def replay(self, step: Step) -> Replay:
-        """How the open step meets the logs, which keep the last `slack` inputs of each row."""
+    def replay(self, step: Step, lasting: bool = False) -> Replay:
+        """How the open step meets the logs, which keep the last `slack` inputs of each row.
+
+        `lasting`: what stands is kept for good, so that the states are folded up to it.
+        """
         tokens, slack = step.tokens, self.slack
         if self._after is None:  # the host does not know
             assert isinstance(step.start, Tensor)
             floor = self.floor[: self.rows].clone()
+            if lasting:
+                self._bases = None
+                return Replay(floor, step.start - floor, slack, 0, None)
             room = step.start + (tokens if step.count is None else step.count) - slack
             lag = max(slack - tokens, 0) if step.count is None else slack
             fold = torch.maximum(floor, torch.minimum(room, step.start)) - floor
             at = None if tokens <= slack else torch.maximum(floor, room) - step.start + lag
             return Replay(floor, fold, min(tokens, slack), lag, at)
         spans = list(zip(self.floors, self.host, self._after, strict=True))
-        bases = [max(floor, min(after - slack, length)) for floor, length, after in spans]
+        bases = [length if lasting else max(floor, min(after - slack, length)) for floor, length, after in spans]
+        self._bases = bases
         folds = [base - floor for base, floor in zip(bases, self.floors, strict=True)]
         lag = max(length - base for length, base in zip(self.host, bases, strict=True))
-        takes = [max(floor, after - slack) - length + lag for floor, length, after in spans]
-        moves = any(max(floor, after - slack) > base for (floor, _, after), base in zip(spans, bases, strict=True))
+        ends = [max(floor, after - slack) for floor, _, after in spans]
+        moves = not lasting and any(end > base for end, base in zip(ends, bases, strict=True))
         if isinstance(step.start, int) and len(set(self.floors)) == 1:
-            return Replay(self.floors[0], folds[0], folds[0], lag, takes[0] if moves else None)
+            return Replay(self.floors[0], folds[0], folds[0], lag, ends[0] - self.host[0] + lag if moves else None)
         device = self.length.device
         fold = torch.tensor(folds, device=device)
+        takes = [end - length + lag for end, length in zip(ends, self.host, strict=True)]
         at = torch.tensor(takes, device=device) if moves else None
         return Replay(self.floor[: self.rows].clone(), fold, max(folds), lag, at)
 
@@ -162,12 +171,8 @@ class Clock:
         """The logged states stand where `replay` folds them to."""
         floor = self.floor[: self.rows]
         floor.copy_(torch.as_tensor(replay.base, device=floor.device).expand_as(floor))
-        if self._after is not None:
-            self.floors = [
-                max(low, min(end - self.slack, length))
-                for low, length, end in zip(self.floors, self.host, self._after, strict=True)
-            ]
-            self._seen = self._version
+        if self._after is not None and self._bases is not None:
+            self.floors, self._seen = self._bases, self._version
 
     def accept(self, step: Step, accepted: list[int]) -> None:
         """End a pass of which each row keeps its first `accepted` tokens."""
@@ -193,7 +198,8 @@ class Clock:
             start = step.start[:, None]
         if self.slack and step.tokens:
             floor, kept = self.floor[: self.rows], self.kept[: self.rows]
-            floor.copy_(torch.maximum(floor, length - self.slack))
+            back = 0 if step.lasting else self.slack
+            floor.copy_(torch.maximum(floor, length - back))
             # copies beyond this start were made in a course of events that a rollback took back
             here = (torch.arange(1, self.slack + 1, device=kept.device) - start) % self.slack == 0
             if step.count is not None:
@@ -202,7 +208,8 @@ class Clock:
         if self._after is not None:
             floors = self.floors
             if self.slack and step.tokens:
-                floors = [max(low, end - self.slack) for low, end in zip(floors, self._after, strict=True)]
+                back = 0 if step.lasting else self.slack
+                floors = [max(low, end - back) for low, end in zip(floors, self._after, strict=True)]
             self._know(self._after, floors, self.width + columns)
             self._after = None
 

@@ -30,6 +30,7 @@ class Step:
     count: Tensor | None = None  # (B,), each 0..T; None: all T. With a count, start is (B,)
     end: int | None = None  # of the longest row, if the host knows it
     replay: Replay | None = None  # in a prepared model, with slack
+    lasting: bool = False  # kept for good: nothing before its end can be taken back
 
     @property
     def shared(self) -> bool:

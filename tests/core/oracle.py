@@ -23,6 +23,7 @@ class Lists:
     rows: list[list[float]]
     floor: list[int] = field(default_factory=list)
     kept: list[set[int]] = field(default_factory=list)
+    lasting: bool = False  # whether steps are kept for good
 
     def __post_init__(self) -> None:
         self.floor = self.floor or [0] * len(self.rows)
@@ -31,13 +32,14 @@ class Lists:
     def lengths(self) -> list[int]:
         return [len(row) for row in self.rows]
 
-    def step(self, new: list[list[float]]) -> None:
+    def step(self, new: list[list[float]], in_round: bool = False) -> None:
         for b, entries in enumerate(new):
             start = len(self.rows[b])
             if entries:
                 self.kept[b] = {n for n in self.kept[b] if n <= start} | {start}
             self.rows[b] += entries
-            self.floor[b] = max(self.floor[b], len(self.rows[b]) - SLACK)
+            back = 0 if self.lasting and not in_round else SLACK
+            self.floor[b] = max(self.floor[b], len(self.rows[b]) - back)
 
     def may_forget(self, b: int, n: int, leased: bool) -> bool:
         target = len(self.rows[b]) - n
@@ -150,9 +152,11 @@ def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool,
             _step(core, subject, number % (SLACK + 1), None, on_device, fresh, accepted if number % 5 else [])
         elif what == "rollback":
             _rollback(core, subject, [n % (SLACK + 2) for n in per_row], leased)
+        elif what == "lasting":
+            subject.rings.lasting = subject.lists.lasting = not subject.lists.lasting
         elif what == "reset":
             subject.rings.reset()
-            subject.lists = Lists([[] for _ in range(ROWS if fixed else rows)])
+            subject.lists = Lists([[] for _ in range(ROWS if fixed else rows)], lasting=subject.lists.lasting)
             _stale(subject)
         elif what == "gather":
             room = ROWS if fixed else ROWS + 2
@@ -169,7 +173,9 @@ def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool,
                 with_error(core.errors.StaleMarkError, subject.rings.restore, mark["mark"])
             else:
                 subject.rings.restore(mark["mark"])
+                lasting = subject.lists.lasting
                 subject.lists = copy.deepcopy(mark["lists"])
+                subject.lists.lasting = lasting
         elif what == "fork" and len(subjects) < 3:
             subjects.append(Subject(subject.rings.fork(), copy.deepcopy(subject.lists)))
         for other in subjects:
@@ -255,9 +261,9 @@ def _step(
         round_.__exit__(None, None, None)
         taken = [tokens] * rows
     for b in range(rows):  # what a round has written over cannot be gone back to, whatever it keeps
-        ahead = start[b] + taken[b] - SLACK
+        ahead = start[b] if s.lists.lasting else start[b] + taken[b] - SLACK
         s.lists.floor[b] = max(s.lists.floor[b], min(ahead, start[b]))
-    s.lists.step(new)
+    s.lists.step(new, in_round=round_ is not None)
     for mark in s.marks:
         below = [n < m and t for n, t, m in zip(start, taken, mark["lists"].lengths(), strict=False)]
         mark["stale"] = mark["stale"] or any(below)

@@ -64,8 +64,8 @@ MUTANTS = {
     "a ring has no slots for its slack": ("spec", "self.window + slack, capacity", "self.window, capacity"),
     "the floor does not rise": (
         "clock",
-        "torch.maximum(floor, length - self.slack)",
-        "torch.minimum(floor, length - self.slack)",
+        "torch.maximum(floor, length - back)",
+        "torch.minimum(floor, length - back)",
     ),
     "copies of what was taken back still count": ("clock", "torch.where(kept > start, 0, kept)", "kept"),
     "a rollback may reach one below the floor": ("clock", "target < least:", "target + 1 < least:"),
@@ -109,8 +109,19 @@ MUTANTS = {
     "the log is not written": ("replay", "        ring.put(new, step)\n", "        pass\n"),
     "counts forget what is read again": ("replay", "count = None if count is None else count + lag", "pass"),
     "folding is not noted": ("cache", "self.clock.folded(replay)", "pass"),
-    "the host does not note folding": ("clock", "max(low, min(end - self.slack, length))", "low"),
+    "the host does not note folding": (
+        "clock",
+        "self.floors, self._seen = self._bases,",
+        "self.floors, self._seen = self.floors,",
+    ),
     "the state may move past the tokens before the pass": ("clock", "min(after - slack, length)", "after - slack"),
+    "what is kept for good can be taken back": (
+        "clock",
+        "back = 0 if step.lasting else self.slack\n            floor.copy_",
+        "back = self.slack\n            floor.copy_",
+    ),
+    "a pass kept for good is logged": ("cache", "replay=None if plain else replay", "replay=replay"),
+    "a lasting state is folded as far as others": ("clock", "length if lasting else max", "max"),
     "a round keeps all it brought": (
         "cache",
         "        if self._draft is None:\n            self.clock.close",
@@ -154,10 +165,13 @@ def core(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         del sys.modules[module]
 
 
-SELDOM: list[list[oracle.Op]] = [  # what chance seldom strings together: writes below a mark that no step closes
-    [("step", 9, (0,)), ("checkpoint", 0, (0,)), ("rollback", 0, (2,)), what, ("restore", 0, (0,))]
-    for what in (("speculate", 2, (0,)), ("speculate", 5, (0,)), ("ragged", 3, (0,)))
-]
+SELDOM: list[list[oracle.Op]] = (
+    [  # what chance seldom strings together: writes below a mark, a chunk where copies stood
+        [("step", 9, (0,)), ("checkpoint", 0, (0,)), ("rollback", 0, (2,)), what, ("restore", 0, (0,))]
+        for what in (("speculate", 2, (0,)), ("speculate", 5, (0,)), ("ragged", 3, (0,)))
+    ]
+    + [[("step", 1, (0,))] * 3 + [("rollback", 0, (2,)), ("step", 2, (0,)), ("rollback", 0, (1,))]]
+)
 
 
 def schedules(n: int) -> Iterator[list[oracle.Op]]:
@@ -167,6 +181,7 @@ def schedules(n: int) -> Iterator[list[oracle.Op]]:
         + ["ragged"] * 2
         + ["rollback"] * 4
         + ["speculate"] * 3
+        + ["lasting"]
         + ["checkpoint", "restore", "restore", "gather", "reset"]
     )
     for _ in range(n):

@@ -29,6 +29,7 @@ WHAT = (
     + ["ragged"] * 2
     + ["rollback"] * 3
     + ["speculate"] * 2
+    + ["lasting"]
     + ["checkpoint", "restore", "gather", "reset", "fork"]
 )
 

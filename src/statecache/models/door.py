@@ -101,7 +101,7 @@ class Door:
         plain = cache.capacity is None and not ragged and ("flash" in form or width == 1)
         if form not in ("sdpa", "eager") and not plain and any(s.name == "key" for _, s in cache.spec.states()):
             raise RaggedError(
-                f'rows of different lengths, padding, and a fixed capacity need masks, and attn_implementation="{form}" '
+                f'rows of different lengths, padding and a fixed capacity need masks, and attn_implementation="{form}" '
                 'takes none of them: load the model with attn_implementation="sdpa"'
             )
 
