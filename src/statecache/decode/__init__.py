@@ -1,0 +1,1 @@
+"""Writing tokens with a model: sampling, speculation, `generate`."""

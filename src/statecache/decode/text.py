@@ -1,0 +1,67 @@
+"""From tokens to text as they come, and where a row ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+CONTEXT = 8  # tokens that a tokenizer may look back to when it turns the next ones into text
+
+
+class Text:
+    """The text of a row's new tokens, in whole characters. `before`: the tokens they follow."""
+
+    def __init__(self, tokenizer: Any, before: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.text = ""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tail = list(before[-CONTEXT:])
+        self._shown = len(self._decode())  # characters of the tail that `text` or the prompt has
+        self._taken = 0
+
+    def push(self, token: int) -> bool:
+        """Append a token; whether it completes a stop string, with which the text then ends."""
+        self._tail.append(token)
+        text = self._decode()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character
+            return False
+        stopped = self._append(text)
+        self._tail = self._tail[-CONTEXT:]
+        self._shown = len(self._decode())
+        return stopped
+
+    def end(self) -> None:
+        """Append what was kept back: the row ends here."""
+        self._append(self._decode())
+
+    def take(self) -> str:
+        """The text since the last call."""
+        piece, self._taken = self.text[self._taken :], len(self.text)
+        return piece
+
+    def _append(self, text: str) -> bool:
+        before = len(self.text)
+        self.text += text[self._shown :]
+        self._shown = len(text)
+        found = [(self.text.find(stop, max(before - len(stop) + 1, 0)), len(stop)) for stop in self._stop]
+        ends = [at + length for at, length in found if at >= 0]
+        if ends:
+            self.text = self.text[: min(ends)]
+        return bool(ends)
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._tail, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class Ending:
+    """Where rows end: with one of the token `ids`, or the token that completes a stop string of their texts."""
+
+    def __init__(self, ids: frozenset[int], texts: Sequence[Text] = ()) -> None:
+        self.ids, self.texts = ids, texts
+
+    def cut(self, row: int, new: list[int]) -> tuple[list[int], bool]:
+        """The row's new tokens, up to its end, and whether it has come to one."""
+        for n, token in enumerate(new, 1):
+            stopped = self.texts[row].push(token) if self.texts else False
+            if token in self.ids or stopped:
+                return new[:n], True
+        return new, False

@@ -1,0 +1,40 @@
+"""The embedded pair of models, and drafting at all costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import statecache.tiny
+from statecache.decode.pace import Pace
+
+TINY = Path(statecache.tiny.__file__).parent
+
+
+def load(name: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def story() -> Any:
+    return load("story")
+
+
+@pytest.fixture(scope="session")
+def draft() -> Any:
+    return load("draft")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(TINY / "story")
+
+
+@pytest.fixture
+def always_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many drafts as there is room for, whether they pay or not."""
+    monkeypatch.setattr(Pace, "length", lambda pace: pace.most)

@@ -1,0 +1,376 @@
+"""What goes into `generate` and what comes out: text and ids, ends, streams, caches, reports, and every refusal."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from full_forwards import argmax_loop
+
+import statecache as sc
+from statecache import errors
+from statecache.decode.generate import MOST
+from statecache.decode.text import Text
+from statecache.models.prepare import is_prepared
+
+ONCE = "Once upon a time"
+TWICE = "The cat sat. The dog ran. The cat sat. The dog ran. The cat"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return families.build("mamba2")[0]
+
+
+@pytest.fixture(scope="module")
+def other():
+    return families.build("mamba2", seed=1)[0]
+
+
+def ids_of(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+# ---- text
+
+
+def test_text_is_the_prompt_and_what_the_model_makes_of_it(story, tokenizer):
+    ids = torch.tensor([tokenizer(ONCE)["input_ids"]])
+    want = tokenizer.decode(argmax_loop(story, ids, 24)[0])
+    assert sc.generate(story, ONCE, tokenizer, max_new_tokens=24) == want
+    assert want.startswith(ONCE)
+
+
+@pytest.mark.parametrize("way", ["plain", "lookup", "assistant"])
+def test_texts_of_different_lengths_are_as_each_alone(story, draft, tokenizer, way):
+    options = {"plain": {}, "lookup": {"lookup": 2}, "assistant": {"assistant": draft}}[way]
+    prompts = [ONCE, "The", "There was a fox who had no home, and the fox"]
+    alone = [sc.generate(story, prompt, tokenizer, max_new_tokens=16) for prompt in prompts]
+    assert sc.generate(story, prompts, tokenizer, max_new_tokens=16, **options) == alone
+
+
+@pytest.mark.parametrize("way", ["plain", "lookup"])
+def test_pieces_join_to_the_text(story, tokenizer, way):
+    options = {"max_new_tokens": 40, "lookup": 2 if way == "lookup" else 0}
+    prompt = "The cat sat. The cat sat. The \N{FOX FACE}"
+    whole = sc.generate(story, prompt, tokenizer, **options)
+    pieces = list(sc.generate(story, prompt, tokenizer, stream=True, **options))
+    assert prompt + "".join(pieces) == whole
+    assert len(pieces) > 3
+    assert all(pieces)
+
+
+def test_characters_come_whole(tokenizer):
+    ids = [t for c in "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{FOX FACE}" for t in tokenizer(c)["input_ids"]]
+    assert len(ids) > 6  # the fox takes several
+    text, pieces = Text(tokenizer, tokenizer("a")["input_ids"]), []
+    for token in ids:
+        text.push(token)
+        pieces.append(text.take())
+    assert [piece for piece in pieces if piece] == list("caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{FOX FACE}")
+    text.push(ids[-2])
+    assert text.take() == ""
+    text.end()
+    assert text.take() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_only_the_first_text_of_a_cache_gets_the_tokens_that_begin_a_text(story, tokenizer):
+    class Beginning:
+        decode = tokenizer.decode
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [0] * add_special_tokens + tokenizer(text)["input_ids"]}
+
+    cache, held = sc.StateCache(story.config), []
+    for text in (ONCE, " and then"):
+        sc.generate(story, text, Beginning(), max_new_tokens=2, cache=cache)
+        held.append(int(cache.lengths[0]))
+    assert held == [1 + 4 + 2, 1 + 4 + 2 + len(tokenizer(" and then")["input_ids"]) + 2]
+
+
+# ---- ids
+
+
+def test_one_row_of_ids_stays_one_row(tiny):
+    rows = ids_of([5, 6, 7])
+    both = sc.generate(tiny, rows, max_new_tokens=4)
+    assert both.shape == (1, 7)
+    assert both.dtype == torch.long
+    assert torch.equal(sc.generate(tiny, rows[0], max_new_tokens=4), both[0])
+
+
+@pytest.mark.parametrize("lookup", [0, 2])
+def test_stream_of_ids_gives_what_each_round_adds(tiny, lookup):
+    rows = ids_of([5, 6, 5], [8, 9, 8])
+    free = sc.generate(tiny, rows, max_new_tokens=12)
+    stop = int(free[0, 7])
+    want = sc.generate(tiny, rows, max_new_tokens=12, stop=stop)
+    got = [[], []]
+    for new in sc.generate(tiny, rows, max_new_tokens=12, stop=stop, stream=True, lookup=lookup):
+        got = [row + more for row, more in zip(got, new, strict=True)]
+    for row, full in zip(got, want[:, 3:].tolist(), strict=True):
+        assert full[: len(row)] == row
+        assert set(full[len(row) :]) <= {0}
+    alone = [t for new in sc.generate(tiny, rows[0], max_new_tokens=4, stream=True) for t in new]
+    assert alone == free[0, 3:7].tolist()
+
+
+@pytest.mark.parametrize(
+    ("eos", "pad", "fill"), [(None, None, 0), (None, 3, 3), ("end", None, "end"), (["end", 1], 3, 3)]
+)
+def test_rows_end_at_the_end_token_and_are_filled_up(monkeypatch, tiny, eos, pad, fill):
+    rows = ids_of([5, 6, 7], [8, 9, 10])
+    free = argmax_loop(tiny, rows, 12)
+    end = int(free[0, 6])
+    config = tiny.generation_config
+    ends = [end if e == "end" else e for e in eos] if isinstance(eos, list) else end if eos == "end" else eos
+    monkeypatch.setattr(config, "eos_token_id", ends)
+    monkeypatch.setattr(config, "pad_token_id", pad)
+    got = sc.generate(tiny, rows, max_new_tokens=12, stop=end)
+    also = (1,) if isinstance(eos, list) else ()
+    assert torch.equal(got, argmax_loop(tiny, rows, 12, (end, *also), pad=end if fill == "end" else fill))
+
+
+def test_longest_round_fits_the_cache_made_for_it(tiny, always_drafts):
+    reports = []
+    sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=20, assistant=tiny, report=reports.append)
+    assert reports[0].drafted > MOST  # by itself, as many as there is room for
+    assert reports[0].forwards == 1 + -(-19 // (MOST + 1))
+    assert reports[0].tokens_per_forward == 20 / reports[0].forwards
+
+
+def test_same_seed_draws_the_same_and_leaves_the_common_generator_alone(tiny, other):
+    rows = ids_of([5, 6, 7], [8, 9, 10])
+    state = torch.random.get_rng_state()
+    for options in ({}, {"lookup": 2}, {"assistant": other}):
+        drawn = [sc.generate(tiny, rows, max_new_tokens=9, temperature=1.0, seed=s, **options) for s in (1, 1, 2)]
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(4)
+    once = sc.generate(tiny, rows, max_new_tokens=9, temperature=1.0)
+    torch.manual_seed(4)
+    assert torch.equal(sc.generate(tiny, rows, max_new_tokens=9, temperature=1.0), once)
+
+
+# ---- stops
+
+
+@pytest.mark.parametrize("lookup", [0, 2])
+def test_text_is_cut_at_a_stop_string(story, tokenizer, lookup):
+    free = sc.generate(story, ONCE, tokenizer, max_new_tokens=60)
+    for stop in ("the man", "\n", [" sit", "he man was"], "place where the"):
+        found = [free.index(s, len(ONCE)) + len(s) for s in ([stop] if isinstance(stop, str) else stop)]
+        options = {"max_new_tokens": 60, "stop": stop, "lookup": lookup}
+        want = free[: min(found)]
+        assert sc.generate(story, ONCE, tokenizer, **options) == want
+        assert ONCE + "".join(sc.generate(story, ONCE, tokenizer, stream=True, **options)) == want
+
+
+def test_ids_end_with_the_token_that_completes_a_stop_string(story, tokenizer):
+    ids = torch.tensor(tokenizer(ONCE)["input_ids"])
+    free = sc.generate(story, ids, max_new_tokens=60)
+    got = sc.generate(story, ids, tokenizer, max_new_tokens=60, stop="the man")
+    assert torch.equal(got, free[: len(got)])
+    assert "the man" in tokenizer.decode(got)
+    assert "the man" not in tokenizer.decode(got[:-1])
+
+
+def test_stop_string_of_the_prompt_stops_nothing(story, tokenizer):
+    assert len(sc.generate(story, ONCE, tokenizer, max_new_tokens=8, stop="upon")) > len(ONCE)
+
+
+# ---- caches
+
+
+@pytest.mark.parametrize("family", ["mamba", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("lookup", [0, 2])
+def test_second_turn_goes_on_from_the_cache(family, lookup):
+    model, _ = families.build(family)
+    first, more = ids_of([5, 6, 7, 5, 6], [8, 9, 10, 8, 9]), ids_of([11, 12], [13, 14])
+    cache = sc.StateCache(model.config, slack=5)
+    one = sc.generate(model, first, max_new_tokens=6, cache=cache, lookup=lookup)
+    assert cache.lengths.tolist() == [10, 10]
+    rest = torch.cat([one[:, 10:], more], 1)
+    two = sc.generate(model, rest, max_new_tokens=6, cache=cache, lookup=lookup)
+    want = argmax_loop(model, torch.cat([one, more], 1), 6)
+    assert torch.equal(torch.cat([one[:, :10], two], 1), want)
+    assert cache.lengths.tolist() == [18, 18]
+
+
+def test_rows_that_end_early_stay_in_the_callers_cache(tiny):
+    rows = ids_of([5, 6, 7], [8, 9, 10], [11, 12, 13])
+    end = int(argmax_loop(tiny, rows, 12)[1, 5])
+    for lookup in (0, 2):
+        cache = sc.StateCache(tiny.config, capacity=14, slack=4)
+        got = sc.generate(tiny, rows, max_new_tokens=12, stop=end, cache=cache, lookup=lookup)
+        ends = [row.index(end, 3) + 1 if end in row[3:] else 15 for row in got.tolist()]
+        assert len(set(ends)) > 1
+        assert cache.lengths.tolist() == [n - 1 for n in ends]
+        before = [b.data_ptr() for b in cache.buffers()]
+        cache.reset()
+        sc.generate(tiny, rows, max_new_tokens=12, cache=cache)
+        assert [b.data_ptr() for b in cache.buffers()] == before
+
+
+def test_second_text_is_new_text_alone(story, tokenizer):
+    cache = sc.StateCache(story.config, slack=9)
+    one = sc.generate(story, ONCE, tokenizer, max_new_tokens=10, cache=cache, lookup=2)
+    assert cache.lengths.tolist() == [len(tokenizer(ONCE)["input_ids"]) + 10]
+    two = sc.generate(story, " and then", tokenizer, max_new_tokens=10, cache=cache)
+    ids = tokenizer(ONCE)["input_ids"]
+    ids = argmax_loop(story, torch.tensor([ids]), 10)[0].tolist() + tokenizer(" and then")["input_ids"]
+    assert one + two == tokenizer.decode(argmax_loop(story, torch.tensor([ids]), 10)[0])
+
+
+def test_end_token_of_a_text_stays_out_of_the_cache(story, tokenizer):
+    cache = sc.StateCache(story.config)
+    free = argmax_loop(story, torch.tensor([tokenizer(ONCE)["input_ids"]]), 10)[0].tolist()
+    sc.generate(story, ONCE, tokenizer, max_new_tokens=10, cache=cache, stop=free[-3])
+    assert cache.lengths.tolist() == [free.index(free[-3], 4)]
+
+
+def test_fixed_cache_needs_room_for_all_tokens_but_the_last():
+    rows = ids_of([5, 6, 5], [8, 9, 8])
+    model, _ = families.build("lfm2")
+    for lookup in (0, 2):
+        cache = sc.StateCache(model.config, capacity=12, slack=6)
+        got = sc.generate(model, rows, max_new_tokens=10, cache=cache, lookup=lookup)
+        assert torch.equal(got, argmax_loop(model, rows, 10))
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("way", ["done", "closed", "failed", "stream failed"])
+def test_models_come_back_as_they_were(tiny, other, monkeypatch, way):
+    before = [dict(vars(m)) for model in (tiny, other) for m in model.modules()]
+    rows = ids_of([5, 6, 7])
+    if way == "done":
+        sc.generate(tiny, rows, max_new_tokens=3, assistant=other)
+    elif way == "closed":
+        stream = sc.generate(tiny, rows, max_new_tokens=9, assistant=other, stream=True)
+        next(stream)
+        assert is_prepared(tiny) and is_prepared(other)
+        assert torch.is_grad_enabled()
+        stream.close()
+    else:
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("statecache.decode.sampling.Sampler.draw", fail)
+        with pytest.raises(ZeroDivisionError):
+            list(sc.generate(tiny, rows, max_new_tokens=3, assistant=other, stream="stream" in way))
+    assert [dict(vars(m)) for model in (tiny, other) for m in model.modules()] == before
+
+
+def test_prepared_model_stays_prepared(tiny):
+    sc.prepare(tiny)
+    sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=3)
+    assert is_prepared(tiny)
+    sc.unprepare(tiny)
+
+
+def test_streams_over_one_model_may_overlap(tiny):
+    rows = ids_of([5, 6, 7])
+    want = sc.generate(tiny, rows, max_new_tokens=6)[0, 3:].tolist()
+    first, second = (sc.generate(tiny, rows[0], max_new_tokens=6, stream=True) for _ in range(2))
+    got = [next(first), next(second)]
+    got[0] += [t for new in first for t in new]
+    assert is_prepared(tiny)
+    got[1] += [t for new in second for t in new]
+    assert got == [want, want]
+    assert not is_prepared(tiny)
+
+
+# ---- reports
+
+
+def test_report_counts_passes_and_drafts(story, draft, tokenizer):
+    reports = []
+    for options in ({}, {"lookup": 3}, {"assistant": draft}):
+        sc.generate(story, [ONCE, TWICE], tokenizer, max_new_tokens=30, report=reports.append, **options)
+    plain, lookup, assisted = reports
+    assert (plain.prompt, plain.tokens, plain.forwards, plain.turns) == (
+        4 + len(tokenizer(TWICE)["input_ids"]),
+        60,
+        30,
+        60,
+    )
+    assert (plain.tokens_per_forward, plain.accepted_per_round, plain.acceptance) == (1.0, 0.0, 0.0)
+    assert str(plain) == "60 tokens in 30 forward passes, 1.00 each"
+    for report in (lookup, assisted):
+        assert report.tokens == 60 == report.turns + report.accepted
+        assert report.forwards < 30
+        assert 1 < report.tokens_per_forward == 60 / report.turns
+        assert report.acceptance == report.accepted / report.drafted
+        assert report.accepted_per_round == report.accepted / report.rounds
+    assert assisted.assistant_forwards > 0 == lookup.assistant_forwards
+
+
+def test_report_of_a_stream_comes_when_it_is_closed(tiny):
+    for prompt in (ids_of([5, 6, 7]), ids_of([5, 6, 7])[0]):
+        reports = []
+        stream = sc.generate(tiny, prompt, max_new_tokens=9, stream=True, report=reports.append)
+        next(stream), next(stream)
+        assert not reports
+        stream.close()
+        assert reports[0].tokens == 2
+
+
+# ---- refusals
+
+
+def test_nonsense_is_refused_before_anything_is_computed(tiny, other, tokenizer, monkeypatch):
+    rows = ids_of([5, 6, 7], [8, 9, 10])
+    words, _ = families.build("mamba2", vocab_size=50)
+    lfm, _ = families.build("lfm2")
+    small, held = sc.StateCache(lfm.config, capacity=8, slack=1), sc.StateCache(tiny.config)
+    sc.generate(tiny, rows, max_new_tokens=2, cache=held)
+    refused = [
+        (errors.OptionError, "temperature=-1: give 0", {"temperature": -1}),
+        (errors.OptionError, "top_p=0: give a probability", {"top_p": 0}),
+        (errors.OptionError, "top_k=-2: give the number of words", {"top_k": -2}),
+        (errors.OptionError, "max_new_tokens=0: give an integer of at least 1", {"max_new_tokens": 0}),
+        (errors.OptionError, "lookup=-1: give an integer of at least 0", {"lookup": -1}),
+        (
+            errors.OptionError,
+            "lookup=2 and assistant= are two ways to draft: give one",
+            {"lookup": 2, "assistant": other},
+        ),
+        (errors.OptionError, "assistant: came a str, expected a transformers model", {"assistant": "other"}),
+        (errors.ConfigError, "the assistant has 50 words, the model 101: give one with", {"assistant": words}),
+        (errors.OptionError, "stop='.': to find a string among ids takes their tokenizer", {"stop": "."}),
+        (errors.OptionError, "stop='': give token ids, or strings that are not empty", {"stop": ""}),
+        (errors.OptionError, "stop=[1.5]: give token ids, or strings", {"stop": [1.5]}),
+        (errors.OptionError, "cache: came a dict, expected a StateCache", {"cache": {}}),
+        (errors.OptionError, "prompt: came torch.float32 (2, 3), expected integers", {"prompt": rows.float()}),
+        (errors.OptionError, "prompt: came torch.int64 (0,), expected integers", {"prompt": rows[0, :0]}),
+        (errors.OptionError, "prompt: ids 5..101, and the model has words 0..100", {"prompt": ids_of([5, 101])}),
+        (errors.OptionError, "a text prompt takes the model's tokenizer: give tokenizer=", {"prompt": "a"}),
+        (errors.OptionError, "prompt: a list came; give a text, a list of texts", {"prompt": []}),
+        (errors.OptionError, "prompt '' has no token: give at least one word", {"prompt": "", "tokenizer": tokenizer}),
+        (
+            errors.OptionError,
+            "stream=True with 2 texts",
+            {"prompt": ["a", "b"], "tokenizer": tokenizer, "stream": True},
+        ),
+        (errors.OptionError, "generate takes a transformers model, not a str", {"model": "gpt"}),
+        (errors.RowsError, "1 prompts came for a cache of 2 rows", {"prompt": rows[:1], "cache": held}),
+        (errors.SlackError, "a round feeds a token and its drafts", {"cache": held, "lookup": 2}),
+        (
+            errors.CapacityError,
+            "row 0 holds 0 tokens, its prompt brings 3 and 6 more are to come: make the cache with capacity=9 or more",
+            {"model": lfm, "cache": small, "max_new_tokens": 7},
+        ),
+    ]
+    ran = []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: ran.append(1))
+    for kind, message, options in refused:
+        given = {"model": tiny, "prompt": rows, "max_new_tokens": 4, **options}
+        with pytest.raises(kind) as error:
+            sc.generate(**given)
+        assert str(error.value).startswith(message)
+        assert isinstance(error.value, errors.StateCacheError)
+    assert not ran
