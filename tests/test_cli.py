@@ -101,6 +101,9 @@ def test_version_is_that_of_the_package(statecache):
         (["generate", "a", "--prompt", "b"], False, 2, "PROMPT and --prompt are both given: keep one of them"),
         (["generate", "--file", "x", "-p", "b"], False, 2, "--prompt and --file are both given: keep one of them"),
         (["generate", "--file", "no/such.txt"], False, 1, "cannot read no/such.txt: No such file or directory"),
+        (["generate", "a", "--lookup", "2", "--draft", "tiny"], False, 2, "--lookup and --draft are both given: keep"),
+        (["generate", "a", "--lookup", "0"], False, 2, "Invalid value for '--lookup'"),
+        (["generate", "a", "--draft", "./no/draft"], False, 1, 'there is no folder "./no/draft": give'),
         (["generate", "a", "-n", "0"], False, 2, "Invalid value for '--max-new-tokens' / '-n'"),
         (["generate", "a", "--dtype", "int4"], False, 2, "Invalid value for '--dtype'"),
         (["generate", "a", "--nonsense"], False, 2, "No such option: --nonsense"),
@@ -212,6 +215,38 @@ def test_greedy_text_is_the_argmax_of_full_forwards(statecache, checkpoint):
     assert json.loads(out)["text"] == loaded.tokenizer.decode(ids[0, before:], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("how", [["--lookup", "3"], ["--draft", "tiny"]])
+def test_drafts_leave_the_text_and_say_what_they_gained(statecache, how):
+    args = ("generate", "The cat sat. The dog ran. The cat sat. The dog", "-n", "40", "--temperature", "0")
+    _, plain, _ = statecache(*args, "--quiet")
+    code, out, err = statecache(*args, *how)
+    assert (code, out) == (0, plain)
+    assert "tokens per forward pass" in err
+    assert "drafted tokens accepted" in err
+    report = json.loads(statecache(*args, "--json", *how)[1])
+    gain = report["speculation"]
+    assert report["prompt"] + report["text"] + "\n" == plain
+    assert report["tokens"]["new"] == 40 == gain["forwards"] + gain["accepted"]
+    assert gain["tokens_per_forward"] == pytest.approx(40 / gain["forwards"], abs=1e-3)
+    assert 0 < gain["accepted"] < gain["drafted"]
+    assert (gain["lookup"], gain["draft"]) == ((3, None) if "3" in how else (None, "tiny"))
+    assert report["bytes"]["log"] > 0
+
+
+def test_drafted_text_with_the_same_seed_is_the_same(statecache):
+    def text(seed):
+        args = ("generate", "Once", "-n", "16", "--temperature", "1", "--seed", seed, "--draft", "tiny", "--json")
+        return json.loads(statecache(*args)[1])["text"]
+
+    assert text("1") == text("1") != text("2")
+
+
+def test_draft_model_of_other_words_is_one_line(statecache, checkpoint):
+    code, out, err = statecache("generate", "Once", "--draft", checkpoint, "--quiet")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "give one with the same tokenizer" in err
+
+
 def test_dtype_is_that_of_the_model_and_its_cache(statecache, checkpoint):
     def sizes(dtype):
         args = ("generate", "Once", "--model", checkpoint, "-n", "4", "--dtype", dtype, "--json")
@@ -252,6 +287,17 @@ def test_ctrl_c_keeps_what_was_written(checkpoint):
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "new tokens" in err
+    assert "Traceback" not in err
+    assert out.endswith("\n")
+
+
+def test_ctrl_c_keeps_what_was_drafted():
+    run = program("generate", "Once", "-n", "100000", "--draft", "tiny", "--temperature", "0")
+    assert run.stdout.read(8).startswith("Once")
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "tokens per forward pass" in err
     assert "Traceback" not in err
     assert out.endswith("\n")
 

@@ -40,6 +40,14 @@ TopPOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Same seed, same text. Left out: another one each time.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Left out: cuda where there is one.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Left out: float32 on a CPU, the checkpoint's own elsewhere.")]
+LookupOption = Annotated[
+    int | None,
+    typer.Option("--lookup", metavar="N", min=1, help="Draft what once followed the last N tokens, or fewer."),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(metavar="tiny|FOLDER|NAME", help="Draft with this smaller model; tiny goes with the embedded one."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -59,7 +67,7 @@ def _root(version: VersionOption = False) -> None:
     pass
 
 
-@app.command(epilog='Example: statecache generate --temperature 0.7 --seed 1 "Once upon a time"')
+@app.command(epilog='Example: statecache generate --draft tiny --temperature 0.7 --seed 1 "Once upon a time"')
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to go on from.", show_default=False)] = None,
     prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
@@ -69,17 +77,24 @@ def generate(
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
+    lookup: LookupOption = None,
+    draft: DraftOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text and nothing else.")] = False,
 ) -> None:
-    """Go on with a text, and say what it cost. Without a prompt, a pipe is read."""
+    """Go on with a text, and say what it cost. Without a prompt, a pipe is read.
+
+    With --lookup or --draft several tokens are checked in one forward pass. Greedy text stays the same.
+    """
     text = _one_prompt(prompt, prompt_option, file)
+    if lookup and draft:
+        raise CommandError("--lookup and --draft are both given: keep one of them", 2)
     with spinner("starting PyTorch", show=not quiet):
         from statecache.cli.generate import generate_command
         from statecache.cli.model import Settings
-    settings = Settings(model, device, dtype, max_new_tokens, temperature, top_p, seed)
+    settings = Settings(model, device, dtype, max_new_tokens, temperature, top_p, seed, lookup or 0, draft)
     if generate_command(text, settings, json=json, quiet=quiet):
         raise typer.Exit(INTERRUPTED)
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import statecache as sc
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, sampling, seeded
+from statecache.cli.model import Loaded, Settings, drawing, load, sampling, seeded
 from statecache.cli.report import byte_rows, console, two_columns
-from statecache.cli.writing import Stop, Written, write_on
+from statecache.cli.writing import Stop, Written, write_drafted, write_on
+from statecache.decode.generate import MOST
+from statecache.decode.report import Report
 
 
 def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool) -> bool:
@@ -18,14 +20,22 @@ def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool
     ids = loaded.tokenizer(prompt)["input_ids"]
     if not ids:
         raise CommandError("the tokenizer makes no token of this prompt: give at least one word", 2)
-    options = {"max_new_tokens": settings.max_new_tokens, **sampling(loaded.model.generation_config, settings)}
-    cache = sc.StateCache(loaded.model.config)
-    if not json:
-        _show(prompt)
+    config = loaded.model.generation_config
+    options = {"max_new_tokens": settings.max_new_tokens, **sampling(config, settings)}
+    drafts = settings.lookup > 0 or loaded.assistant is not None
+    cache = sc.StateCache(loaded.model.config, slack=1 + MOST if drafts else 0)
+    show, report = _ignore if json else _show, None
     with Stop() as stop:
-        written = write_on(loaded, ids, cache, options, stop, _ignore if json else _show)
+        if drafts:
+            drawn = {"max_new_tokens": settings.max_new_tokens, "seed": seed, **drawing(config, options)}
+            written, report = write_drafted(loaded, prompt, cache, drawn, settings.lookup, stop, show)
+        else:
+            show(prompt)
+            written = write_on(loaded, ids, cache, options, stop, show)
     if json:
-        _show(json_format.dumps(_as_json(loaded, prompt, ids, written, cache, {**options, "seed": seed}, stop)))
+        result = _as_json(loaded, prompt, ids, written, cache, {**options, "seed": seed}, stop)
+        result["speculation"] = None if report is None else _gain(settings, report)
+        _show(json_format.dumps(result))
     _show("\n")
     if not (json or quiet):
         rows = [
@@ -33,9 +43,27 @@ def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool
             ("new tokens", f"{len(written.tokens)}"),
             ("tokens per second", f"{written.tokens_per_second:.1f}"),
         ]
+        if report is not None:
+            rows += [
+                ("tokens per forward pass", f"{report.tokens_per_forward:.2f}"),
+                ("drafted tokens accepted", f"{report.accepted} of {report.drafted}"),
+            ]
         sizes = cache.nbytes()
         console().print(two_columns(rows + byte_rows(sizes.by_kind, sizes.total)))
     return stop.requested
+
+
+def _gain(settings: Settings, report: Report) -> dict[str, Any]:
+    return {
+        "lookup": settings.lookup or None,
+        "draft": settings.draft,
+        "forwards": report.forwards,
+        "tokens_per_forward": round(report.tokens_per_forward, 4),
+        "drafted": report.drafted,
+        "accepted": report.accepted,
+        "accepted_per_round": round(report.accepted_per_round, 4),
+        "assistant_forwards": report.assistant_forwards,
+    }
 
 
 def _as_json(

@@ -17,6 +17,7 @@ from statecache.cli.failure import CommandError
 from statecache.cli.report import spinner
 
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "story"
+EMBEDDED_DRAFT = EMBEDDED.with_name("draft")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -31,16 +32,19 @@ class Settings:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    lookup: int = 0
+    draft: str | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer, and the name of the argument that takes its cache."""
+    """A model with its tokenizer, the name of the argument that takes its cache, and a model that drafts for it."""
 
     name: str
     model: Any
     tokenizer: Any
     cache_argument: str
+    assistant: Any = None
 
 
 def load(settings: Settings, show: bool = True) -> Loaded:
@@ -53,7 +57,16 @@ def load(settings: Settings, show: bool = True) -> Loaded:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
         model = model.to(device).eval()
     argument = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
-    return Loaded(settings.model or "embedded", model, tokenizer, argument)
+    assistant = None if settings.draft is None else _load_draft(settings.draft, model)
+    return Loaded(settings.model or "embedded", model, tokenizer, argument, assistant)
+
+
+def _load_draft(draft: str, model: Any) -> Any:
+    """The model that drafts, on the device and in the dtype of the one it drafts for."""
+    source = str(EMBEDDED_DRAFT) if draft == "tiny" else find(draft)
+    with reading(source):
+        assistant = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype)
+    return assistant.to(model.device).eval()
 
 
 def load_config(model: str | None) -> Any:
@@ -114,6 +127,15 @@ def sampling(config: Any, settings: Settings) -> dict[str, Any]:
         return {"do_sample": False}
     given = {"temperature": settings.temperature, "top_p": settings.top_p}
     return {"do_sample": True, **{name: x for name, x in given.items() if x is not None}}
+
+
+def drawing(config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The same for `statecache.generate`, which reads nothing of this in the model's configuration itself."""
+    if not options["do_sample"]:
+        return {"temperature": 0.0}
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    asked = {name: options.get(name, getattr(config, name)) for name in neutral}
+    return {name: neutral[name] if x is None else x for name, x in asked.items()}
 
 
 def seeded(settings: Settings) -> int:

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -10,9 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+import statecache as sc
 from statecache.cli.model import Loaded
-
-CONTEXT = 8  # tokens that a tokenizer may look back to when it turns the next ones into text
+from statecache.decode.report import Report
+from statecache.decode.text import Text
 
 
 class Stop:
@@ -46,36 +48,35 @@ class TextWriter:
 
     def __init__(self, tokenizer: Any, before: list[int], write: Callable[[str], object]) -> None:
         self.new: list[int] = []
-        self.text = ""
-        self._tokenizer, self._write = tokenizer, write
-        self._tail = before[-CONTEXT:]
-        self._shown = len(self._decode())
+        self._text, self._write = Text(tokenizer, before), write
         self._prompt_is_next = True
 
-    def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._tail, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    @property
+    def text(self) -> str:
+        """What has been handed on."""
+        return self._text.text
 
     def put(self, ids: Tensor) -> None:
         """Take the next tokens; the first call brings the prompt."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
-        self.new += ids.reshape(-1).tolist()
-        self._tail += ids.reshape(-1).tolist()
-        text = self._decode()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._hand_on(text)
-            self._tail = self._tail[-CONTEXT:]
-            self._shown = len(self._decode())
+        self.add(ids.reshape(-1).tolist())
+
+    def add(self, tokens: list[int]) -> None:
+        """Take the next tokens."""
+        self.new += tokens
+        for token in tokens:
+            self._text.push(token)
+        self._hand_on()
 
     def end(self) -> None:
         """Hand on what was kept back."""
-        self._hand_on(self._decode())
+        self._text.end()
+        self._hand_on()
 
-    def _hand_on(self, text: str) -> None:
-        piece, self._shown = text[self._shown :], len(text)
-        self.text += piece
-        if piece:
+    def _hand_on(self) -> None:
+        if piece := self._text.take():
             self._write(piece)
 
 
@@ -112,3 +113,36 @@ def write_on(
         **options,
     )
     return Written(writer.new, writer.text, time.perf_counter() - start)
+
+
+def write_drafted(
+    loaded: Loaded,
+    prompt: str,
+    cache: Any,
+    options: dict[str, Any],
+    lookup: int,
+    stop: Stop,
+    write: Callable[[str], object],
+) -> tuple[Written, Report]:
+    """Go on with `prompt` in rounds that check drafts, handing it and each piece of text to `write`; what they gave."""
+    ids, reports = loaded.tokenizer(prompt)["input_ids"], list[Report]()
+    writer = TextWriter(loaded.tokenizer, ids, write)
+    start = time.perf_counter()
+    rounds = sc.generate(
+        loaded.model,
+        torch.tensor(ids),
+        cache=cache,
+        lookup=lookup,
+        assistant=loaded.assistant,
+        stream=True,
+        report=reports.append,
+        **options,
+    )
+    write(prompt)  # only now: what makes no sense has been refused
+    with closing(rounds):
+        for new in rounds:
+            writer.add(new)
+            if stop.requested:
+                break
+    writer.end()
+    return Written(writer.new, writer.text, time.perf_counter() - start), reports[0]
