@@ -1,0 +1,49 @@
+"""Any schedule of operations on a prepared model equals full forwards of the unprepared one, row by row."""
+
+from __future__ import annotations
+
+import prepared_oracle as oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import statecache.ring
+
+WHAT = (
+    ["feed"] * 4
+    + ["ragged"] * 3
+    + ["rollback"] * 4
+    + ["speculate"] * 4
+    + ["checkpoint", "restore", "restore", "gather", "reset", "fork", "interrupted"]
+)
+
+
+@pytest.fixture(autouse=True)
+def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # so that rings grow several times within a schedule
+
+
+each = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
+number = st.one_of(st.sampled_from([0, 1, 2, 3]), st.integers(0, 35))  # mostly passes of a few tokens
+operation = st.tuples(st.sampled_from(WHAT), number, each)
+schedules = st.lists(operation, min_size=4, max_size=20)
+slacks = st.sampled_from([0, 3, 4, 5])
+each_model = pytest.mark.parametrize("name", oracle.MODELS)
+each_room = pytest.mark.parametrize("room", oracle.ROOMS)
+
+
+@each_room
+@each_model
+@settings(max_examples=20, deadline=None)
+@given(slack=slacks, schedule=schedules)
+def test_any_schedule_equals_full_forwards(name: str, room: str, slack: int, schedule: list[oracle.Op]) -> None:
+    oracle.run(oracle.build(name), schedule, slack=slack, room=room)
+
+
+@pytest.mark.long
+@each_room
+@each_model
+@settings(max_examples=400, deadline=None)
+@given(slack=slacks, schedule=schedules)
+def test_many_schedules_equal_full_forwards(name: str, room: str, slack: int, schedule: list[oracle.Op]) -> None:
+    oracle.run(oracle.build(name), schedule, slack=slack, room=room)
