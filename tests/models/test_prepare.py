@@ -720,3 +720,22 @@ def test_offloaded_weights_come_where_they_are_needed(name: str, first: str) -> 
     sc.unprepare(model)
     assert not any(isinstance(getattr(v, "__self__", None), Mixer) for m in model.modules() for v in vars(m).values())
     assert_same(full(model, torch.cat([ids[:, :7], new], 1))[:, 7:], want)
+
+
+def test_a_model_that_sees_is_prepared_at_its_text_decoder() -> None:
+    torch.manual_seed(0)
+    text = build("qwen3_5").config.to_dict()
+    eye = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+    }
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=eye)
+    model = transformers.Qwen3_5ForConditionalGeneration(config).eval()
+    ids = draw(2, 12)
+    want = full(model, ids)
+    cache = new_cache(sc.prepare(model), slack=3)
+    got = torch.cat([feed(model, cache, ids[:, :7]), feed(model, cache, ids[:, 7:])], 1)
+    assert_same(got, want)

@@ -56,9 +56,12 @@ def is_prepared(model: nn.Module) -> bool:
 
 def _decoder(model: nn.Module) -> nn.Module:
     """The module that runs the layers, and so is handed the cache."""
+    whole: Any = getattr(model, "config", None)
+    text = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else None
     for module in model.modules():
         layers, config = getattr(module, "layers", None), getattr(module, "config", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None):
+        counted = isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None)
+        if counted and getattr(config, "model_type", None) == getattr(text, "model_type", ""):  # not a vision tower
             return module
     raise UnknownLayerError(
         f"{type(model).__name__} has no list of decoder layers that its configuration counts: prepare() takes a "
