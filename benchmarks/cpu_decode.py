@@ -34,11 +34,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import statecache
-from shapes import build, cpu_name, figure, table, tokens_of, versions
+from shapes import WIDE, build, cpu_name, figure, table, tokens_of, versions
 from statecache import StateCache
 
 CHUNK = 1024  # tokens of one prefill forward
-DECODED = ["mamba2", "granitemoehybrid", "qwen3_5"]  # of the shapes
 WARM = 4  # untimed tokens after the prefill; a compiled variant compiles in them
 CACHES: dict[str, Callable[[Any, int], Any]] = {
     "DynamicCache": lambda config, capacity: DynamicCache(config=config),
@@ -154,7 +153,7 @@ def forget_peak() -> bool:
 @torch.inference_mode()
 def measure_memory(shape: str, context: int, cache: str, quick: bool) -> dict[str, int | None]:
     """Peaks of this process, which has done nothing else."""
-    model = build(shape, quick)
+    model = build(WIDE[shape], quick)
     ids = tokens_of(model, context + 16)
     forget_peak()
     before = peak_resident()
@@ -361,9 +360,9 @@ def as_json(cells: list[Cell], memory: dict[tuple[str, int], dict[str, Any]], op
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="four layers, short contexts, few rounds, no torch.compile"
+        "--quick", action="store_true", help="eight layers, short contexts, few rounds, no torch.compile"
     )
-    parser.add_argument("--only", action="append", choices=DECODED, help="this shape; may be given again")
+    parser.add_argument("--only", action="append", choices=list(WIDE), help="this shape; may be given again")
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens; 128 2048 8192 if left out")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tokens", type=int, default=8, help="timed tokens of each variant in a round")
@@ -394,8 +393,8 @@ def main() -> None:
     began = time.perf_counter()
     cells: list[Cell] = []
     memory: dict[tuple[str, int], dict[str, Any]] = {}
-    for shape in opts.only or DECODED:
-        model = build(shape, opts.quick)
+    for shape in opts.only or list(WIDE):
+        model = build(WIDE[shape], opts.quick)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for context in opts.contexts:
             cell = measure_time(shape, model, context, opts)

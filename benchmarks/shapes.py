@@ -22,95 +22,114 @@ from transformers import (
 
 import statecache
 
-MIX = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
-COMMON = {"vocab_size": 8192, "hidden_size": 512, "tie_word_embeddings": True, "pad_token_id": 0}
+
+def _common(width: int) -> dict[str, Any]:
+    return {"vocab_size": 8192, "hidden_size": width, "tie_word_embeddings": True, "pad_token_id": 0}
 
 
-def mamba(layers: int) -> Any:
-    return MambaConfig(num_hidden_layers=layers, state_size=16, expand=2, time_step_rank=32, **COMMON)
+def _mix(layers: int, every: int) -> list[str]:
+    """Layers of which the last of `every` so many attends to all tokens."""
+    return (["linear_attention"] * (every - 1) + ["full_attention"]) * (layers // every)
 
 
-def mamba2(layers: int) -> Any:
+def mamba(layers: int, width: int) -> Any:
+    return MambaConfig(num_hidden_layers=layers, state_size=16, expand=2, time_step_rank=width // 16, **_common(width))
+
+
+def mamba2(layers: int, width: int, state: int) -> Any:
     return Mamba2Config(
         num_hidden_layers=layers,
-        num_heads=16,
+        num_heads=2 * width // 64,
         head_dim=64,
-        state_size=64,
+        state_size=state,
         n_groups=1,
         expand=2,
         chunk_size=64,
-        **COMMON,
+        **_common(width),
     )
 
 
-def granitemoehybrid(layers: int) -> Any:
+def granitemoehybrid(layers: int, width: int, *, every: int, kv: int, ffn: int, head: int, state: int) -> Any:
     """Without experts: every layer has the shared feed-forward alone."""
     return GraniteMoeHybridConfig(
         num_hidden_layers=layers,
-        layer_types=MIX * (layers // 4),
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        layer_types=_mix(layers, every),
+        num_attention_heads=width // 64,
+        num_key_value_heads=kv,
         num_local_experts=0,
         num_experts_per_tok=0,
-        intermediate_size=1024,
-        shared_intermediate_size=1024,
-        mamba_n_heads=16,
-        mamba_d_head=64,
-        mamba_d_state=64,
+        intermediate_size=ffn,
+        shared_intermediate_size=ffn,
+        mamba_n_heads=2 * width // head,
+        mamba_d_head=head,
+        mamba_d_state=state,
         mamba_n_groups=1,
         mamba_chunk_size=64,
         mamba_expand=2,
         position_embedding_type="rope",
         max_position_embeddings=16384,
-        **COMMON,
+        **_common(width),
     )
 
 
-def qwen3_5(layers: int) -> Any:
+def qwen3_5(layers: int, width: int, *, heads: int, kv: int, ffn: int, linear: tuple[int, int]) -> Any:
+    """`linear`: heads of a delta net, and their size."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     return Qwen3_5TextConfig(
         num_hidden_layers=layers,
-        layer_types=MIX * (layers // 4),
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        layer_types=_mix(layers, 4),
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
         head_dim=64,
-        linear_num_key_heads=8,
-        linear_num_value_heads=8,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
+        linear_num_key_heads=linear[0],
+        linear_num_value_heads=linear[0],
+        linear_key_head_dim=linear[1],
+        linear_value_head_dim=linear[1],
         max_position_embeddings=16384,
         rope_parameters=rope | {"mrope_section": [3, 3, 2], "mrope_interleaved": True},
-        **COMMON,
+        **_common(width),
     )
 
 
-def lfm2(layers: int) -> Any:
+def lfm2(layers: int, width: int) -> Any:
+    attends = (2, 5, 8, 10, 12, 14)
     return Lfm2Config(
         num_hidden_layers=layers,
-        layer_types=["conv", "conv", "conv", "full_attention"] * (layers // 4),
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        layer_types=["full_attention" if n in attends else "conv" for n in range(layers)],
+        intermediate_size=9 * width // 2,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
         block_auto_adjust_ff_dim=False,
         max_position_embeddings=16384,
-        **COMMON,
+        **_common(width),
     )
 
 
-SHAPES: dict[str, tuple[Callable[[int], Any], int]] = {
-    "mamba": (mamba, 12),
-    "mamba2": (mamba2, 12),
-    "granitemoehybrid": (granitemoehybrid, 12),
-    "qwen3_5": (qwen3_5, 8),
-    "lfm2": (lfm2, 12),
+Make = tuple[Callable[[int], Any], int]  # a configuration of so many layers, and how many there are
+
+# Few layers and 8 key-value heads where there is attention: what a cache costs shows.
+WIDE: dict[str, Make] = {
+    "mamba2": (lambda n: mamba2(n, 512, state=64), 12),
+    "granitemoehybrid": (lambda n: granitemoehybrid(n, 512, every=4, kv=8, ffn=1024, head=64, state=64), 12),
+    "qwen3_5": (lambda n: qwen3_5(n, 512, heads=8, kv=8, ffn=1024, linear=(8, 64)), 8),
+}
+
+# As deep as the smallest published model of each family, and narrowed until it has 20 to 31 million parameters.
+DEEP: dict[str, Make] = {
+    "mamba": (lambda n: mamba(n, 352), 24),
+    "mamba2": (lambda n: mamba2(n, 352, state=128), 24),
+    "granitemoehybrid": (lambda n: granitemoehybrid(n, 256, every=8, kv=2, ffn=640, head=32, state=128), 32),
+    "qwen3_5": (lambda n: qwen3_5(n, 224, heads=7, kv=1, ffn=784, linear=(4, 112)), 24),
+    "lfm2": (lambda n: lfm2(n, 256), 16),
 }
 
 
-def build(shape: str, quick: bool) -> Any:
-    make, layers = SHAPES[shape]
+def build(shape: Make, quick: bool) -> Any:
+    """The model; of few layers if `quick`."""
+    make, layers = shape
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(make(4 if quick else layers)).eval()
+    return AutoModelForCausalLM.from_config(make(8 if quick else layers)).eval()
 
 
 def tokens_of(model: Any, n: int, rows: int = 1) -> Tensor:

@@ -69,7 +69,7 @@ def _convolve(module: Any, x: Tensor, memory: Memory, silu: bool) -> Tensor:
 
 def _wake(module: nn.Module) -> Any:
     """Bring an offloaded module's weights, which accelerate does only where the module itself is called."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")  # where there is none, getattr costs as much as an operation
     if hook is not None:
         hook.pre_forward(module)
     return hook
@@ -106,6 +106,7 @@ class Scan(Mixer):
         self.groups: int = getattr(m, "n_mamba_heads", 1)
         self.width: int = m.intermediate_size
         self.size: int = m.ssm_state_size
+        self.normed = hasattr(m, "dt_layernorm")  # jamba
 
     def mix(self, hidden_states: Tensor, memory: Memory) -> Tensor:
         m: Any = self.module
@@ -117,7 +118,7 @@ class Scan(Mixer):
         x = convolve(m, x, memory)
         dt, B, C = self._parameters(x)
         y = memory.recur(self, torch.cat([x, B], -1), dt, C)
-        y = (y + x * m.D.to(y.dtype).flatten()) * F.silu(z.to(y.dtype))
+        y = torch.addcmul(y, x.to(y.dtype), m.D.to(y.dtype).flatten()) * F.silu(z.to(y.dtype))
         return m.out_proj(y.to(hidden_states.dtype))  # type: ignore[no-any-return]
 
     def _parameters(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,9 +133,9 @@ class Scan(Mixer):
             dt, B, C = (part.transpose(1, 2).flatten(2) for part in (dt, B, C))
             return F.softplus(dt), B, C
         dt, B, C = m.x_proj(x).split(split, -1)
-        if hasattr(m, "dt_layernorm"):
+        if self.normed:
             dt, B, C = m.dt_layernorm(dt), m.b_layernorm(B), m.c_layernorm(C)
-        plain = type(m.dt_proj) is nn.Linear and not hasattr(m.dt_proj, "_hf_hook")
+        plain = type(m.dt_proj) is nn.Linear and "_hf_hook" not in vars(m.dt_proj)
         if plain and m.dt_proj.bias is not None:  # its bias in full precision
             dt = F.linear(dt, m.dt_proj.weight).to(precise) + m.dt_proj.bias.to(precise)
         else:
@@ -191,6 +192,7 @@ class SSD(Mixer):
         self.width: int = m.intermediate_size
         self.states: int = m.n_groups * m.ssm_state_size
         self.scaled = hasattr(m, "ssm_in_multiplier")  # falcon_h1
+        self.normed: bool = getattr(m, "mamba_rms_norm", True)
 
     def mix(self, hidden_states: Tensor, memory: Memory) -> Tensor:
         m: Any = self.module
@@ -210,7 +212,7 @@ class SSD(Mixer):
         y = memory.recur(self, xBC[..., :taken], dt, xBC[..., taken:])
         x = heads(xBC[..., : self.width], self.heads)
         y = torch.addcmul(y, x.to(y.dtype), m.D.to(y.dtype)[:, None]).flatten(2).to(dtype)
-        y = m.norm(y, z) if getattr(m, "mamba_rms_norm", True) else y * F.silu(z)
+        y = m.norm(y, z) if self.normed else y * F.silu(z)
         return m.out_proj(y.to(dtype))  # type: ignore[no-any-return]
 
     def _consumed(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,6 +253,7 @@ class Delta(Mixer):
         self.heads: int = m.num_v_heads
         self.keys: int = m.key_dim
         self.values: int = m.value_dim
+        self.strength = 2.0 if getattr(m, "allow_neg_eigval", False) else 1.0  # olmo_hybrid
 
     def mix(self, hidden_states: Tensor, memory: Memory) -> Tensor:
         m: Any = self.module
@@ -259,8 +262,8 @@ class Delta(Mixer):
         precise = _precise(a.dtype)
         g = F.softplus(a.to(precise) + m.dt_bias) * decay(m)
         beta = b.sigmoid()
-        if getattr(m, "allow_neg_eigval", False):
-            beta = beta * 2.0
+        if self.strength != 1.0:
+            beta = beta * self.strength
         y = memory.recur(self, qkv[..., self.keys :], torch.cat([g, beta.to(g.dtype)], -1), qkv[..., : self.keys])
         y, z = y.to(hidden_states.dtype), z.reshape(-1, m.head_v_dim)
         y = self._norm(y.reshape(-1, m.head_v_dim), z).view(*hidden_states.shape[:2], -1)

@@ -24,7 +24,9 @@ def forward_only(update: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(update)
     def forward(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return update(*args, **kwargs)
+        if not torch.compiler.is_compiling():
             given = (*args, *kwargs.values())
             if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given):
                 raise RuntimeError(

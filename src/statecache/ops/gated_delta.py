@@ -52,7 +52,10 @@ def chunk(
 @chunks.forward_only
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """Take in one token, `state` (B, H, K, V) in place: q, k (B, J, K), v (B, H, V), g, beta (B, H); (B, H, V)."""
-    return _advance(q, k, v, g, beta, state)
+    k, q = _by_head(torch.stack([k, q], 2), state).unbind(1)
+    new = _write(k, v, g, beta, state)
+    rows, heads, K, V = state.shape
+    return torch.baddbmm(new, q, state.view(-1, K, V), beta=0, alpha=K**-0.5).view(rows, heads, V)
 
 
 @chunks.forward_only
@@ -63,26 +66,31 @@ def fold(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, count: Te
     """
     g, beta = (chunks.gated(gate, count, state.dtype) for gate in (g, beta))
     for t in range(v.shape[1]):
-        _advance(
-            k[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state
-        )  # any query: products of one shape, one rounding
+        _write(_by_head(k[:, t].unsqueeze(2), state)[:, 0], v[:, t], g[:, t], beta[:, t], state)
 
 
-def _advance(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """Write one token into `state`, read y (B, H, V) off the old one: q S_t = exp(g) q S + (q k) d."""
-    rows, heads, K, V = state.shape
-    both = _unit(torch.stack([k, q], 2).to(state.dtype))  # (B, J, 2, K)
-    both = both.unsqueeze(2).expand(-1, -1, heads // k.shape[1], -1, -1).reshape(rows, heads, 2, K)
-    decay = g.to(state.dtype).exp()[..., None]
-    old = torch.bmm(both.view(-1, 2, K), state.reshape(-1, K, V)).view(rows, heads, 2, V) * decay[..., None]
-    new = (v.to(state.dtype) - old[:, :, 0]) * beta.to(state.dtype).unsqueeze(-1)
-    state.mul_(decay[..., None]).addcmul_(both[:, :, 0].unsqueeze(-1), new.unsqueeze(-2))
-    overlap = (both[:, :, 0] * both[:, :, 1]).sum(-1, keepdim=True)
-    return torch.addcmul(old[:, :, 1], overlap, new).mul_(K**-0.5)
+def _by_head(x: Tensor, state: Tensor) -> Tensor:
+    """Unit vectors for every value head, from x (B, J, n, K): (B H, n, 1, K)."""
+    rows, heads, K, _ = state.shape
+    x = _unit(x.to(state.dtype))
+    if x.shape[1] != heads:
+        x = x.repeat_interleave(heads // x.shape[1], 1)
+    return x.view(rows * heads, -1, 1, K)
+
+
+def _write(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """Write one token into `state`, k (B H, 1, K) as `_by_head` gives it; what was written for it, (B H, 1, V)."""
+    K, V = state.shape[2:]
+    state = state.view(-1, K, V)
+    state.mul_(g.to(state.dtype).exp().view(-1, 1, 1))
+    new = torch.baddbmm(v.to(state.dtype).reshape(-1, 1, V), k, state, alpha=-1)
+    new.mul_(beta.to(state.dtype).reshape(-1, 1, 1))
+    state.addcmul_(k.mT, new)
+    return new
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return x * x.square().sum(-1, keepdim=True).add_(1e-6).rsqrt_()
 
 
 def _parts(g: Tensor, beta: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
