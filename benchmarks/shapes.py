@@ -93,13 +93,13 @@ def qwen3_5(layers: int, width: int, *, heads: int, kv: int, ffn: int, linear: t
 
 
 def lfm2(layers: int, width: int) -> Any:
-    attends = (2, 5, 8, 10, 12, 14)
+    attends = (2, 5, 9, 13, 17, 21, 24, 27)
     return Lfm2Config(
         num_hidden_layers=layers,
         layer_types=["full_attention" if n in attends else "conv" for n in range(layers)],
         intermediate_size=9 * width // 2,
         num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
+        num_key_value_heads=max(1, width // 128),
         block_auto_adjust_ff_dim=False,
         max_position_embeddings=16384,
         **_common(width),
@@ -115,13 +115,13 @@ WIDE: dict[str, Make] = {
     "qwen3_5": (lambda n: qwen3_5(n, 512, heads=8, kv=8, ffn=1024, linear=(8, 64)), 8),
 }
 
-# As deep as the smallest published model of each family, and narrowed until it has 20 to 31 million parameters.
+# As deep as a small published model of each family, and narrowed until it has 20 to 31 million parameters.
 DEEP: dict[str, Make] = {
     "mamba": (lambda n: mamba(n, 352), 24),
     "mamba2": (lambda n: mamba2(n, 352, state=128), 24),
     "granitemoehybrid": (lambda n: granitemoehybrid(n, 256, every=8, kv=2, ffn=640, head=32, state=128), 32),
     "qwen3_5": (lambda n: qwen3_5(n, 224, heads=7, kv=1, ffn=784, linear=(4, 112)), 24),
-    "lfm2": (lambda n: lfm2(n, 256), 16),
+    "lfm2": (lambda n: lfm2(n, 192), 30),
 }
 
 

@@ -79,6 +79,7 @@ class Rings:
         self._step: Step | None = None
         self._draft: Draft | None = None
         self.lasting = False  # whether a pass is kept for good, unless it is a round's: then it costs no replay
+        self._tips = False  # whether the tips of logged states stand at the ends of the rows
         self._room = 0  # the longest row that every growing ring has slots for
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
         self._base: list[int] = []  # the lengths after the last call that was not a step
@@ -176,6 +177,9 @@ class Rings:
             replay = self.clock.replay(step, self.lasting)
             plain = self.lasting and self._draft is None  # a pass without a log
             step = replace(step, lasting=plain, replay=None if plain else replay)
+            if self._draft is None:  # else they stay where they are, until something is committed
+                tips = not plain and self.capacity is None and not torch.compiler.is_compiling()
+                step = replace(step, tip=self._tips if tips else None)
             self._step = step
             for name, stepping in folds.items():
                 self._fold(name, stepping, replay)
@@ -188,6 +192,7 @@ class Rings:
         assert self.clock is not None and step is self._step
         if self._draft is None:
             self.clock.close(step)
+            self._tips = step.tip is not None
         else:
             self._draft.step = step
             self.clock.drop()
@@ -369,8 +374,10 @@ class Rings:
 
     def _committed(self) -> None:
         """A speculative round has ended with tokens kept."""
+        self._tips = False
 
     def _between(self) -> None:
+        self._tips = False
         self._base = [] if self.clock is None else list(self.clock.host)
 
     def _overwrites(self, taken: list[int] | None) -> None:

@@ -5,6 +5,10 @@ has what came after it. A pass first folds the state forward, just so far that t
 runs from there over what is left of the log and its own tokens, and logs these. So a pass of up to `slack` tokens
 changes nothing that is before the end of its row: whatever it brought can be taken back.
 
+To read the log again for every single token would double the time of decoding. So a growing cache keeps beside each
+state its tip, the state after the row's last token: a pass of one token steps that. A rollback leaves the tips behind,
+and the next pass makes them anew.
+
 B rows, T new tokens, W the width of a flat entry, *D a recurrence's state.
 """
 
@@ -82,12 +86,40 @@ def run(
     replay, count = step.replay, step.count
     if replay is None or log is None:
         if step.tokens == 1:
-            if count is not None:
-                gates = gates * (count > 0).to(gates.dtype)[:, None, None]
-            return recurrence.step(inputs[:, 0], gates[:, 0], query[:, 0], state.entry)[:, None]
+            return _one(recurrence, inputs, gates, query, state.entry, count)
         y, after, _ = recurrence.chunk(inputs, gates, query, state.entry, count)
         state.put(after)
         return y
+    if step.tip and state.tip is not None and step.tokens == 1:
+        y = _one(recurrence, inputs, gates, query, state.tip, count)
+    else:
+        y = _again(recurrence, inputs, gates, query, state, log, step, replay)
+    for ring, new in zip(log, (inputs, gates), strict=True):
+        ring.put(new, step)
+    return y
+
+
+def _one(
+    recurrence: Recurrence, inputs: Tensor, gates: Tensor, query: Tensor, state: Tensor, count: Tensor | None
+) -> Tensor:
+    """Step over one token, `state` (B, *D) in place."""
+    if count is not None:
+        gates = gates * (count > 0).to(gates.dtype)[:, None, None]
+    return recurrence.step(inputs[:, 0], gates[:, 0], query[:, 0], state)[:, None]
+
+
+def _again(
+    recurrence: Recurrence,
+    inputs: Tensor,
+    gates: Tensor,
+    query: Tensor,
+    state: Lease,
+    log: tuple[Ring, Ring],
+    step: Step,
+    replay: Replay,
+) -> Tensor:
+    """Run from where the state stands over what is left of the log, then over the tokens of the step."""
+    count = step.count
     lag, seen = replay.lag, (inputs, gates, query)
     if lag:
         old, old_gates = (ring.past(lag, step) for ring in log)
@@ -99,9 +131,9 @@ def run(
         count = None if count is None else count + lag
     at = replay.at
     marks = None if at is None else torch.as_tensor(at, device=gates.device).view(-1, 1).expand(len(inputs), 1)
-    y, _, states = recurrence.chunk(*seen, state.entry, count, marks)
+    y, after, states = recurrence.chunk(*seen, state.entry, count, marks)
     if states is not None:
         state.put(states[:, 0])
-    for ring, new in zip(log, (inputs, gates), strict=True):
-        ring.put(new, step)
+    if step.tip is not None:
+        state.put_tip(after)
     return y[:, lag:]

@@ -31,6 +31,7 @@ class Step:
     end: int | None = None  # of the longest row, if the host knows it
     replay: Replay | None = None  # in a prepared model, with slack
     lasting: bool = False  # kept for good: nothing before its end can be taken back
+    tip: bool | None = None  # of logged states: whether their tips stand at the start; None: they are left alone
 
     @property
     def shared(self) -> bool:
@@ -232,6 +233,7 @@ class Lease:
         self.spec, self.rows, self.static = spec, room.rows, room.capacity is not None
         dtype = spec.dtype_for(room.dtype)
         self.data = zeros(room.rows, *spec.shape, dtype=dtype, device=room.device, static=self.static)
+        self.tip: Tensor | None = None  # of a logged state, after each row's last token: see `statecache.replay`
         self.copies: Ring | None = None
         if room.slack and not spec.logged:
             self.copies = Ring(replace(spec, leased=False, window=room.slack), replace(room, slack=0))
@@ -239,6 +241,7 @@ class Lease:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.data = revive(self.data, self.static)
+        self.tip = None if self.tip is None else revive(self.tip, self.static)
 
     @property
     def entry(self) -> Tensor:
@@ -255,6 +258,12 @@ class Lease:
         """Overwrite the entry with `state` (B, *D)."""
         self.entry.copy_(state.detach() if state.requires_grad else state)
 
+    def put_tip(self, state: Tensor) -> None:
+        """Have `state` (B, *D) as the tip."""
+        if self.tip is None:
+            self.tip = zeros(*state.shape, dtype=self.data.dtype, device=self.data.device, static=self.static)
+        self.tip.copy_(state)
+
     def keep(self, step: Step) -> None:
         """Copy the entry before the step changes it, so that a rollback can come back to the step's start."""
         if self.copies is not None and step.tokens:
@@ -269,7 +278,7 @@ class Lease:
             self.copies.reserve(end)
 
     def take(self, rows: Tensor, length: int) -> None:
-        self.data, self.rows = keep_rows(self.data, rows, self.static), len(rows)
+        self.data, self.rows, self.tip = keep_rows(self.data, rows, self.static), len(rows), None
         if self.copies is not None:
             self.copies.take(rows, self.copies.capacity)
 
@@ -296,4 +305,5 @@ class Lease:
             self.copies.load(copies[1:])
 
     def buffers(self) -> list[Tensor]:
-        return [self.data] if self.copies is None else [self.data, *self.copies.buffers()]
+        held = [self.data] if self.tip is None else [self.data, self.tip]
+        return held if self.copies is None else held + self.copies.buffers()

@@ -134,6 +134,19 @@ MUTANTS = {
         "",
     ),
     "the device folds too far": ("clock", "torch.minimum(room, step.start)", "torch.minimum(room + 1, step.start)"),
+    "tips stay valid where rows went back": (
+        "cache",
+        "        self._tips = False\n        self._base",
+        "        self._base",
+    ),
+    "tips stay valid where a round kept tokens": (
+        "cache",
+        'with tokens kept."""\n        self._tips = False',
+        'with tokens kept."""',
+    ),
+    "a round moves the tips": ("cache", "if self._draft is None:  # else they", "if True:  # else they"),
+    "a long pass leaves the tips where they were": ("replay", "if step.tip is not None:", "if step.tip is False:"),
+    "a step takes an old tip": ("replay", "if step.tip and state.tip", "if state.tip"),
 }
 
 

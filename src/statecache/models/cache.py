@@ -569,6 +569,7 @@ class StateCache(Rings, Cache):
         super()._settle(refuse)
 
     def _committed(self) -> None:
+        super()._committed()
         self._fed = True
 
     def _between(self) -> None:
