@@ -466,6 +466,17 @@ def test_a_rollback_reaches_into_a_chunk_row_by_row(name: str, capacity: int | N
         cache.rollback(5)
 
 
+@each_operator
+def test_slack_does_not_change_the_bits_of_decoding_before_a_rollback(name: str) -> None:
+    model = sc.prepare(build(name))
+    ids, caches = draw(2, 14), [new_cache(model, slack=slack) for slack in (0, 3)]
+    for tokens in torch.split(ids, [6, *[1] * 8], 1):
+        plain, logged = (feed(model, cache, tokens) for cache in caches)
+        assert torch.equal(plain, logged)
+    caches[1].rollback(2)
+    assert_same(feed(model, caches[1], ids[:, -2:])[:, -1:], plain)
+
+
 def opened(cache: sc.StateCache, model: Any, ids: Tensor, tokens: int = 2) -> Any:
     draft = cache.speculate(3)
     draft.__enter__()
