@@ -194,6 +194,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="eight layers, short prompts, few rounds")
     parser.add_argument("--only", action="append", choices=list(DEEP), help="this shape; may be given again")
+    parser.add_argument("--work", choices=["decode", "prefill"], help="this alone")
     parser.add_argument("--rounds", type=int, help="at most; prefills that take long get fewer, at least three")
     parser.add_argument("--tokens", type=int, default=8, help="timed tokens of each variant in a round of decoding")
     parser.add_argument("--seconds", type=float, default=12, help="for one cell of prefill, about")
@@ -213,8 +214,10 @@ def main() -> None:
     for shape in opts.only or DEEP:
         pair = Pair(shape, opts.quick)
         for rows in (1, 8):
-            cells.append(decode(shape, pair, rows, opts))
-            cells += [prefill(shape, pair, rows, tokens, opts) for tokens in opts.prompts]
+            if opts.work != "prefill":
+                cells.append(decode(shape, pair, rows, opts))
+            if opts.work != "decode":
+                cells += [prefill(shape, pair, rows, tokens, opts) for tokens in opts.prompts]
             print(f"{shape} x {rows}: {time.perf_counter() - began:.0f} s so far", file=sys.stderr, flush=True)
     print(report(cells, opts))
     print(f"\nTook {time.perf_counter() - began:.0f} s.")
