@@ -262,6 +262,8 @@ class Rings:
         allow(self._refuse_round())
         if mark.owner() is not self:
             raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
+        if self._step is not None and self._step.end is None:  # a compiled pass was interrupted, unannounced
+            self._overwrites(None)
         if mark.stale is not None:
             raise StaleMarkError(f"the mark is stale: {mark.stale}; take a new one with checkpoint()")
         if mark.clock is None or self.clock is None:

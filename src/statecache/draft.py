@@ -78,6 +78,7 @@ class Draft:
         self.cache._committed()
 
     def _end(self) -> None:
-        if self.step is not None and self.step.end is None:  # the pass was compiled: nothing was said before it
+        step = self.step or self.cache._step
+        if step is not None and step.end is None:  # the pass was compiled: nothing was said before it
             self.cache._overwrites(None)
         self._over, self.cache._draft = True, None
