@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
-from statecache.decode.pace import PROBE, ROUND, WIDTH, Pace
+from statecache.decode.pace import PATIENCE, PROBE, ROUND, WIDTH, Pace
 
 
 def test_length_is_the_one_with_the_most_tokens_for_the_cost():
-    for cost in (0.03, 0.2, 0.6):
+    for cost in (0.0, 0.2, 0.6):
         for rate in (0.05, 0.3, 0.6, 0.9, 0.99):
             pace = Pace(cost, 8, accepted=rate * 100, tried=100)
-            speeds = [1.0] + [sum(rate**i for i in range(k + 1)) / (1 + ROUND + k * cost) for k in range(1, 9)]
+            costs = [1.0] + [1 + ROUND + WIDTH * k + cost * (k + 1) for k in range(1, 9)]
+            speeds = [sum(rate**i for i in range(k + 1)) / costs[k] for k in range(9)]
             assert pace.best() == speeds.index(max(speeds))
 
 
 def test_no_draft_is_made_where_it_cannot_pay():
     assert Pace(1.0, 8, accepted=3, tried=4).best() == 0
-    assert Pace(WIDTH, 0, accepted=1, tried=1).length() == 0
+    assert Pace(0.0, 0, accepted=1, tried=1).length() == 0
 
 
-def test_refusals_end_drafting_and_a_probe_that_is_kept_brings_it_back():
-    pace = Pace(WIDTH, 8, accepted=1, tried=2)
+def test_refusals_end_drafting_and_it_is_tried_ever_less_often():
+    pace = Pace(0.0, 8, accepted=7, tried=8)
     rounds = 0
     while pace.length():
         pace.learn(1, 0)
         rounds += 1
-    assert rounds <= 3
-    assert [pace.length() for _ in range(PROBE)] == [0] * (PROBE - 1) + [1]
-    pace.learn(1, 0)
-    assert [pace.length() for _ in range(PROBE + 1)] == [0] * PROBE + [1]
-    for _ in range(12):
-        pace.learn(1, 1)
+    assert rounds <= 5
+    waits = []
+    for _ in range(8):
+        quiet = 1
+        while not (drafts := pace.length()):
+            quiet += 1
+        assert drafts == 1
+        waits.append(quiet)
+        pace.learn(1, 0)
+    assert all(a < b or b == PATIENCE + 1 for a, b in pairwise(waits))
+    assert waits[-1] == PATIENCE + 1
+
+
+def test_a_probe_that_is_kept_brings_drafting_back():
+    pace = Pace(0.0, 8, accepted=0, tried=8)
+    assert pace.best() == 0
+    for _ in range(24):
         assert pace.length() > 0
+        pace.learn(1, 1)
     assert pace.length() == 8
+    assert pace.wait == PROBE
 
 
 def test_rate_counts_what_was_tried():
-    pace = Pace(WIDTH, 8, accepted=0, tried=0)
+    pace = Pace(0.0, 8, accepted=0, tried=0)
     pace.learn(4, 3)
     assert pace.rate == pytest.approx(3 / 4)
     pace.learn(0, 0)

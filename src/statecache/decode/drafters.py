@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from statecache.decode.forward import feed
-from statecache.decode.pace import WIDTH, Pace
+from statecache.decode.pace import Pace
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.models.cache import StateCache
 
@@ -37,7 +37,7 @@ class Lookup:
 
     def __init__(self, n: int, most: int, device: torch.device) -> None:
         self.n, self.device, self.forwards = n, device, 0
-        self.paces = {length: Pace(WIDTH, most, accepted=1, tried=2) for length in range(1, n + 1)}
+        self.paces = {length: Pace(0.0, most, accepted=2, tried=3) for length in range(1, n + 1)}
         self.past: list[dict[tuple[int, ...], int]] = []  # of each row: where what followed a run of tokens begins
         self.known: list[int] = []  # how far each row is in `past`
         self._last: list[tuple[int, int]] = []  # run length and drafts of each row's last proposal
@@ -106,7 +106,7 @@ class Assistant:
         self.model, self.sampler, self.device, self.forwards = model, sampler, device, 0
         self.cache: Any = StateCache(model.config)
         self._mark: Any = None  # before the drafts
-        self.pace = Pace(cost + WIDTH, most, accepted=3, tried=4)
+        self.pace = Pace(cost, most, accepted=7, tried=8)
         self.held: list[int] = []  # tokens of each row that the cache holds
         self._last: list[int] = []  # drafts of each row's last proposal
         self._ahead = 0  # how many drafted tokens the cache has taken in
