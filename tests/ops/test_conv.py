@@ -35,10 +35,10 @@ def test_steps_are_the_convolution(width: int) -> None:
     for b, silu in ((bias, True), (None, False)):
         expected, now = oracles.conv(x, weight, b, past, silu), past
         for t in range(9):
-            y, wide = conv.step(x[:, t], weight, b, now, silu)
-            torch.testing.assert_close(y, expected[:, t], rtol=0, atol=1e-12)
-            assert torch.equal(wide, torch.cat([now, x[:, t, :, None]], -1))
-            now = wide[..., 1:]
+            y, wide = conv.step(x[:, t : t + 1], weight, b, now, silu)
+            torch.testing.assert_close(y, expected[:, t : t + 1], rtol=0, atol=1e-12)
+            assert torch.equal(wide, torch.cat([now.mT, x[:, t : t + 1]], 1))
+            now = wide[:, 1:].mT
     assert torch.equal(past, before)
 
 
@@ -69,7 +69,7 @@ def test_the_result_has_the_dtype_of_x_and_the_window_that_of_past() -> None:
     x, weight, bias, past = draw(40, 4)
     for dtype in (torch.float32, torch.bfloat16):
         assert conv.chunk(x.to(dtype), weight.to(dtype), bias.to(dtype), past.to(dtype), True).dtype == dtype
-        y, wide = conv.step(x[:, 0].to(dtype), weight.to(dtype), bias.to(dtype), past.to(dtype), True)
+        y, wide = conv.step(x[:, :1].to(dtype), weight.to(dtype), bias.to(dtype), past.to(dtype), True)
         assert y.dtype == wide.dtype == dtype
         for count in (None, torch.tensor([0, 2, 40])):
             assert conv.window(x.to(dtype), past.float(), 4, count).dtype == torch.float32
@@ -96,7 +96,7 @@ def test_chunk_step_and_window_are_one_graph(tokens: int) -> None:
             conv.chunk(x, weight, bias, past, True),
             conv.window(x, past, 4, count),
             conv.window(x, past, 4),
-            *conv.step(x[:, 0], weight, bias, past, True),
+            *conv.step(x[:, :1], weight, bias, past, True),
         )
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=False)

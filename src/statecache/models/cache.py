@@ -431,14 +431,13 @@ class StateCache(Rings, Cache):
                         self._allocate(name, self.dtype, self.device)
 
     def conv_lease(self, layer: int, new: Tensor) -> Lease | Ring:
-        """The inputs of this layer's convolution, which are like `new` (B, C, T)."""
+        """The inputs of this layer's convolution, which are like `new` (B, T, C)."""
         name = f"{layer}.conv"
         spec = self._declared.get(name)
         if spec is None or spec.shape is None:
             raise LayerError(f"layer {layer} of {self.spec.model} has no convolution")
-        channels = spec.shape[:-1] if spec.leased else spec.shape
-        self._check(name, (*channels, new.shape[-1]), new)
-        return self.states.get(name) or self._allocate_like(name, new, new.shape[-1])
+        self._check(name, (new.shape[1], spec.shape[0]), new)
+        return self.states.get(name) or self._allocate_like(name, new, new.shape[1])
 
     def recurrence(self, layer: int, like: Tensor) -> Lease:
         """The recurrent state of this layer, in a model that computes in the dtype of `like`."""

@@ -36,22 +36,19 @@ class Memory:
         """Convolve x (B, T, C) causally with weight (C, K) behind the inputs before it, and keep it: (B, T, C)."""
         if self.cache is None:
             return conv.chunk(x, weight, bias, None, silu)
-        step, new = self.step, x.transpose(1, 2)
-        state = self.cache.conv_lease(self.layer, new)
-        width = weight.shape[-1]
-        one = x.shape[1] == 1
+        step, width = self.step, weight.shape[-1]
+        state = self.cache.conv_lease(self.layer, x)
         past = state.past(width - 1, step) if isinstance(state, Ring) else state.entry
-        if one:
-            y, wide = conv.step(x[:, 0], weight, bias, past, silu)
-            y = y[:, None]
+        if x.shape[1] == 1:
+            y, wide = conv.step(x, weight, bias, past, silu)
         else:
-            y = conv.chunk(x, weight, bias, past, silu)
+            y, wide = conv.chunk(x, weight, bias, past, silu), None
         if isinstance(state, Ring):
-            state.put(new, step)
-        elif one and step.count is None:
-            state.put(wide[..., 1:])
-        else:
+            state.put(x.mT, step)
+        elif wide is None or step.count is not None:
             state.put(conv.window(x.detach(), past, width, step.count))
+        else:
+            state.put(wide[:, 1:].mT)
         return cut(y, x)
 
     def recur(self, recurrence: Recurrence, inputs: Tensor, gates: Tensor, query: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Mixer:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Mix hidden_states (B, T, E) along time."""
-        given = (*args, kwargs.get("cache_params"), kwargs.get("past_key_values"))
+        given = (kwargs.get("past_key_values"), kwargs.get("cache_params"), *args)
         cache = next((value for value in given if isinstance(value, Cache)), None)
         if cache is not None and not isinstance(cache, StateCache):
             return self.unmodified(hidden_states, *args, **kwargs)

@@ -33,13 +33,13 @@ def chunk(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, s
 
 
 def step(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """Convolve one token: x (B, C), past (B, C, W-1); (y (B, C), wide (B, C, W)), `wide` being past and x."""
+    """Convolve one token: x (B, 1, C), past (B, C, W-1) of its dtype; y (B, 1, C), and past with x (B, W, C)."""
     # time before channels: a sum over four neighbours is several times slower on a processor
-    wide = torch.cat([past.mT.to(x.dtype), x.unsqueeze(1)], 1)
-    y = (wide * weight.mT.to(x.dtype)).sum(1)
+    wide = torch.cat([past.mT, x], 1)
+    y = (wide * weight.mT.to(x.dtype)).sum(1, keepdim=True)
     if bias is not None:
         y = y + bias
-    return F.silu(y) if silu else y, wide.mT
+    return F.silu(y) if silu else y, wide
 
 
 def window(x: Tensor, past: Tensor | None, width: int, count: Tensor | None = None) -> Tensor:
