@@ -262,8 +262,7 @@ class Rings:
         allow(self._refuse_round())
         if mark.owner() is not self:
             raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
-        if self._step is not None and self._step.end is None:  # a compiled pass was interrupted, unannounced
-            self._overwrites(None)
+        self._announce(self._step)
         if mark.stale is not None:
             raise StaleMarkError(f"the mark is stale: {mark.stale}; take a new one with checkpoint()")
         if mark.clock is None or self.clock is None:
@@ -393,6 +392,11 @@ class Rings:
                 if length < marked and (taken is None or taken[row]):
                     why = f"row {row} was marked at {marked} tokens and written again from {length} on"
                     mark.stale = mark.stale or why
+
+    def _announce(self, step: Step | None) -> None:
+        """Say what a pass was about to write over, if it was a compiled one, which says nothing before it runs."""
+        if step is not None and step.end is None:
+            self._overwrites(None)
 
     def _invalidate(self, why: str) -> None:
         for mark in self._marks:

@@ -78,7 +78,5 @@ class Draft:
         self.cache._committed()
 
     def _end(self) -> None:
-        step = self.step or self.cache._step
-        if step is not None and step.end is None:  # the pass was compiled: nothing was said before it
-            self.cache._overwrites(None)
+        self.cache._announce(self.step or self.cache._step)
         self._over, self.cache._draft = True, None
