@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
 from statecache.decode.pace import PATIENCE, PROBE, ROUND, WIDTH, Pace
@@ -23,23 +21,31 @@ def test_no_draft_is_made_where_it_cannot_pay():
     assert Pace(0.0, 0, accepted=1, tried=1).length() == 0
 
 
-def test_refusals_end_drafting_and_it_is_tried_ever_less_often():
+def test_refusals_end_drafting_for_a_while():
     pace = Pace(0.0, 8, accepted=7, tried=8)
     rounds = 0
-    while pace.length():
+    while pace.best():
         pace.learn(1, 0)
         rounds += 1
     assert rounds <= 5
-    waits = []
-    for _ in range(8):
-        quiet = 1
-        while not (drafts := pace.length()):
-            quiet += 1
-        assert drafts == 1
-        waits.append(quiet)
+    assert quiet(pace) == min(PROBE * 2**rounds, PATIENCE)
+
+
+def test_every_refusal_in_a_row_doubles_the_wait():
+    pace = Pace(0.0, 8, accepted=0, tried=8)
+    assert quiet(pace) == 0
+    for wait in (2 * PROBE, PATIENCE, PATIENCE):
         pace.learn(1, 0)
-    assert all(a < b or b == PATIENCE + 1 for a, b in pairwise(waits))
-    assert waits[-1] == PATIENCE + 1
+        assert quiet(pace) == wait
+
+
+def quiet(pace: Pace) -> int:
+    """Rounds without a draft until one is tried."""
+    rounds = 0
+    while not (drafts := pace.length()):
+        rounds += 1
+    assert drafts == 1
+    return rounds
 
 
 def test_a_probe_that_is_kept_brings_drafting_back():

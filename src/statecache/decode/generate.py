@@ -210,21 +210,11 @@ def _relative_cost(assistant: Any, model: Any) -> float:
         raise ConfigError(
             f"the assistant has {_words(assistant)} words, the model {_words(model)}: give one with the same tokenizer"
         )
-    return max(_part(assistant, model, _weights), _part(assistant, model, _layers))
-
-
-def _part(small: nn.Module, large: nn.Module, size: Callable[[Any], int]) -> float:
-    return size(small) / max(size(large), 1)
-
-
-def _weights(model: nn.Module) -> int:
-    """What a large model takes its time for."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def _layers(model: Any) -> int:
-    """What a small one does."""
-    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    pair: tuple[Any, Any] = assistant, model
+    # a large model takes its time for its weights, a small one for its layers
+    weights: list[int] = [sum(p.numel() for p in m.parameters()) for m in pair]
+    layers = [int(m.config.get_text_config(decoder=True).num_hidden_layers) for m in pair]
+    return max(weights[0] / weights[1], layers[0] / layers[1])
 
 
 def _end_ids(config: Any) -> set[int]:

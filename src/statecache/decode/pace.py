@@ -8,8 +8,8 @@ ROUND = 0.5  # what a pass over several costs more, however many they are
 WIDTH = 0.1  # what each of them adds, the fold of what is kept of it included
 
 MEMORY = 0.9  # weight of what was known, at each new evidence
-PROBE = 16  # rounds without a draft before one is tried again, at first
-PATIENCE = 64  # and at most, while what is tried is refused
+PROBE = 16  # rounds without a draft before one is tried again; every refusal in a row doubles them
+PATIENCE = 64  # up to so many
 
 
 class Pace:
