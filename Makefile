@@ -9,11 +9,13 @@ OLDEST := 5.17.0
 run: $(VENV)/run.stamp
 	$(BIN)/statecache generate "Once upon a time"
 
-# Tests run tiny models: more threads only wait for each other, ten times slower on a busy machine.
+# Tests run tiny models: more threads only wait for each other, ten times slower on a busy machine. A process for each
+# core instead, at most four; a file's tests stay together, since some share what took long to make.
 test test-oldest check-long: export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest
+	$(PYTEST)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -34,7 +36,7 @@ examples: $(VENV)/run.stamp
 
 # What talks to transformers, with the oldest supported one in front of the pinned one.
 test-oldest: $(VENV)/dev.stamp $(VENV)/oldest.stamp
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(BIN)/pytest tests/models tests/test_cli.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PYTEST) tests/models tests/test_cli.py
 
 # The wheel by itself, as `pip install .` gives it: code, weights and tokenizer.
 package: $(VENV)/run.stamp
@@ -46,7 +48,7 @@ check:
 	.ci/run
 
 check-long: $(VENV)/dev.stamp
-	$(BIN)/pytest -m long
+	$(PYTEST) -m long
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis site dist
