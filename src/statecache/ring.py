@@ -175,8 +175,10 @@ class Ring:
         self.store.take(rows, min(length, self.capacity))
 
     def reset(self, rows: int) -> None:
-        """Be empty, with this many rows in use. Nothing to clear: positions below 0 read as zero."""
+        """Be empty, with this many rows in use."""
         self.store.use(rows)
+        # attention gives slots beyond a row's end the weight zero, and zero times the NaN of a past request is NaN
+        self.store.clear()
 
     def rollback(self, length: Tensor, moved: Tensor) -> None:
         """Nothing to move: the entries before the new lengths are still there."""

@@ -106,6 +106,10 @@ class Dense:
 
     # ---- between steps
 
+    def clear(self) -> None:
+        """Zero every slot."""
+        self.data.zero_()
+
     def grow(self, slots: int) -> None:
         """Move to a tensor of this many slots; what is held keeps its slot."""
         shape = (*self.data.shape[: self.axis], slots, *self.data.shape[self.axis + 1 :])
