@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.generation.utils import GenerationMode
+from transformers.masking_utils import create_masks_for_generate
 
 from statecache.models.cache import StateCache
+from statecache.models.door import is_open
+
+DRAFTS = 20  # that transformers' assisted decoding makes in a round, where nobody says how many
 
 
 class Generation:
-    """Methods that stand in for those of one model with `generate`."""
+    """Methods that stand in for those of one model with `generate`, as long as its decoder is prepared."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, decoder: nn.Module) -> None:
+        self.model, self.decoder = model, decoder
         self.own: dict[str, Any] = {}
+        self.renamed = "mamba" in type(model).__name__.lower()  # its cache has a name that `generate` half knows
+        self.cache_name = "cache_params" if self.renamed else "past_key_values"
 
     def install(self) -> None:
         """Put them on the instance."""
-        names = ["create_masks_for_generate", "_prepare_cache_for_generation"]
-        if "mamba" in type(self.model).__name__.lower():  # whose cache has a name that `generate` half knows
-            names += ["forward", "generate", "_prefill"]
-        for name in names:
+        for name in ["create_masks_for_generate", "_prepare_cache_for_generation"] + self.renamed * ["_prefill"]:
             self.own[name] = getattr(self.model, name, None)
             setattr(self.model, name, getattr(self, name))
+        for name in self.renamed * ["forward", "generate"]:
+            setattr(self.model, name, EitherName(getattr(self.model, name)))
 
-    def create_masks_for_generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, is_first_iteration: bool = False, **kwargs: Any
-    ) -> Tensor | None:
+    def create_masks_for_generate(self, *, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The mask of the new tokens, (B, T), for the door; None where `generate` feeds what it has just made."""
-        tokens = inputs_embeds.shape[1]
-        if attention_mask is None or (tokens == 1 and not is_first_iteration):
+        if not isinstance(past_key_values, StateCache) or not is_open(self.decoder):
+            make = self.own["create_masks_for_generate"] or create_masks_for_generate
+            return make(past_key_values=past_key_values, **kwargs)
+        tokens, mask = kwargs["inputs_embeds"].shape[1], kwargs["attention_mask"]
+        if mask is None or (tokens == 1 and not kwargs.get("is_first_iteration")):
             return None
-        return attention_mask[:, -tokens:]
+        return mask[:, -tokens:]
 
     def _prepare_cache_for_generation(
         self,
@@ -44,28 +52,17 @@ class Generation:
         max_cache_length: int,
     ) -> Any:
         """A StateCache, unless the caller brings a cache or asks for one of another kind."""
-        name = "cache_params" if "mamba" in type(self.model).__name__.lower() else "past_key_values"
-        kind = generation_config.cache_implementation
-        if model_kwargs.get(name) is None and generation_config.use_cache is not False and kind in (None, "dynamic"):
-            model_kwargs[name] = StateCache(self.model.config.get_text_config(decoder=True))
-            generation_config.cache_implementation = None
+        config, kind = generation_config, generation_config.cache_implementation
+        fits = config.use_cache is not False and kind in (None, "dynamic") and is_open(self.decoder)
+        if model_kwargs.get(self.cache_name) is None and fits:
+            slack = 0
+            if generation_mode == GenerationMode.ASSISTED_GENERATION:  # which takes back what it drafted
+                slack = 1 + max(config.prompt_lookup_num_tokens or 0, config.num_assistant_tokens or DRAFTS)
+            model_kwargs[self.cache_name] = StateCache(self.model.config.get_text_config(decoder=True), slack=slack)
+            config.cache_implementation = None
         return self.own["_prepare_cache_for_generation"](
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-
-    # ---- models whose cache goes by another name
-
-    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """As the model's own, with the cache under either name."""
-        if past_key_values is not None:
-            kwargs["cache_params"] = past_key_values
-        return self.own["forward"](*args, **kwargs)
-
-    def generate(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """As the model's own, with the cache under either name."""
-        if past_key_values is not None:
-            kwargs["cache_params"] = past_key_values
-        return self.own["generate"](*args, **kwargs)
 
     def _prefill(
         self,
@@ -81,7 +78,9 @@ class Generation:
         """
         model = self.model
         cache, mask = model_kwargs.get("cache_params"), model_kwargs.get("attention_mask")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        if not isinstance(cache, StateCache) or not is_open(self.decoder):
+            return self.own["_prefill"](input_ids, generation_config, model_kwargs, is_first_iteration)
+        past = int(cache.get_seq_length())
         if input_ids.shape[1] > past and (mask is None or mask.shape[1] == input_ids.shape[1]):
             input_ids = input_ids[:, past:]
         size = generation_config.prefill_chunk_size or input_ids.shape[1]
@@ -95,3 +94,24 @@ class Generation:
             outputs = model(**inputs, return_dict=True)
             model_kwargs["cache_params"] = outputs.cache_params
         return outputs
+
+
+class EitherName:
+    """A model's own method, which takes its cache as `cache_params`, with `past_key_values` as another name for it."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            kwargs["cache_params"] = past_key_values
+        return self.own(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method, and the other name: `generate` reads there what a model takes."""
+        own = inspect.signature(self.own)
+        *taken, last = own.parameters.values()
+        other = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+        rest = [other, last] if last.kind is inspect.Parameter.VAR_KEYWORD else [last, other]
+        return own.replace(parameters=[*taken, *rest])

@@ -5,13 +5,16 @@ Nothing of the model is replaced but functions: instances get another `forward`,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from statecache.errors import UnknownLayerError
-from statecache.models.door import Door
-from statecache.models.generation import Generation
+from statecache.errors import StepError, UnknownLayerError
+from statecache.models.door import Door, is_open
+from statecache.models.generation import EitherName, Generation
 from statecache.models.mixers import MIXERS, Mixer
 from statecache.models.table import GROUPED_QUERY, KINDS, layer_types
 
@@ -24,25 +27,33 @@ def prepare(model: Model) -> Model:
     Raises UnknownLayerError for a mixer that statecache has no operator for, and changes nothing then.
     """
     decoder = _decoder(model)
-    if is_prepared(decoder):
-        return model
-    mixers = _mixers(decoder)
-    for mixer in mixers.values():
-        _stand_in(mixer.module, mixer.forward)
-    folds = {f"{layer}.recurrent": mixer.fold_log for layer, mixer in mixers.items() if _recurs(mixer)}
-    _stand_in(decoder, Door(decoder, _own(decoder), folds).forward)
+    _borrowed.pop(decoder, None)  # from here on it is the caller's
+    if not is_open(decoder):
+        mixers = _mixers(decoder)
+        for mixer in mixers.values():
+            _stand_in(mixer.module, mixer.forward)
+        folds = {f"{layer}.recurrent": mixer.fold_log for layer, mixer in mixers.items() if _recurs(mixer)}
+        _stand_in(decoder, Door(decoder, _own(decoder), folds).forward)
     for module in model.modules():
-        if hasattr(module, "_prepare_cache_for_generation") and hasattr(module, "prepare_inputs_for_generation"):
-            Generation(module).install()
+        generates = hasattr(module, "_prepare_cache_for_generation") and hasattr(
+            module, "prepare_inputs_for_generation"
+        )
+        if generates and not any(isinstance(_owner(value), Generation) for value in vars(module).values()):
+            Generation(module, decoder).install()
     return model
 
 
 def unprepare(model: Model) -> Model:
-    """Take away what `prepare` gave, in place; return the model, which is then as it was."""
+    """Take away what `prepare` gave, in place; return the model, which is then as it was.
+
+    Raises StepError while a stream of `generate` uses the model, which it has prepared for itself.
+    """
+    if any(module in _borrowed for module in model.modules()):
+        raise StepError("a stream of generate() still writes with this model, prepared for it: end or close it first")
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            owner = getattr(value, "__self__", None)
-            if isinstance(owner, Generation):
+            owner = _owner(value)
+            if isinstance(owner, (Generation, EitherName)):
                 delattr(module, name)
             elif isinstance(owner, (Mixer, Door)):
                 _restore(module, name, owner)
@@ -51,7 +62,31 @@ def unprepare(model: Model) -> Model:
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether `model` has been prepared."""
-    return any(isinstance(getattr(v, "__self__", None), Door) for m in model.modules() for v in vars(m).values())
+    return any(is_open(module) for module in model.modules())
+
+
+_borrowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # decoders prepared for a while, by their users
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Have `model` prepared within, and as it was afterwards. Users may overlap; `prepare` within makes it stay."""
+    decoder = _decoder(model)
+    if decoder not in _borrowed:
+        if is_open(decoder):
+            yield
+            return
+        prepare(model)
+        _borrowed[decoder] = 0
+    _borrowed[decoder] += 1
+    try:
+        yield
+    finally:
+        if decoder in _borrowed:
+            _borrowed[decoder] -= 1
+            if not _borrowed[decoder]:
+                del _borrowed[decoder]
+                unprepare(model)
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -88,6 +123,11 @@ def _mixers(decoder: nn.Module) -> dict[int, Mixer]:
                 "statecache.models.mixers.MIXERS (docs/adding_a_layer.md); the model was left as it is"
             )
     return found
+
+
+def _owner(value: Any) -> Any:
+    """What a method is bound to; else the value itself."""
+    return getattr(value, "__self__", value)
 
 
 def _recurs(mixer: Mixer) -> bool:
