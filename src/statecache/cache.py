@@ -94,6 +94,7 @@ class Rings:
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
+        allow(self._refuse_round())
         for state in self.states.values():
             if isinstance(state, Lease):
                 state.cut()  # a tensor with a gradient's history can neither be copied nor pickled
@@ -417,10 +418,14 @@ class Rings:
             )
         return self._refuse_torn()
 
+    def _torn(self) -> bool:
+        """Whether a pass was begun and not ended."""
+        return self._step is not None
+
     def _refuse_torn(self) -> StateCacheError | None:
         if self._draft is not None:
             return self._refuse_round()
-        if self._step is None:
+        if not self._torn():
             return None
         return StepError(
             "the last forward pass was interrupted, so some layers have taken in its tokens and some have not: "

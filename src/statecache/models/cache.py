@@ -62,6 +62,7 @@ class StateCache(Rings, Cache):
                 f"StateCache takes a model's configuration, not a {type(config).__name__}: give model.config"
             )
         spec = model_spec(config)
+        self.made_for = repr(spec)  # what a prepared model compares with its own
         if not slack:
             spec = spec.in_order()
         Rings.__init__(self, spec, capacity=capacity, slack=slack, rows=rows, dtype=dtype, device=device)
@@ -72,6 +73,7 @@ class StateCache(Rings, Cache):
         self._pass = Pass(self.spec)
         self._passed: dict[str, tuple[Any, ...]] = {}  # what each state's last tensor was, once it has been checked
         self._prepared = False  # whether a prepared model fills it: then a pass is opened and closed by its door
+        self._written = False  # whether a layer has, in that pass
 
     def __repr__(self) -> str:
         held = "empty" if self.clock is None else f"{self.clock.rows} rows, {self.nbytes()}"
@@ -401,10 +403,18 @@ class StateCache(Rings, Cache):
         From here on recurrences roll back by replay, if there is slack; only prepared models can go on then.
         """
         allow(self._refuse_torn() if self._draft is None else None)
-        self._adopt()
+        if self._step is not None and not self._torn():
+            self._drop_step()
         clock = self._clock_for(like)
         if count is None and capturing(clock.length):  # a graph is replayed when rows differ, too
             count = torch.full_like(clock.lengths, tokens)
+        if not self._prepared:
+            if self._draft is not None:
+                self._draft.check(tokens)
+            clock.open(tokens, count)  # which refuses what does not fit, before anything is changed
+            clock.drop()
+            self._adopt()
+        self._writes(False)
         return self.open(tokens, count, folds or {})
 
     def end(self, step: Step) -> None:
@@ -415,9 +425,10 @@ class StateCache(Rings, Cache):
 
     def _adopt(self) -> None:
         """Keep logs instead of copies, from the tokens on that are held now."""
-        if self._prepared:
-            return
         self._prepared = True
+        for mark in self._marks:
+            if self.slack and any(mark.lengths):  # its copies are no log
+                mark.stale = mark.stale or "a prepared model has gone on with the cache since"
         self.spec = self.spec.with_logs() if self.slack else self.spec
         self._declared = dict(self.spec.states())
         for name, state in self.states.items():
@@ -430,6 +441,12 @@ class StateCache(Rings, Cache):
                     if spec.kind == "log":
                         self._allocate(name, self.dtype, self.device)
 
+    def holds_pads(self, mask: Tensor) -> bool:
+        """Whether an unprepared model has fed the tokens held, and `mask` (B, n) says that some of them were pads."""
+        if self._prepared or not self._fed or torch.compiler.is_compiling() or capturing(mask):
+            return False
+        return not bool((mask != 0).all())
+
     def conv_lease(self, layer: int, new: Tensor) -> Lease | Ring:
         """The inputs of this layer's convolution, which are like `new` (B, T, C)."""
         name = f"{layer}.conv"
@@ -437,6 +454,7 @@ class StateCache(Rings, Cache):
         if spec is None or spec.shape is None:
             raise LayerError(f"layer {layer} of {self.spec.model} has no convolution")
         self._check(name, (new.shape[1], spec.shape[0]), new)
+        self._writes()
         return self.states.get(name) or self._allocate_like(name, new, new.shape[1])
 
     def recurrence(self, layer: int, like: Tensor) -> Lease:
@@ -493,7 +511,19 @@ class StateCache(Rings, Cache):
             )
         if self._step.tokens != tokens:
             raise ShapeError(f'state "{name}": {tokens} tokens came in a pass over {self._step.tokens}')
+        self._writes()
         return self._step
+
+    def _writes(self, begun: bool = True) -> None:
+        """A layer is about to write; or has not yet begun."""
+        if not torch.compiler.is_compiling():
+            self._written = begun
+
+    def _torn(self) -> bool:
+        if self._step is None or torch.compiler.is_compiling():
+            return super()._torn()
+        # what is compiled does not say whether it wrote
+        return self._written or not self._prepared or self._step.end is None
 
     def _wrote(self, layer: int, name: str, counts: bool) -> None:
         if not self._prepared and self._pass.wrote(layer, name, counts):

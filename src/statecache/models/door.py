@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from statecache.clock import capturing
-from statecache.errors import ConfigError, RaggedError, ShapeError
+from statecache.errors import ConfigError, RaggedError, ShapeError, StepError
 from statecache.mask import additive, visible
 from statecache.models.cache import StateCache
-from statecache.models.table import KINDS
+from statecache.models.table import KINDS, model_spec
 from statecache.replay import Fold
 from statecache.ring import Step, offset
 
@@ -38,6 +38,7 @@ class Door:
         self.names = [name for name in inspect.signature(unmodified).parameters if name != "kwargs"]
         self.cache_name = next(name for name in CACHES if name in self.names)
         self.positioned = "position_ids" in self.names
+        self.made_for = repr(model_spec(config))
         self.owns_cache = config.model_type == "minimax"  # refuses others, where it is told to use a cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +46,8 @@ class Door:
         kwargs.update(zip(self.names, args, strict=False))
         given = [kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None]
         cache = given[0] if given else None
-        if cache is None and self._uses_cache(kwargs):
+        checkpointed = self._checkpoints()
+        if cache is None and self._uses_cache(kwargs) and not checkpointed:
             cache = StateCache(self.config)
         kwargs[self.cache_name] = cache
         if isinstance(cache, Cache) and not isinstance(cache, StateCache):
@@ -54,10 +56,15 @@ class Door:
         if tokens is None:
             return self.unmodified(**kwargs)  # which says what is missing
         rows, width = tokens.shape[:2]
-        real = _real(kwargs.get("attention_mask"), rows, width)
+        if not width:
+            raise ShapeError(f"no token came, in {tuple(tokens.shape)}: a forward pass takes at least one")
+        mask = kwargs.get("attention_mask")
+        real = _real(mask, rows, width)
+        if isinstance(cache, StateCache):
+            self._check_cache(cache, mask, width, checkpointed)
+        kwargs["attention_mask"] = None
         if cache is None and real is None:
             return self.unmodified(**kwargs)
-        kwargs["attention_mask"] = None
         place = None
         if real is not None:
             place = torch.argsort(~real, dim=1, stable=True)  # real tokens first, in their order
@@ -66,7 +73,7 @@ class Door:
             out = self.unmodified(**kwargs)
         else:
             out = self._through(cache, kwargs, tokens, None if real is None else real.sum(1))
-        return out if place is None else _back(out, place, rows, width)
+        return out if place is None else _back(out, place, keys=cache is None)
 
     def _uses_cache(self, kwargs: Mapping[str, Any]) -> bool:
         use = kwargs.get("use_cache")
@@ -74,11 +81,6 @@ class Door:
 
     def _through(self, cache: StateCache, kwargs: dict[str, Any], tokens: Tensor, count: Tensor | None) -> Any:
         width = tokens.shape[1]
-        if cache.spec.model != self.config.model_type or len(cache) != self.config.num_hidden_layers:
-            raise ConfigError(
-                f"the cache was made for {len(cache)} layers of {cache.spec.model}, and this {self.config.model_type} "
-                f"model has {self.config.num_hidden_layers}: make it from model.config"
-            )
         if self.positioned:
             self._check_form(cache, width, count)
         step = cache.begin(tokens, width, count, self.folds)
@@ -91,6 +93,28 @@ class Door:
         out = self.unmodified(**kwargs)
         cache.end(step)
         return out
+
+    def _checkpoints(self) -> bool:
+        """Whether layers are to run again in a backward pass, for which transformers hides the cache from them."""
+        layers: Any = self.decoder.layers
+        return self.decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+
+    def _check_cache(self, cache: StateCache, mask: Tensor | None, width: int, checkpointed: bool) -> None:
+        """Whether this model can go on with the cache."""
+        if checkpointed:
+            raise StepError("gradient checkpointing hides the cache from the layers: train with use_cache=False")
+        if cache.made_for != self.made_for:
+            alike = cache.spec.model == self.config.model_type and len(cache) == self.config.num_hidden_layers
+            raise ConfigError(
+                f"the cache was made for {len(cache)} layers of {cache.spec.model}, and this {self.config.model_type} "
+                f"model has {self.config.num_hidden_layers}{', of other sizes or windows' * alike}: make it from "
+                "model.config"
+            )
+        if mask is not None and cache.holds_pads(mask[:, :-width]):
+            raise RaggedError(
+                "the mask shows pads among the tokens that an unprepared model fed to this cache, as tokens: begin "
+                "with a new cache, or prepare the model before the first turn"
+            )
 
     # ---- masks
 
@@ -141,6 +165,11 @@ class Door:
         return seen if form == "sdpa" else additive(seen, self.decoder.dtype)  # type: ignore[arg-type]
 
 
+def is_open(decoder: nn.Module) -> bool:
+    """Whether a door stands in front of this decoder."""
+    return any(isinstance(getattr(value, "__self__", None), Door) for value in vars(decoder).values())
+
+
 def _real(mask: Any, rows: int, width: int) -> Tensor | None:
     """Which of the T new tokens are tokens, (B, T) bool, from the last T columns of a mask; None where all are."""
     if mask is None:
@@ -177,18 +206,32 @@ def _move(kwargs: dict[str, Any], place: Tensor, rows: int, width: int) -> None:
         kwargs["position_ids"] = given.gather(-1, place.expand_as(given))
 
 
-def _back(out: Any, place: Tensor, rows: int, width: int) -> Any:
-    """Put hidden states (B, T, E) back into the columns they came from."""
+def _back(out: Any, place: Tensor, keys: bool) -> Any:
+    """Put what comes one a token back into the columns it came from. `keys`: those of attention weights as well.
+
+    Hidden states are (B, T, E), attention weights (B, H, T, S), a router's logits (B T, E). Keys of a cache are in
+    order of position, whatever the columns.
+    """
     home = torch.argsort(place, dim=1)
+    rows, width = home.shape
 
     def back(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return _gather(value, home) if value.dim() == 3 and value.shape[:2] == (rows, width) else value
-        return tuple(back(v) for v in value) if type(value) is tuple else value
+        if type(value) is tuple:
+            return tuple(back(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 3 and value.shape[:2] == (rows, width):
+            return _gather(value, home)
+        if value.dim() == 2 and len(value) == rows * width:
+            return _gather(value.view(rows, width, -1), home).flatten(0, 1)
+        if value.dim() == 4 and (len(value), value.shape[2]) == (rows, width):
+            value = value.gather(2, home[:, None, :, None].expand_as(value))
+            return value.gather(3, home[:, None, None].expand_as(value)) if keys else value
+        return value
 
     if isinstance(out, tuple):
         return back(out)
-    for name in ("last_hidden_state", "hidden_states"):
+    for name in ("last_hidden_state", "hidden_states", "attentions", "router_logits"):
         if out.get(name) is not None:
             out[name] = back(out[name])
     return out

@@ -59,6 +59,7 @@ class Memory:
         state, log = cache.recurrence(self.layer, inputs), None
         if step.replay is not None:
             log = cache.log(self.layer, "inputs", inputs), cache.log(self.layer, "gates", gates)
+        cache._writes()
         with torch.no_grad():
             y = run(recurrence, inputs, gates, query, state, log, step)
         return cut(y, inputs)

@@ -1,0 +1,214 @@
+"""What a prepared model lets in, what it refuses before anything is changed, and what it hands back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import families
+import pytest
+import tiny_models
+import torch
+from tiny_models import assert_same, draw
+from torch import Tensor
+
+import statecache as sc
+from statecache import errors
+
+ATTENDING = ["falcon_h1", "qwen3_5", "lfm2"]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def pair(name: str, **options: Any) -> tuple[Any, Any]:
+    """A model as it is, and prepared."""
+    plain = families.build(name, **options)[0]
+    return plain, sc.prepare(copy.deepcopy(plain))
+
+
+def feed(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    return model(ids, attention_mask=mask, **{families.cache_arg(model): cache}).logits
+
+
+def full(model: Any, ids: Tensor) -> Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def padded(ids: Tensor, pads: int) -> tuple[Tensor, Tensor]:
+    """The ids with pads in front of the second row, and their mask."""
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = 0
+    return ids * mask, mask
+
+
+# ---- caches that an unprepared model has filled
+
+
+@pytest.mark.parametrize("capacity", [None, 32])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5", "falcon_h1"])
+def test_a_mark_from_before_a_prepared_model_went_on_is_stale(name: str, capacity: int | None) -> None:
+    plain, prepared = pair(name)
+    ids, cache = draw(2, 12), sc.StateCache(plain.config, slack=4, capacity=capacity)
+    feed(plain, cache, ids[:, :6])
+    mark = cache.checkpoint()
+    feed(prepared, cache, ids[:, 6:8])
+    with pytest.raises(errors.StaleMarkError, match="a prepared model has gone on with the cache since"):
+        cache.restore(mark)
+    assert_same(feed(prepared, cache, ids[:, 8:]), full(plain, ids)[:, 8:])
+
+
+@pytest.mark.parametrize("name", ["mamba2", *ATTENDING])
+def test_pads_that_an_unprepared_model_fed_are_refused_where_the_mask_shows_them(name: str) -> None:
+    plain, prepared = pair(name)
+    ids, cache = draw(2, 10), sc.StateCache(plain.config, slack=4)
+    new, mask = padded(ids, 3)
+    feed(plain, cache, new[:, :8], mask[:, :8])
+    with pytest.raises(errors.RaggedError, match="begin with a new cache, or prepare the model before the first turn"):
+        feed(prepared, cache, ids[:, 8:9], mask[:, :9])
+    feed(plain, cache, ids[:, 8:9], mask[:, :9])  # as if nothing had happened
+    assert cache.lengths.tolist() == [9, 9]
+
+
+def test_a_pass_that_is_refused_does_not_take_a_cache_over() -> None:
+    plain, prepared = pair("mamba2")
+    ids, cache = draw(2, 12), sc.StateCache(plain.config, slack=4, capacity=12)
+    feed(plain, cache, ids[:, :6])
+    for n in (6, 7):
+        feed(plain, cache, ids[:, n : n + 1])
+    with pytest.raises(errors.RowsError):
+        feed(prepared, cache, ids[:1, 8:10])
+    fixed = sc.StateCache(families.build("lfm2")[1], capacity=4)
+    with pytest.raises(errors.CapacityError):
+        feed(pair("lfm2")[1], fixed, ids[:, :5])
+    assert not fixed._prepared
+    cache.rollback(1)
+    assert_same(feed(plain, cache, ids[:, 7:8]), full(plain, ids)[:, 7:8])
+
+
+# ---- what is refused, and changes nothing
+
+
+def _other_dtype(model: Any, cache: Any, ids: Tensor) -> None:
+    feed(copy.deepcopy(model).bfloat16(), cache, ids)
+
+
+def _ids_and_embeddings(model: Any, cache: Any, ids: Tensor) -> None:
+    embeddings = model.get_input_embeddings()(ids)
+    model(ids, inputs_embeds=embeddings, **{families.cache_arg(model): cache})
+
+
+def _no_such_id(model: Any, cache: Any, ids: Tensor) -> None:
+    feed(model, cache, ids + 5000)
+
+
+def _no_token(model: Any, cache: Any, ids: Tensor) -> None:
+    feed(model, cache, ids[:, :0])
+
+
+REFUSED: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
+    "a model of another dtype": (_other_dtype, errors.DtypeError, "came in torch.bfloat16"),
+    "ids and embeddings": (_ids_and_embeddings, ValueError, "exactly one"),
+    "an id beyond the embeddings": (_no_such_id, IndexError, "out of range"),
+    "no token": (_no_token, errors.ShapeError, "a forward pass takes at least one"),
+}
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_5", "falcon_h1", "minimax"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_pass_that_fails_before_a_layer_writes_leaves_the_cache(case: str, name: str) -> None:
+    fail, error, why = REFUSED[case]
+    plain, prepared = pair(name)
+    ids, cache = draw(2, 12), sc.StateCache(plain.config, slack=4)
+    feed(prepared, cache, ids[:, :8])
+    with pytest.raises(error, match=why):
+        fail(prepared, cache, ids[:, 8:10])
+    assert cache.lengths.tolist() == [8, 8]
+    cache.rollback(2)
+    assert_same(feed(prepared, cache, ids[:, 6:]), full(plain, ids)[:, 6:])
+
+
+@pytest.mark.parametrize("changed", [{"sliding_window": 4}, {"num_key_value_heads": 4}], ids=str)
+def test_a_cache_of_another_configuration_is_refused(changed: dict[str, Any]) -> None:
+    plain = tiny_models.build("gemma3_text", **changed)
+    prepared, cache = sc.prepare(copy.deepcopy(plain)), sc.StateCache(tiny_models.build("gemma3_text").config)
+    with pytest.raises(errors.ConfigError, match="of other sizes or windows: make it from model.config"):
+        feed(prepared, cache, draw(2, 6))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "jamba"])
+def test_gradient_checkpointing_takes_no_cache(name: str) -> None:
+    plain, prepared = pair(name)
+    enable = getattr(prepared, "activation_checkpointing_enable", None) or prepared.gradient_checkpointing_enable
+    prepared.train()
+    enable()
+    cache, ids = sc.StateCache(plain.config), draw(2, 6)
+    with torch.enable_grad():
+        assert prepared(ids, use_cache=True).past_key_values is None
+        with pytest.raises(errors.StepError, match="train with use_cache=False"):
+            feed(prepared, cache, ids)
+    assert cache.lengths.tolist() == []
+
+
+def test_a_copy_inside_a_round_is_refused() -> None:
+    plain, prepared = pair("falcon_h1")
+    cache = sc.StateCache(plain.config, slack=4)
+    feed(prepared, cache, draw(2, 6))
+    with cache.speculate(2), pytest.raises(errors.StepError, match="a speculative round is open"):
+        copy.deepcopy(cache)
+    copy.deepcopy(cache).reset()
+
+
+# ---- what it hands back
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["jamba", "granitemoehybrid", "falcon_h1", "minimax"])
+def test_everything_that_comes_one_a_token_is_in_its_column(name: str, cached: bool) -> None:
+    plain, prepared = pair(name, attn="eager")
+    routes = name in ("jamba", "granitemoehybrid")
+    ids = draw(2, 12)
+    new, mask = padded(ids, 5)
+    asked: dict[str, Any] = {"output_attentions": True, "output_hidden_states": True, "use_cache": cached}
+    if routes:
+        asked["output_router_logits"] = True
+    got = prepared(new, attention_mask=mask, **asked)
+    want = plain(ids[1:, 5:], **asked | {"use_cache": False})
+    assert_same(got.logits[1:, 5:], want.logits)
+    assert len(got.hidden_states) == len(want.hidden_states)
+    for there, here in zip(got.hidden_states, want.hidden_states, strict=True):
+        assert_same(there[1:, 5:], here)
+    layers = [[a for a in out.attentions if a is not None and a.dim() == 4] for out in (got, want)]
+    assert layers[0]
+    for there, here in zip(*(each[-1:] if name == "minimax" else each for each in layers), strict=True):
+        # keys of a cache are in order of position
+        assert_same(there[1:, :, 5:, :7] if cached else there[1:, :, 5:, 5:], here)
+    if routes:
+        for there, here in zip(got.router_logits, want.router_logits, strict=True):
+            assert_same(there.view(2, 12, -1)[1, 5:], here)
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_a_mask_wider_than_the_tokens_is_read_without_a_cache_too(name: str) -> None:
+    plain, prepared = pair(name)
+    ids = draw(2, 7)
+    assert_same(prepared(ids, attention_mask=torch.ones(2, 10).long(), use_cache=False).logits, full(plain, ids))
+
+
+@pytest.mark.parametrize("model", [0, 1], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("capacity", [None, 24])
+@pytest.mark.parametrize("name", ["mamba2", *ATTENDING])
+def test_after_a_reset_nothing_is_left_of_a_request_that_was_no_number(
+    name: str, capacity: int | None, model: int
+) -> None:
+    plain, subject = pair(name)[0], pair(name)[model]
+    ids, cache = draw(2, 12), sc.StateCache(plain.config, capacity=capacity)
+    embeddings = plain.get_input_embeddings()(ids)
+    embeddings[0, 3] = float("inf")
+    subject(inputs_embeds=embeddings, **{families.cache_arg(subject): cache})
+    cache.reset()
+    assert_same(feed(subject, cache, ids[:, :5]), full(plain, ids[:, :5]))
