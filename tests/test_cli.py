@@ -1,23 +1,28 @@
 """The command line, on tiny random checkpoints: what is printed where, exit codes, Ctrl-C, and that chat reads once."""
 
+import inspect
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerFast
 
-from statecache.cli import chat, main
-from statecache.cli.model import Settings, load
+from statecache.cli import app, chat, main
+from statecache.cli.model import PROCESSORS, WARPERS, Settings, drawing, load, sampling
 from statecache.cli.writing import Stop, TextWriter
+from statecache.decode.drafters import LONGEST
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -102,7 +107,25 @@ def test_version_is_that_of_the_package(statecache):
         (["generate", "--file", "x", "-p", "b"], False, 2, "--prompt and --file are both given: keep one of them"),
         (["generate", "--file", "no/such.txt"], False, 1, "cannot read no/such.txt: No such file or directory"),
         (["generate", "a", "--lookup", "2", "--draft", "tiny"], False, 2, "--lookup and --draft are both given: keep"),
-        (["generate", "a", "--lookup", "0"], False, 2, "Invalid value for '--lookup'"),
+        (
+            ["generate", "a", "--lookup", "0"],
+            False,
+            2,
+            "Invalid value for '--lookup': 0: give 1 to 64, or leave it",
+        ),
+        (["generate", "a", "--lookup", "65"], False, 2, "Invalid value for '--lookup': 65: give 1 to 64"),
+        (["generate", "a", "--draft", ""], False, 2, "Invalid value for '--draft': it is empty: give a folder"),
+        (["generate", "a", "--model", ""], False, 2, "Invalid value for '--model' / '-m': it is empty"),
+        (["inspect", "-m", " "], False, 2, "Invalid value for '--model' / '-m': it is empty"),
+        (["generate", "a", "--seed", str(2**63)], False, 2, "Invalid value for '--seed'"),
+        (["generate", "a", "--top-p", "0"], False, 2, "Invalid value for '--top-p': 0.0: give a probability above 0"),
+        (["generate", "a", "--top-p", "nan"], False, 2, "Invalid value for '--top-p': nan: give a probability"),
+        (["generate", "a", "--top-p", "1.1", "--lookup", "2"], False, 2, "Invalid value for '--top-p': 1.1: give a"),
+        (["generate", "a", "--temperature", "inf"], False, 2, "Invalid value for '--temperature': inf: give 0 for"),
+        (["chat", "--temperature", "nan"], False, 2, "Invalid value for '--temperature': nan: give 0 for the"),
+        (["generate", "a", "--temperature", "1e-46"], False, 2, "Invalid value for '--temperature': 1e-46: give 0"),
+        (["generate", "a", "--temperature", "-1"], False, 2, "Invalid value for '--temperature': -1.0: give 0"),
+        (["generate", "a\udcff"], False, 2, "the prompt is not UTF-8 text"),
         (["generate", "a", "--draft", "./no/draft"], False, 1, 'there is no folder "./no/draft": give'),
         (["generate", "a", "-n", "0"], False, 2, "Invalid value for '--max-new-tokens' / '-n'"),
         (["generate", "a", "--dtype", "int4"], False, 2, "Invalid value for '--dtype'"),
@@ -233,6 +256,75 @@ def test_drafts_leave_the_text_and_say_what_they_gained(statecache, how):
     assert report["bytes"]["log"] > 0
 
 
+def test_lookup_on_the_command_line_ends_where_the_library_ends():
+    assert app.LONGEST_LOOKUP == LONGEST
+
+
+def test_passes_of_the_draft_model_are_told_where_there_is_one(statecache):
+    args = ("generate", "The cat sat. The cat sat. The", "-n", "20", "--temperature", "0")
+    assert "draft passes" in statecache(*args, "--draft", "tiny")[2]
+    assert "draft passes" not in statecache(*args, "--lookup", "2")[2]
+
+
+@pytest.mark.parametrize("config", [{}, {"top_k": 7}, {"top_p": 0.3, "temperature": 0.5}, {"top_k": 0}])
+@pytest.mark.parametrize("settings", [Settings(temperature=1.5), Settings(top_p=0.9)])
+def test_drafts_are_drawn_with_the_values_that_transformers_takes(checkpoint, config, settings):
+    model = load(Settings(checkpoint, device="cpu")).model
+    model.generation_config = GenerationConfig(**config)
+    options = sampling(model.generation_config, settings)
+    whole, _ = model._prepare_generation_config(None, **options)
+    got = drawing(model.generation_config, options)
+    assert got == {name: getattr(whole, name) for name in ("temperature", "top_p", "top_k")}
+
+
+def test_unset_values_are_neutral_where_transformers_does_not_tell():
+    config = SimpleNamespace(temperature=0.5, top_p=None, top_k=None)
+    assert drawing(config, {"do_sample": True}) == {"temperature": 0.5, "top_p": 1.0, "top_k": 0}
+
+
+def test_json_shows_the_values_used_with_and_without_drafts(statecache):
+    args = ("generate", "Once", "-n", "2", "--seed", "1", "--json")
+    plain, drafted = (json.loads(statecache(*args, *how)[1])["settings"] for how in ([], ["--lookup", "2"]))
+    assert plain == drafted
+    assert (plain["temperature"], plain["top_p"], plain["top_k"]) == (0.8, 0.95, 50)
+
+
+@pytest.mark.parametrize(
+    ("config", "temperature", "named"),
+    [
+        ({"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}, "0", "repetition_penalty, no_repeat_ngram_size"),
+        ({"suppress_tokens": [5]}, "1", "suppress_tokens"),
+        ({"min_p": 0.1, "typical_p": 0.9}, "1", "min_p, typical_p"),
+        ({"min_p": 0.1, "typical_p": 0.9}, "0", None),  # nothing is drawn
+        ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0}, "1", None),
+    ],
+)
+def test_drafts_are_refused_where_they_would_not_heed_the_checkpoint(
+    statecache, checkpoint, tmp_path, config, temperature, named
+):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    Path(tmp_path, "model", "generation_config.json").write_text(json.dumps(config))
+    args = ("generate", "Once", "-m", str(tmp_path / "model"), "-n", "2", "-q", "--temperature", temperature)
+    code, out, err = statecache(*args, "--lookup", "2")
+    if named is None:
+        assert (code, err) == (0, "")
+    else:
+        assert (code, out) == (1, "")
+        assert err == (
+            f"statecache: the checkpoint's generation_config sets {named}, which drafts would not heed: leave --lookup "
+            "and --draft out\n"
+        )
+    assert statecache(*args)[0] == 0
+
+
+def test_every_field_that_changes_logits_is_known():
+    source = inspect.getsource(GenerationMixin._get_logits_processor)
+    fields = set(re.findall(r"generation_config\.(\w+)", source))
+    heeded = {"do_sample", "temperature", "top_k", "top_p"}
+    harmless = {"remove_invalid_values", "renormalize_logits", "num_beams", "use_cache", "max_length"}
+    assert fields - heeded - harmless - {"_eos_token_tensor"} == {*PROCESSORS, *WARPERS}
+
+
 def test_drafted_text_with_the_same_seed_is_the_same(statecache):
     def text(seed):
         args = ("generate", "Once", "-n", "16", "--temperature", "1", "--seed", seed, "--draft", "tiny", "--json")
@@ -310,6 +402,16 @@ def test_reader_that_leaves_is_no_error(checkpoint):
     os.close(reader)
     assert run.communicate(timeout=60) == (None, "")
     assert run.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("args", [["generate", "Once", "-n", "2", "-q"], ["inspect"], ["inspect", "--json"], ["-h"]])
+def test_full_device_is_one_line(args):
+    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        run = program(*args, stdout=full, env=buffered)
+        _, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (1, "statecache: cannot go on: [Errno 28] No space left on device\n")
 
 
 def test_second_ctrl_c_interrupts_at_once():

@@ -35,6 +35,22 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
+def marked(tokenizer: Any) -> Any:
+    """The same tokenizer, one of whose words is special: texts leave it out."""
+
+    class Marked:
+        all_special_tokens, all_special_ids = ("<|the|>",), (816,)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return tokenizer(text, **options)
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return tokenizer.decode([n for n in ids if n not in self.all_special_ids], **options)
+
+    return Marked()
+
+
+@pytest.fixture
 def always_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many drafts as there is room for, whether they pay or not."""
     monkeypatch.setattr(Pace, "length", lambda pace: pace.most)

@@ -1,16 +1,18 @@
-"""What goes into `generate` and what comes out: text and ids, ends, streams, caches, reports, and every refusal."""
+"""What goes into `generate` and what comes out: text and ids, ends, streams, models, reports."""
 
 from __future__ import annotations
+
+import copy
 
 import families
 import pytest
 import torch
 from full_forwards import argmax_loop
+from transformers import AddedToken
 
 import statecache as sc
-from statecache import errors
-from statecache.decode.generate import MOST
-from statecache.decode.text import Text
+from statecache.decode.options import MOST
+from statecache.decode.text import Text, special_tokens
 from statecache.models.prepare import is_prepared
 
 ONCE = "Once upon a time"
@@ -49,6 +51,18 @@ def test_texts_of_different_lengths_are_as_each_alone(story, draft, tokenizer, w
     assert sc.generate(story, prompts, tokenizer, max_new_tokens=16, **options) == alone
 
 
+def test_special_tokens_are_those_that_texts_leave_out(tokenizer, marked):
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens([AddedToken("<|hidden|>", special=True), AddedToken("<|shown|>", special=False)])
+    special = special_tokens(more)
+    assert special == {"<|endoftext|>": 0, "<|hidden|>": len(tokenizer)}
+    for name in (*special, "<|shown|>"):
+        text = more.decode(more.convert_tokens_to_ids([name]), skip_special_tokens=True)
+        assert (text == "") == (name in special)
+    assert special_tokens(marked) == {"<|the|>": 816}
+    assert special_tokens(None) == {}
+
+
 @pytest.mark.parametrize("way", ["plain", "lookup"])
 def test_pieces_join_to_the_text(story, tokenizer, way):
     options = {"max_new_tokens": 40, "lookup": 2 if way == "lookup" else 0}
@@ -58,6 +72,12 @@ def test_pieces_join_to_the_text(story, tokenizer, way):
     assert prompt + "".join(pieces) == whole
     assert len(pieces) > 3
     assert all(pieces)
+
+
+def test_list_of_one_text_streams_as_the_text(story, tokenizer):
+    whole = sc.generate(story, ONCE, tokenizer, max_new_tokens=12)
+    assert ONCE + "".join(sc.generate(story, [ONCE], tokenizer, max_new_tokens=12, stream=True)) == whole
+    assert sc.generate(story, (text for text in [ONCE]), tokenizer, max_new_tokens=12) == [whole]
 
 
 def test_characters_come_whole(tokenizer):
@@ -180,63 +200,13 @@ def test_stop_string_of_the_prompt_stops_nothing(story, tokenizer):
     assert len(sc.generate(story, ONCE, tokenizer, max_new_tokens=8, stop="upon")) > len(ONCE)
 
 
-# ---- caches
-
-
-@pytest.mark.parametrize("family", ["mamba", "qwen3_next", "falcon_h1"])
-@pytest.mark.parametrize("lookup", [0, 2])
-def test_second_turn_goes_on_from_the_cache(family, lookup):
-    model, _ = families.build(family)
-    first, more = ids_of([5, 6, 7, 5, 6], [8, 9, 10, 8, 9]), ids_of([11, 12], [13, 14])
-    cache = sc.StateCache(model.config, slack=5)
-    one = sc.generate(model, first, max_new_tokens=6, cache=cache, lookup=lookup)
-    assert cache.lengths.tolist() == [10, 10]
-    rest = torch.cat([one[:, 10:], more], 1)
-    two = sc.generate(model, rest, max_new_tokens=6, cache=cache, lookup=lookup)
-    want = argmax_loop(model, torch.cat([one, more], 1), 6)
-    assert torch.equal(torch.cat([one[:, :10], two], 1), want)
-    assert cache.lengths.tolist() == [18, 18]
-
-
-def test_rows_that_end_early_stay_in_the_callers_cache(tiny):
-    rows = ids_of([5, 6, 7], [8, 9, 10], [11, 12, 13])
-    end = int(argmax_loop(tiny, rows, 12)[1, 5])
-    for lookup in (0, 2):
-        cache = sc.StateCache(tiny.config, capacity=14, slack=4)
-        got = sc.generate(tiny, rows, max_new_tokens=12, stop=end, cache=cache, lookup=lookup)
-        ends = [row.index(end, 3) + 1 if end in row[3:] else 15 for row in got.tolist()]
-        assert len(set(ends)) > 1
-        assert cache.lengths.tolist() == [n - 1 for n in ends]
-        before = [b.data_ptr() for b in cache.buffers()]
-        cache.reset()
-        sc.generate(tiny, rows, max_new_tokens=12, cache=cache)
-        assert [b.data_ptr() for b in cache.buffers()] == before
-
-
-def test_second_text_is_new_text_alone(story, tokenizer):
-    cache = sc.StateCache(story.config, slack=9)
-    one = sc.generate(story, ONCE, tokenizer, max_new_tokens=10, cache=cache, lookup=2)
-    assert cache.lengths.tolist() == [len(tokenizer(ONCE)["input_ids"]) + 10]
-    two = sc.generate(story, " and then", tokenizer, max_new_tokens=10, cache=cache)
-    ids = tokenizer(ONCE)["input_ids"]
-    ids = argmax_loop(story, torch.tensor([ids]), 10)[0].tolist() + tokenizer(" and then")["input_ids"]
-    assert one + two == tokenizer.decode(argmax_loop(story, torch.tensor([ids]), 10)[0])
-
-
-def test_end_token_of_a_text_stays_out_of_the_cache(story, tokenizer):
-    cache = sc.StateCache(story.config)
-    free = argmax_loop(story, torch.tensor([tokenizer(ONCE)["input_ids"]]), 10)[0].tolist()
-    sc.generate(story, ONCE, tokenizer, max_new_tokens=10, cache=cache, stop=free[-3])
-    assert cache.lengths.tolist() == [free.index(free[-3], 4)]
-
-
-def test_fixed_cache_needs_room_for_all_tokens_but_the_last():
-    rows = ids_of([5, 6, 5], [8, 9, 8])
-    model, _ = families.build("lfm2")
-    for lookup in (0, 2):
-        cache = sc.StateCache(model.config, capacity=12, slack=6)
-        got = sc.generate(model, rows, max_new_tokens=10, cache=cache, lookup=lookup)
-        assert torch.equal(got, argmax_loop(model, rows, 10))
+def test_stop_string_that_is_a_special_token_stands_for_its_id(story, tokenizer, marked):
+    ids, special = torch.tensor(tokenizer(ONCE)["input_ids"]), marked.all_special_ids[0]
+    free = sc.generate(story, ids, max_new_tokens=10)
+    at = free.tolist().index(special, 4)
+    assert torch.equal(sc.generate(story, ids, marked, max_new_tokens=10, stop="<|the|>"), free[: at + 1])
+    got = sc.generate(story, ONCE, marked, max_new_tokens=10, stop=["<|the|>", "never"])
+    assert got == tokenizer.decode(free[:at])
 
 
 # ---- models
@@ -270,6 +240,24 @@ def test_prepared_model_stays_prepared(tiny):
     sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=3)
     assert is_prepared(tiny)
     sc.unprepare(tiny)
+
+
+def test_dropout_is_off_while_it_writes(story, tokenizer):
+    model, rows = copy.deepcopy(story), torch.tensor([tokenizer(ONCE)["input_ids"]])
+    want = sc.generate(model, rows, max_new_tokens=8)
+    first = next(module for module in model.modules() if hasattr(module, "attention_dropout"))
+    first.attention_dropout = 0.9
+    model.train()
+    next(model.children()).eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    streams = [sc.generate(model, rows[0], max_new_tokens=8, assistant=model, stream=True) for _ in range(2)]
+    got = [next(stream) for stream in streams]
+    got[1] += [t for new in streams[1] for t in new]
+    assert not any(module.training for module in model.modules())
+    got[0] += [t for new in streams[0] for t in new]
+    assert got == [want[0, len(rows[0]) :].tolist()] * 2
+    assert [module.training for module in model.modules()] == before
 
 
 def test_streams_over_one_model_may_overlap(tiny):
@@ -307,6 +295,8 @@ def test_report_counts_passes_and_drafts(story, draft, tokenizer):
         assert report.acceptance == report.accepted / report.drafted
         assert report.accepted_per_round == report.accepted / report.rounds
     assert assisted.assistant_forwards > 0 == lookup.assistant_forwards
+    assert str(assisted).endswith(f" a round; {assisted.assistant_forwards} draft passes")
+    assert "draft passes" not in str(lookup)
 
 
 def test_report_of_a_stream_comes_when_it_is_closed(tiny):
@@ -317,60 +307,3 @@ def test_report_of_a_stream_comes_when_it_is_closed(tiny):
         assert not reports
         stream.close()
         assert reports[0].tokens == 2
-
-
-# ---- refusals
-
-
-def test_nonsense_is_refused_before_anything_is_computed(tiny, other, tokenizer, monkeypatch):
-    rows = ids_of([5, 6, 7], [8, 9, 10])
-    words, _ = families.build("mamba2", vocab_size=50)
-    lfm, _ = families.build("lfm2")
-    small, held = sc.StateCache(lfm.config, capacity=8, slack=1), sc.StateCache(tiny.config)
-    sc.generate(tiny, rows, max_new_tokens=2, cache=held)
-    refused = [
-        (errors.OptionError, "temperature=-1: give 0", {"temperature": -1}),
-        (errors.OptionError, "top_p=0: give a probability", {"top_p": 0}),
-        (errors.OptionError, "top_k=-2: give the number of words", {"top_k": -2}),
-        (errors.OptionError, "max_new_tokens=0: give an integer of at least 1", {"max_new_tokens": 0}),
-        (errors.OptionError, "lookup=-1: give an integer of at least 0", {"lookup": -1}),
-        (
-            errors.OptionError,
-            "lookup=2 and assistant= are two ways to draft: give one",
-            {"lookup": 2, "assistant": other},
-        ),
-        (errors.OptionError, "assistant: came a str, expected a transformers model", {"assistant": "other"}),
-        (errors.ConfigError, "the assistant has 50 words, the model 101: give one with", {"assistant": words}),
-        (errors.OptionError, "stop='.': to find a string among ids takes their tokenizer", {"stop": "."}),
-        (errors.OptionError, "stop='': give token ids, or strings that are not empty", {"stop": ""}),
-        (errors.OptionError, "stop=[1.5]: give token ids, or strings", {"stop": [1.5]}),
-        (errors.OptionError, "cache: came a dict, expected a StateCache", {"cache": {}}),
-        (errors.OptionError, "prompt: came torch.float32 (2, 3), expected integers", {"prompt": rows.float()}),
-        (errors.OptionError, "prompt: came torch.int64 (0,), expected integers", {"prompt": rows[0, :0]}),
-        (errors.OptionError, "prompt: ids 5..101, and the model has words 0..100", {"prompt": ids_of([5, 101])}),
-        (errors.OptionError, "a text prompt takes the model's tokenizer: give tokenizer=", {"prompt": "a"}),
-        (errors.OptionError, "prompt: a list came; give a text, a list of texts", {"prompt": []}),
-        (errors.OptionError, "prompt '' has no token: give at least one word", {"prompt": "", "tokenizer": tokenizer}),
-        (
-            errors.OptionError,
-            "stream=True with 2 texts",
-            {"prompt": ["a", "b"], "tokenizer": tokenizer, "stream": True},
-        ),
-        (errors.OptionError, "generate takes a transformers model, not a str", {"model": "gpt"}),
-        (errors.RowsError, "1 prompts came for a cache of 2 rows", {"prompt": rows[:1], "cache": held}),
-        (errors.SlackError, "a round feeds a token and its drafts", {"cache": held, "lookup": 2}),
-        (
-            errors.CapacityError,
-            "row 0 holds 0 tokens, its prompt brings 3 and 6 more are to come: make the cache with capacity=9 or more",
-            {"model": lfm, "cache": small, "max_new_tokens": 7},
-        ),
-    ]
-    ran = []
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: ran.append(1))
-    for kind, message, options in refused:
-        given = {"model": tiny, "prompt": rows, "max_new_tokens": 4, **options}
-        with pytest.raises(kind) as error:
-            sc.generate(**given)
-        assert str(error.value).startswith(message)
-        assert isinstance(error.value, errors.StateCacheError)
-    assert not ran

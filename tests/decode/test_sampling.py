@@ -175,6 +175,13 @@ def test_temperature_sharpens_and_zero_is_the_argmax():
     assert Sampler(1e-30).probabilities(logits).tolist() == [[0.5, 0.0, 0.0, 0.5]]
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-46, 5e-324])
+def test_temperature_next_to_nothing_is_the_argmax(temperature):
+    logits = torch.tensor([[2.0, 1.0, -30.0, 1.5], [0.0, -torch.inf, 1e-3, 2e-3]])
+    for sampler in (Sampler(temperature), Sampler(temperature, top_p=0.9, top_k=3)):
+        assert sampler.probabilities(logits).tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+
+
 def test_top_k_keeps_the_likeliest_words():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     p = Sampler(1.0, top_k=2).probabilities(logits)
@@ -199,6 +206,9 @@ def test_top_p_keeps_the_fewest_words_that_reach_it(top_p, kept):
     [
         ({"temperature": -0.1}, "temperature=-0.1: give 0 for the likeliest token, or more to draw"),
         ({"temperature": float("nan")}, "temperature=nan: give 0"),
+        ({"temperature": "1"}, "temperature='1': give 0"),
+        ({"temperature": True}, "temperature=True: give 0"),
+        ({"top_p": None}, "top_p=None: give a probability above 0"),
         ({"top_p": 0.0}, "top_p=0.0: give a probability above 0, up to 1 for all words"),
         ({"top_p": 1.5}, "top_p=1.5: give a probability"),
         ({"top_k": -1}, "top_k=-1: give the number of words to draw from, or 0 for all of them"),

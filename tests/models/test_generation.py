@@ -16,7 +16,7 @@ from tiny_models import draw
 import statecache as sc
 from statecache import errors
 from statecache.models.generation import EitherName, Generation
-from statecache.models.prepare import prepared
+from statecache.models.prepare import borrowed, is_prepared
 
 NEW: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -111,29 +111,33 @@ def test_assisted_decoding_makes_a_cache_that_can_go_back(how: str) -> None:
     assert torch.equal(model.generate(ids, **NEW, **options), plain.generate(ids, **NEW))
 
 
-# ---- prepared for a while
+# ---- borrowed for a while
 
 
 def test_prepare_within_makes_it_stay() -> None:
     model = families.build("lfm2")[0]
-    with prepared(model):
+    with borrowed(model):
         sc.prepare(model)
-    assert sc.models.prepare.is_prepared(model)
+    assert is_prepared(model)
 
 
 def test_overlapping_users_leave_the_model_as_it_was() -> None:
     model = families.build("lfm2")[0]
-    first, second = prepared(model), prepared(model)
+    model.train()
+    model.lm_head.eval()
+    training = [module.training for module in model.modules()]
+    first, second = borrowed(model), borrowed(model)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert sc.models.prepare.is_prepared(model)
+    assert is_prepared(model) and not model.training
     second.__exit__(None, None, None)
-    assert not sc.models.prepare.is_prepared(model)
+    assert not is_prepared(model)
+    assert training == [module.training for module in model.modules()]
 
 
 def test_unprepare_is_refused_while_a_stream_writes() -> None:
     model = families.build("lfm2")[0]
-    with prepared(model), pytest.raises(errors.StepError, match="end or close it first"):
+    with borrowed(model), pytest.raises(errors.StepError, match="end or close it first"):
         sc.unprepare(model)
-    assert not sc.models.prepare.is_prepared(model)
+    assert not is_prepared(model)

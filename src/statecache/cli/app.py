@@ -1,6 +1,8 @@
 """What can be typed: commands, options, exit codes. Nothing heavy is imported before a command runs."""
 
+import errno
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +14,8 @@ from statecache.cli.report import spinner
 from statecache.errors import StateCacheError
 
 INTERRUPTED = 130
+LONGEST_LOOKUP = 64  # as in statecache.decode.drafters, which takes PyTorch to import
+COOLEST = 1e-6  # the lowest temperature: far below it logits over temperature are no numbers any more
 
 app = typer.Typer(
     add_completion=False,
@@ -23,30 +27,72 @@ app = typer.Typer(
     epilog='Example: statecache generate "Once upon a time"',
 )
 
+
+def _named(name: str | None) -> str | None:
+    if name is not None and not name.strip():
+        raise typer.BadParameter("it is empty: give a folder or a name, or leave it out")
+    return name
+
+
+def _temperature(value: float | None) -> float | None:
+    if value is not None and not (value == 0 or COOLEST <= value < float("inf")):
+        raise typer.BadParameter(f"{value}: give 0 for the likeliest token, or a number from {COOLEST} up to draw")
+    return value
+
+
+def _top_p(value: float | None) -> float | None:
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(f"{value}: give a probability above 0, up to 1 for all words")
+    return value
+
+
+def _lookup(n: int | None) -> int | None:
+    if n is not None and not 1 <= n <= LONGEST_LOOKUP:
+        raise typer.BadParameter(f"{n}: give 1 to {LONGEST_LOOKUP}, or leave it out to draft nothing")
+    return n
+
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="FOLDER|NAME", help="Checkpoint folder or hub name. Left out: the embedded model."
+        "--model",
+        "-m",
+        metavar="FOLDER|NAME",
+        callback=_named,
+        help="Checkpoint folder or hub name. Left out: the embedded model.",
     ),
 ]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[
-    float | None, typer.Option(min=0.0, help="0 always takes the likeliest token. Left out: what the model asks for.")
+    float | None,
+    typer.Option(callback=_temperature, help="0 always takes the likeliest token. Left out: what the model asks for."),
 ]
 TopPOption = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that make up this probability.")
+    float | None,
+    typer.Option(callback=_top_p, help="Draw from the likeliest tokens that make up this probability, 1 for all."),
 ]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Same seed, same text. Left out: another one each time.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text. Left out: another one each time.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Left out: cuda where there is one.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Left out: float32 on a CPU, the checkpoint's own elsewhere.")]
 LookupOption = Annotated[
     int | None,
-    typer.Option("--lookup", metavar="N", min=1, help="Draft what once followed the last N tokens, or fewer."),
+    typer.Option(
+        "--lookup",
+        metavar="N",
+        callback=_lookup,
+        help=f"Draft what once followed the last N tokens, or fewer; 1 to {LONGEST_LOOKUP}. Left out: no drafts.",
+    ),
 ]
 DraftOption = Annotated[
     str | None,
-    typer.Option(metavar="tiny|FOLDER|NAME", help="Draft with this smaller model; tiny goes with the embedded one."),
+    typer.Option(
+        metavar="tiny|FOLDER|NAME",
+        callback=_named,
+        help="Draft with this smaller model; tiny goes with the embedded one.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -142,6 +188,10 @@ def _one_prompt(argument: str | None, option: str | None, file: Path | None) -> 
     text = argument if argument is not None else option
     if text is None:
         text = _read(file)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError("the prompt is not UTF-8 text", 2) from error
     if not text.strip():
         raise CommandError("the prompt is empty: give at least one word", 2)
     return text
@@ -161,6 +211,7 @@ def main() -> None:
     """Run one command. Exit codes: 1 for what failed, 2 for a call that makes no sense, 130 after Ctrl-C."""
     try:
         code = app(prog_name="statecache", standalone_mode=False) or 0
+        sys.stdout.flush()
     except typer.TyperException as error:
         message = error.format_message().rstrip(".")  # empty after a bare `statecache`, which has printed its help
         code = _fail(f"{message} (statecache --help says what there is)", 2) if message else 2
@@ -170,6 +221,11 @@ def main() -> None:
         code = _fail(" ".join(str(error).split()), 1)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except OSError as error:
+        left = error.errno == errno.EPIPE  # the reader has gone: there is nobody to tell
+        code = 1 if left else _fail(f"cannot go on: {error}", 1)
+        # what is still buffered would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

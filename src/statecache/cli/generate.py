@@ -6,10 +6,10 @@ from typing import Any
 
 import statecache as sc
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, drawing, load, sampling, seeded
+from statecache.cli.model import Loaded, Settings, check_draftable, drawing, load, sampling, seeded
 from statecache.cli.report import byte_rows, console, two_columns
 from statecache.cli.writing import Stop, Written, write_drafted, write_on
-from statecache.decode.generate import MOST
+from statecache.decode.options import MOST
 from statecache.decode.report import Report
 
 
@@ -23,6 +23,8 @@ def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool
     config = loaded.model.generation_config
     options = {"max_new_tokens": settings.max_new_tokens, **sampling(config, settings)}
     drafts = settings.lookup > 0 or loaded.assistant is not None
+    if drafts:
+        check_draftable(config, options)
     cache = sc.StateCache(loaded.model.config, slack=1 + MOST if drafts else 0)
     show, report = _ignore if json else _show, None
     with Stop() as stop:
@@ -48,6 +50,8 @@ def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool
                 ("tokens per forward pass", f"{report.tokens_per_forward:.2f}"),
                 ("drafted tokens accepted", f"{report.accepted} of {report.drafted}"),
             ]
+        if report is not None and loaded.assistant is not None:
+            rows.append(("draft passes", f"{report.assistant_forwards}"))
         sizes = cache.nbytes()
         console().print(two_columns(rows + byte_rows(sizes.by_kind, sizes.total)))
     return stop.requested
@@ -71,7 +75,7 @@ def _as_json(
 ) -> dict[str, Any]:
     sizes, config = cache.nbytes(), loaded.model.generation_config
     if options["do_sample"]:
-        options = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, **options}
+        options = {**options, **drawing(config, options)}
     return {
         "prompt": prompt,
         "text": written.text,

@@ -18,6 +18,26 @@ from statecache.cli.report import spinner
 
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "story"
 EMBEDDED_DRAFT = EMBEDDED.with_name("draft")
+# fields of a generation configuration that change logits: always, and where tokens are drawn
+PROCESSORS = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "guidance_scale",
+    "sequence_bias",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "watermarking_config",
+)
+WARPERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+NEUTRAL_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "typical_p")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -133,9 +153,23 @@ def drawing(config: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The same for `statecache.generate`, which reads nothing of this in the model's configuration itself."""
     if not options["do_sample"]:
         return {"temperature": 0.0}
+    # what transformers takes for a value that is set nowhere; it keeps that to itself, so there may be nothing to ask
+    unset: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     asked = {name: options.get(name, getattr(config, name)) for name in neutral}
-    return {name: neutral[name] if x is None else x for name, x in asked.items()}
+    return {name: unset.get(name, neutral[name]) if x is None else x for name, x in asked.items()}
+
+
+def check_draftable(config: Any, options: dict[str, Any]) -> None:
+    """Raise CommandError where transformers would change logits in ways that `statecache.generate` does not know."""
+    names = PROCESSORS + (WARPERS if options["do_sample"] else ())
+    told = {name: getattr(config, name, None) for name in names}
+    effective = [name for name, x in told.items() if x and not (name in NEUTRAL_AT_ONE and x == 1)]
+    if effective:
+        raise CommandError(
+            f"the checkpoint's generation_config sets {', '.join(effective)}, which drafts would not heed: leave "
+            "--lookup and --draft out"
+        )
 
 
 def seeded(settings: Settings) -> int:

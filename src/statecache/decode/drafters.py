@@ -16,6 +16,8 @@ from statecache.decode.pace import Pace
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.models.cache import StateCache
 
+LONGEST = 64  # tokens in a run that is looked up: a row of T tokens keeps T runs of every length, T n**2 / 2 tokens
+
 
 class Drafter(Protocol):
     """Proposes what may follow each row. Between two calls of `propose` comes one of `learn`, if it gave drafts."""

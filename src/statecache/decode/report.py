@@ -37,4 +37,6 @@ class Report:
         text = f"{self.tokens} tokens in {self.forwards} forward passes, {self.tokens_per_forward:.2f} each"
         if self.drafted:
             text += f"; {self.accepted} of {self.drafted} drafted accepted, {self.accepted_per_round:.2f} a round"
+        if self.assistant_forwards:
+            text += f"; {self.assistant_forwards} draft passes"
         return text

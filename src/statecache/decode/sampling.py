@@ -6,11 +6,15 @@ B rows, K drafted tokens, V words.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from statecache.errors import OptionError
+
+# a temperature below it is 0, or has no inverse, in float32: of the likeliest word 0 / 0 would be left
+TINIEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +42,9 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise OptionError(f"temperature={self.temperature!r}: give 0 for the likeliest token, or more to draw")
-        if not 0 < self.top_p <= 1:
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise OptionError(f"top_p={self.top_p!r}: give a probability above 0, up to 1 for all words")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise OptionError(f"top_k={self.top_k!r}: give the number of words to draw from, or 0 for all of them")
@@ -50,7 +54,8 @@ class Sampler:
         if not self.temperature:
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0, so nothing overflows
+        temperature = max(self.temperature, TINIEST)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so nothing overflows but to -inf
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))
@@ -81,6 +86,19 @@ class Sampler:
             accepted = _leading(best[:, :-1] == drafts.tokens, counts)
             return accepted, best.gather(1, accepted[:, None])[:, 0]
         return accept(self.probabilities(logits), drafts, counts, self.generator)
+
+
+def generator_of(seed: int | None, device: torch.device) -> torch.Generator | None:
+    """A generator that starts from `seed`; None without one."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise OptionError(f"seed={seed!r}: give an integer from -2**63 to 2**64 - 1, or None")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def accept(p: Tensor, drafts: Drafts, counts: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 CONTEXT = 8  # tokens that a tokenizer may look back to when it turns the next ones into text
@@ -52,16 +53,28 @@ class Text:
         return str(self._tokenizer.decode(self._tail, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class Ending:
-    """Where rows end: with one of the token `ids`, or the token that completes a stop string of their texts."""
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The names and ids of the tokens that are left out of texts."""
+    named = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=False)
+    special: dict[str, int] = dict(named)
+    with suppress(AttributeError, NotImplementedError):  # where a tokenizer does not tell, it has named them all
+        special |= {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special
 
-    def __init__(self, ids: frozenset[int], texts: Sequence[Text] = ()) -> None:
-        self.ids, self.texts = ids, texts
+
+class Ending:
+    """Where rows end: with one of the token `ids`, or the token that completes a stop string of their texts.
+
+    Texts do not show the tokens in `hidden`.
+    """
+
+    def __init__(self, ids: frozenset[int], texts: Sequence[Text] = (), hidden: frozenset[int] = frozenset()) -> None:
+        self.ids, self.texts, self.hidden = ids, texts, hidden
 
     def cut(self, row: int, new: list[int]) -> tuple[list[int], bool]:
         """The row's new tokens, up to its end, and whether it has come to one."""
         for n, token in enumerate(new, 1):
-            stopped = self.texts[row].push(token) if self.texts else False
+            stopped = bool(self.texts) and token not in self.hidden and self.texts[row].push(token)
             if token in self.ids or stopped:
                 return new[:n], True
         return new, False

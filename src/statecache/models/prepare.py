@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,8 @@ def prepare(model: Model) -> Model:
     Raises UnknownLayerError for a mixer that statecache has no operator for, and changes nothing then.
     """
     decoder = _decoder(model)
-    _borrowed.pop(decoder, None)  # from here on it is the caller's
+    if decoder in _loans:
+        _loans[decoder].prepared = True
     if not is_open(decoder):
         mixers = _mixers(decoder)
         for mixer in mixers.values():
@@ -46,10 +48,10 @@ def prepare(model: Model) -> Model:
 def unprepare(model: Model) -> Model:
     """Take away what `prepare` gave, in place; return the model, which is then as it was.
 
-    Raises StepError while a stream of `generate` uses the model, which it has prepared for itself.
+    Raises StepError while a stream of `generate` uses the model.
     """
-    if any(module in _borrowed for module in model.modules()):
-        raise StepError("a stream of generate() still writes with this model, prepared for it: end or close it first")
+    if any(module in _loans for module in model.modules()):
+        raise StepError("a stream of generate() still writes with this model: end or close it first")
     for module in model.modules():
         for name, value in list(vars(module).items()):
             owner = _owner(value)
@@ -65,27 +67,40 @@ def is_prepared(model: nn.Module) -> bool:
     return any(is_open(module) for module in model.modules())
 
 
-_borrowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # decoders prepared for a while, by their users
+@dataclass
+class _Loan:
+    """What a model was before the first of the calls that use it now."""
+
+    prepared: bool
+    training: list[nn.Module]
+    users: int = 0
+
+
+_loans: WeakKeyDictionary[nn.Module, _Loan] = WeakKeyDictionary()  # by decoder
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
-    """Have `model` prepared within, and as it was afterwards. Users may overlap; `prepare` within makes it stay."""
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Have `model` prepared and in eval mode within, and as it was afterwards.
+
+    Calls that use one model may overlap. What is prepared by its owner meanwhile stays so.
+    """
     decoder = _decoder(model)
-    if decoder not in _borrowed:
-        if is_open(decoder):
-            yield
-            return
-        prepare(model)
-        _borrowed[decoder] = 0
-    _borrowed[decoder] += 1
+    loan = _loans.get(decoder)
+    if loan is None:
+        loan = _Loan(is_open(decoder), [module for module in model.modules() if module.training])
+        prepare(model).eval()
+        _loans[decoder] = loan
+    loan.users += 1
     try:
         yield
     finally:
-        if decoder in _borrowed:
-            _borrowed[decoder] -= 1
-            if not _borrowed[decoder]:
-                del _borrowed[decoder]
+        loan.users -= 1
+        if not loan.users:
+            del _loans[decoder]
+            for module in loan.training:
+                module.training = True
+            if not loan.prepared:
                 unprepare(model)
 
 

@@ -1,0 +1,113 @@
+"""Whether the options of `generate` make sense, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from statecache.decode.drafters import LONGEST
+from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, SlackError
+from statecache.models.cache import StateCache
+
+MOST = 8  # drafted tokens in one round
+
+
+def check_kinds(model: Any, tokenizer: Any, cache: Any, assistant: Any, report: Any) -> None:
+    """Whether each is what it is to be; all but the model may be None."""
+    if not _is_model(model):
+        raise OptionError(f"generate takes a transformers model, not a {type(model).__name__}")
+    if assistant is not None and not _is_model(assistant):
+        raise OptionError(f"assistant: came a {type(assistant).__name__}, expected a transformers model")
+    for each in (model, assistant):
+        if each is not None and each.get_output_embeddings() is None:
+            raise OptionError(
+                f"a {type(each).__name__} gives no logits: give the model with its language-model head, as "
+                "AutoModelForCausalLM loads it"
+            )
+    if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
+        raise OptionError(f"tokenizer: came a {type(tokenizer).__name__}, expected the model's tokenizer")
+    if cache is not None and not isinstance(cache, StateCache):
+        raise OptionError(f"cache: came a {type(cache).__name__}, expected a StateCache")
+    if report is not None and not callable(report):
+        raise OptionError(f"report: came a {type(report).__name__}, expected a function that takes the Report")
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")
+
+
+def check_counts(max_new_tokens: int, lookup: int, assistant: Any) -> None:
+    """Whether the numbers of tokens are such, and one drafter at most is asked for."""
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("lookup", lookup, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name}={value!r}: give an integer of at least {least}")
+    if lookup > LONGEST:
+        raise OptionError(
+            f"lookup={lookup}: every run of up to that many tokens is kept, in memory that grows with its square: give "
+            f"at most {LONGEST}"
+        )
+    if lookup and assistant is not None:
+        raise OptionError(f"lookup={lookup} and assistant= are two ways to draft: give one of them")
+
+
+def check_room(cache: Any, rows: list[list[int]], more: int) -> None:
+    """Whether a cache has a row for each of `rows`, and room for them and `more` tokens each."""
+    held = cache.lengths.tolist() or [0] * len(rows)
+    if any(held) and len(held) != len(rows):
+        raise RowsError(
+            f"{len(rows)} prompts came for a cache of {len(held)} rows: select or repeat them with gather()"
+        )
+    limit = cache.get_max_length()
+    for b, (row, length) in enumerate(zip(rows, held, strict=False)):
+        need = length + len(row) + more
+        if 0 <= limit < need:
+            raise CapacityError(
+                f"row {b} holds {length} tokens, its prompt brings {len(row)} and {more} more are to come: make the "
+                f"cache with capacity={need} or more, not {cache.capacity}, or give a smaller max_new_tokens="
+            )
+
+
+def most_drafts(cache: StateCache | None, lookup: int, assistant: Any) -> int:
+    """How many tokens a round may draft."""
+    if not lookup and assistant is None:
+        return 0
+    if cache is None:
+        return MOST
+    if cache.slack < 2:
+        raise SlackError(
+            f"a round feeds a token and its drafts, and takes back what is refused: the cache was made with "
+            f"slack={cache.slack}; make it with slack={1 + MOST}, or at least 2"
+        )
+    return cache.slack - 1
+
+
+def vocabulary(model: Any) -> int:
+    """How many words a model has."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def relative_cost(assistant: Any, model: Any) -> float:
+    """What a forward pass of the assistant costs, as a part of one of the model."""
+    if vocabulary(assistant) != vocabulary(model):
+        raise ConfigError(
+            f"the assistant has {vocabulary(assistant)} words, the model {vocabulary(model)}: give one with the same "
+            "tokenizer"
+        )
+    pair: tuple[Any, Any] = assistant, model
+    # a large model takes its time for its weights, a small one for its layers
+    weights: list[int] = [sum(p.numel() for p in m.parameters()) for m in pair]
+    layers = [int(m.config.get_text_config(decoder=True).num_hidden_layers) for m in pair]
+    return max(weights[0] / weights[1], layers[0] / layers[1])
+
+
+def end_ids(config: Any) -> set[int]:
+    """The tokens that a generation configuration ends a row with."""
+    ends = getattr(config, "eos_token_id", None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def pad_id(config: Any) -> int:
+    """What fills up a row that has ended."""
+    pad = getattr(config, "pad_token_id", None)
+    return int(pad) if pad is not None else min(end_ids(config), default=0)
