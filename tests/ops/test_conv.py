@@ -71,6 +71,8 @@ def test_the_result_has_the_dtype_of_x_and_the_window_that_of_past() -> None:
         assert conv.chunk(x.to(dtype), weight.to(dtype), bias.to(dtype), past.to(dtype), True).dtype == dtype
         y, wide = conv.step(x[:, :1].to(dtype), weight.to(dtype), bias.to(dtype), past.to(dtype), True)
         assert y.dtype == wide.dtype == dtype
+        y, _ = conv.step(x[:, :1].to(dtype), weight, bias, past.to(dtype), True)
+        assert y.dtype == conv.chunk(x.to(dtype), weight, bias, past.to(dtype), True).dtype == dtype
         for count in (None, torch.tensor([0, 2, 40])):
             assert conv.window(x.to(dtype), past.float(), 4, count).dtype == torch.float32
             assert conv.window(x.to(dtype), None, 4, count).dtype == dtype

@@ -59,6 +59,12 @@ def test_rows_stop_at_their_counts_and_show_their_states_on_the_way(
         close(y[row, : count[row]], expected[row, : count[row]])
 
 
+def test_no_marks_give_no_states(recurrence: Recurrence) -> None:
+    inputs, state = draw(recurrence, 70)
+    _, _, states = recurrence.module.chunk(*inputs, state, None, torch.zeros(B, 0, dtype=torch.long))
+    assert states is not None and states.shape == (B, 0, *recurrence.state)
+
+
 def test_states_at_every_position(recurrence: Recurrence) -> None:
     inputs, state = draw(recurrence, 70)
     at = torch.arange(71).expand(B, -1)
@@ -142,6 +148,22 @@ def test_float32_stays_near_float64(recurrence: Recurrence, decay: str) -> None:
     assert y.dtype == after.dtype == torch.float32
     expected, path = recurrence.expected(inputs, state)
     close(y.double(), expected, 1e-5)
+    close(after.double(), path[:, -1], 1e-5)
+
+
+@pytest.mark.parametrize("strong", [20.0, 1e2, 1e4])
+@pytest.mark.parametrize("name", [name for name in RECURRENCES if name != "lightning"])  # its decay is one a head
+def test_float32_stays_near_float64_where_decays_differ(name: str, strong: float) -> None:
+    """Half of a chunk forgets all at once, and in the other half the same heads forget next to nothing."""
+    recurrence = RECURRENCES[name]
+    inputs, state = draw(recurrence, 128, "weak")
+    inputs = list(inputs)
+    gate = recurrence.gates[0]
+    inputs[gate] = inputs[gate].clone()
+    inputs[gate][:, 8:40] *= strong / DECAYS["weak"]
+    y, after, _ = recurrence.module.chunk(*(x.float() for x in inputs), state.float())
+    expected, path = recurrence.expected(tuple(inputs), state)
+    close(y[:, 40:].double(), expected[:, 40:], 1e-5)
     close(after.double(), path[:, -1], 1e-5)
 
 

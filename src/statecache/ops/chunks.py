@@ -72,6 +72,14 @@ def join(y: Tensor, tokens: int) -> Tensor:
     return y.flatten(1, 2)[:, :tokens]
 
 
+def total(log: Tensor) -> Tensor:
+    """The decay from a chunk's begin to each of its tokens, as an exponent, of `log` (B, M, Q, H): float64 if it can be.
+
+    What counts are differences of it, and behind a strong decay float32 has no digits left for a weak one.
+    """
+    return log.cumsum(2, dtype=log.dtype if log.device.type == "mps" else torch.float64)
+
+
 def room(x: Tensor) -> int:
     """Elements of an intermediate worth holding at once: in a processor's cache, or enough to fill an accelerator."""
     return 1 << 20 if x.device.type == "cpu" else 1 << 26
@@ -88,7 +96,7 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Carry `state` (B, *S) through all chunks; the outputs (B, M, Q, ...), the state after them, those `at` (B, n).
 
-    `parts(*gates, *inputs)` computes, for `band` chunks at once, all that does not need the carry;
+    Marks are 0..T each. `parts(*gates, *inputs)` computes, for `band` chunks at once, all that does not need the carry;
     `through(state, *parts)` takes one chunk's share of it to that chunk's outputs (B, Q, ...) and the state after it.
     """
     kept, outputs, size = begun(state, at), [], gates[0].shape[2]

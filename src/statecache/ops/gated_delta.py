@@ -34,7 +34,7 @@ def chunk(
     """Take in T tokens: q, k (B, T, J, K), v (B, T, H, V), g, beta (B, T, H), state (B, H, K, V) or None for zeros.
 
     Returns the outputs (B, T, H, V), the state after the first `count` (B,) tokens of each row, None for all, and
-    the states after `at` (B, n) tokens, (B, n, H, K, V), or None.
+    the states after `at` (B, n) tokens, each 0..T, (B, n, H, K, V), or None.
     """
     dtype = chunks.working(v, state)
     rows, tokens, heads, V = v.shape
@@ -98,9 +98,10 @@ def _parts(g: Tensor, beta: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     Q, shared = v.shape[2], v.shape[3] // k.shape[3]
     q, k = q.transpose(2, 3), k.transpose(2, 3)  # (B, M, J, Q, K)
     v, beta = v.transpose(2, 3), beta.transpose(2, 3).unsqueeze(-1)  # (B, M, H, Q, V), (B, M, H, Q, 1)
-    total = g.cumsum(2).transpose(2, 3)  # (B, M, H, Q)
+    total, dtype = chunks.total(g).transpose(2, 3), v.dtype  # (B, M, H, Q)
     later = torch.ones(Q, Q, dtype=torch.bool, device=v.device).triu(1)
-    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()  # (B, M, H, Q, Q)
+    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype)  # (B, M, H, Q, Q)
+    decay = decay.masked_fill_(later, -torch.inf).exp_()
     q_scores, k_scores = ((a @ k.mT).repeat_interleave(shared, 2) * decay for a in (q, k))
     system = (k_scores * beta).tril(-1)
     identity = torch.eye(Q, dtype=v.dtype, device=v.device)
@@ -108,8 +109,9 @@ def _parts(g: Tensor, beta: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
         system + identity, identity.expand_as(system), upper=False, unitriangular=True
     )
     q, k = q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2)
-    since, last = total.exp().unsqueeze(-1), total[..., -1:]
-    until = (last - total).exp().unsqueeze(-1)
+    last = total[..., -1:]
+    since, until = total.to(dtype).exp().unsqueeze(-1), (last - total).to(dtype).exp().unsqueeze(-1)
+    last = last.to(dtype)
     return torch.cat([k * since * beta, q * since], -2), v * beta, solve, q_scores, k * until, last.exp().unsqueeze(-1)
 
 

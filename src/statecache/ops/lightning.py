@@ -28,7 +28,7 @@ def chunk(
     """Take in T tokens: q, k, v (B, T, H, D), alive (B, T) or (B, T, 1), slope (H,) > 0, state (B, H, D, D) or None.
 
     Returns the outputs (B, T, H, D), the state after the first `count` (B,) tokens of each row, None for all, and
-    the states after `at` (B, n) tokens, (B, n, H, D, D), or None.
+    the states after `at` (B, n) tokens, each 0..T, (B, n, H, D, D), or None.
     """
     return ssd.chunk(v, _gate(alive, v.shape[:-1], chunks.working(v, state)), -slope, k, q, state, count, at)
 

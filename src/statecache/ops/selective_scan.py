@@ -30,7 +30,7 @@ def chunk(
     """Take in T tokens: x and dt (B, T, G, P), A (G, P, N) < 0, B and C (B, T, G, N), state (B, G, P, N) or None.
 
     Returns the outputs (B, T, G, P), the state after the first `count` (B,) tokens of each row, None for all, and
-    the states after `at` (B, n) tokens, (B, n, G, P, N), or None.
+    the states after `at` (B, n) tokens, each 0..T, (B, n, G, P, N), or None.
     """
     dtype = chunks.working(x, state)
     rows, tokens = x.shape[:2]

@@ -30,7 +30,7 @@ def chunk(
     """Take in T tokens: x (B, T, H, P), dt (B, T, H), A (H,), B and C (B, T, G, N), state (B, H, P, N) or None.
 
     Returns the outputs (B, T, H, P), the state after the first `count` (B,) tokens of each row, None for all, and
-    the states after `at` (B, n) tokens, (B, n, H, P, N), or None.
+    the states after `at` (B, n) tokens, each 0..T, (B, n, H, P, N), or None.
     """
     dtype = chunks.working(x, state)
     rows, tokens, heads, P = x.shape
@@ -81,17 +81,19 @@ def _advance(x: Tensor, dt: Tensor, B: Tensor, A: Tensor, state: Tensor) -> None
 
 def _parts(dt: Tensor, log: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
     """What passing a chunk needs besides the carry; dt and log = dt A (B, M, Q, H), the others (B, M, Q, ...)."""
-    total = log.cumsum(2)
+    total, dtype = chunks.total(log), x.dtype
     last = total[:, :, -1:]
     across = total.transpose(2, 3)
     later = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).triu(1)
-    decay = (across.unsqueeze(-1) - across.unsqueeze(-2)).masked_fill_(later, -torch.inf).exp_()  # (B, M, H, Q, Q)
+    decay = (across.unsqueeze(-1) - across.unsqueeze(-2)).to(dtype)  # (B, M, H, Q, Q)
+    decay = decay.masked_fill_(later, -torch.inf).exp_()
     scores = C.transpose(2, 3) @ B.permute(0, 1, 3, 4, 2)  # (B, M, G, Q, Q)
     weight = torch.unflatten(decay, 2, (scores.shape[2], -1)) * scores.unsqueeze(3)
     new = x * dt.unsqueeze(-1)
     within = (weight.flatten(2, 3) @ new.transpose(2, 3)).transpose(2, 3)  # (B, M, Q, H, P)
-    left = new * (last - total).exp().unsqueeze(-1)
-    return within, total.exp().unsqueeze(-1), C, left, B, last.exp().transpose(2, 3).unsqueeze(-1)
+    left = new * (last - total).to(dtype).exp().unsqueeze(-1)
+    since, last = total.to(dtype).exp().unsqueeze(-1), last.to(dtype).exp()
+    return within, since, C, left, B, last.transpose(2, 3).unsqueeze(-1)
 
 
 def _through(
@@ -100,7 +102,7 @@ def _through(
     """One chunk: state (B, H, P, N), within and left (B, Q, H, P), C and B (B, Q, G, N), decay (B, H, 1, 1)."""
     (rows, size), groups = within.shape[:2], B.shape[2]
     # the heads of a group are one matrix (H/G P, N): they share B and C
-    seen = C.transpose(1, 2) @ state.reshape(rows, groups, -1, B.shape[3]).mT
-    added = left.reshape(rows, size, groups, -1).permute(0, 2, 3, 1) @ B.transpose(1, 2)
+    seen = C.transpose(1, 2) @ state.unflatten(1, (groups, -1)).flatten(2, 3).mT
+    added = left.unflatten(2, (groups, -1)).flatten(3).permute(0, 2, 3, 1) @ B.transpose(1, 2)
     y = torch.addcmul(within, seen.transpose(1, 2).reshape(within.shape), start)
     return y, torch.addcmul(added.view(state.shape), state, decay)
