@@ -85,6 +85,9 @@ def decay(module: Any) -> Tensor:
     return -torch.exp(module.A_log.to(_precise(module.A_log.dtype)))
 
 
+# parts of an entry are taken with split_with_sizes: what `split` adds to it in Python is four times its own time
+
+
 def heads(x: Tensor, n: int) -> Tensor:
     """X (..., W) by heads: (..., H, W/H)."""
     return torch.unflatten(x, -1, (n, -1))
@@ -128,11 +131,11 @@ class Scan(Mixer):
         split = (m.time_step_rank, self.size, self.size)
         if self.groups > 1:
             by_head = heads(x, self.groups).transpose(1, 2)  # (B, H, T, P)
-            dt, B, C = (by_head @ m.x_proj_weight.mT).split(split, -1)
+            dt, B, C = (by_head @ m.x_proj_weight.mT).split_with_sizes(split, -1)
             dt = (dt @ m.dt_proj_weight.mT).to(precise) + m.dt_proj_bias.to(precise)[:, None]
             dt, B, C = (part.transpose(1, 2).flatten(2) for part in (dt, B, C))
             return F.softplus(dt), B, C
-        dt, B, C = m.x_proj(x).split(split, -1)
+        dt, B, C = m.x_proj(x).split_with_sizes(split, -1)
         if self.normed:
             dt, B, C = m.dt_layernorm(dt), m.b_layernorm(B), m.c_layernorm(C)
         plain = type(m.dt_proj) is nn.Linear and "_hf_hook" not in vars(m.dt_proj)
@@ -143,7 +146,7 @@ class Scan(Mixer):
         return F.softplus(dt), B, C
 
     def _consumed(self, inputs: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, B = torch.split(inputs, [self.width, self.groups * self.size], -1)
+        x, B = inputs.split_with_sizes((self.width, self.groups * self.size), -1)
         return heads(x, self.groups), heads(gates, self.groups), heads(B, self.groups)
 
     def _A(self) -> Tensor:
@@ -201,7 +204,7 @@ class SSD(Mixer):
             projected = m.in_proj(hidden_states * m.ssm_in_multiplier) * m.mup_vector
         else:
             projected = m.in_proj(hidden_states)
-        z, xBC, dt = projected.split((self.width, self.width + 2 * self.states, self.heads), -1)
+        z, xBC, dt = projected.split_with_sizes((self.width, self.width + 2 * self.states, self.heads), -1)
         xBC = convolve(m, xBC, memory)
         low, high = m.time_step_limit
         precise = _precise(dtype)
@@ -216,7 +219,7 @@ class SSD(Mixer):
         return m.out_proj(y.to(dtype))  # type: ignore[no-any-return]
 
     def _consumed(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        x, B = torch.split(inputs, [self.width, self.states], -1)
+        x, B = inputs.split_with_sizes((self.width, self.states), -1)
         return heads(x, self.heads), heads(B, self.groups)
 
     def chunk(
@@ -280,7 +283,7 @@ class Delta(Mixer):
         return self.module.out_proj(y)  # type: ignore[operator, no-any-return]
 
     def _consumed(self, inputs: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        k, v = torch.split(inputs, [self.keys, self.values], -1)
+        k, v = inputs.split_with_sizes((self.keys, self.values), -1)
         g, beta = gates.chunk(2, -1)
         return heads(k, self.key_heads), heads(v, self.heads), g, beta
 

@@ -73,9 +73,9 @@ def join(y: Tensor, tokens: int) -> Tensor:
 
 
 def total(log: Tensor) -> Tensor:
-    """The decay from a chunk's begin to each of its tokens, as an exponent, of `log` (B, M, Q, H): float64 if it can be.
+    """The exponents of decay from a chunk's begin to each of its tokens, of `log` (B, M, Q, H); float64 if that can be.
 
-    What counts are differences of it, and behind a strong decay float32 has no digits left for a weak one.
+    What counts are their differences, and behind a strong decay float32 has no digits left for a weak one.
     """
     return log.cumsum(2, dtype=log.dtype if log.device.type == "mps" else torch.float64)
 

@@ -100,9 +100,9 @@ def _through(
     state: Tensor, within: Tensor, start: Tensor, C: Tensor, left: Tensor, B: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One chunk: state (B, H, P, N), within and left (B, Q, H, P), C and B (B, Q, G, N), decay (B, H, 1, 1)."""
-    (rows, size), groups = within.shape[:2], B.shape[2]
+    groups = B.shape[2]
     # the heads of a group are one matrix (H/G P, N): they share B and C
-    seen = C.transpose(1, 2) @ state.unflatten(1, (groups, -1)).flatten(2, 3).mT
-    added = left.unflatten(2, (groups, -1)).flatten(3).permute(0, 2, 3, 1) @ B.transpose(1, 2)
+    seen = C.transpose(1, 2) @ torch.unflatten(state, 1, (groups, -1)).flatten(2, 3).mT
+    added = torch.unflatten(left, 2, (groups, -1)).flatten(3).permute(0, 2, 3, 1) @ B.transpose(1, 2)
     y = torch.addcmul(within, seen.transpose(1, 2).reshape(within.shape), start)
     return y, torch.addcmul(added.view(state.shape), state, decay)
