@@ -188,7 +188,8 @@ def test_everything_that_comes_one_a_token_is_in_its_column(name: str, cached: b
         # keys of a cache are in order of position
         assert_same(there[1:, :, 5:, :7] if cached else there[1:, :, 5:, 5:], here)
     if routes:
-        for there, here in zip(got.router_logits, want.router_logits, strict=True):
+        assert want.router_logits or name != "jamba"  # granitemoehybrid gives none in transformers 5.17
+        for there, here in zip(got.router_logits or (), want.router_logits or (), strict=True):
             assert_same(there.view(2, 12, -1)[1, 5:], here)
 
 
