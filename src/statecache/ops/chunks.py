@@ -80,6 +80,12 @@ def total(log: Tensor) -> Tensor:
     return log.cumsum(2, dtype=log.dtype if log.device.type == "mps" else torch.float64)
 
 
+def between(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The decay from each token of a chunk to those after it, (B, M, H, Q, Q), of `total` (B, M, H, Q); else zero."""
+    later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
+    return (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype).masked_fill_(later, -torch.inf).exp_()
+
+
 def room(x: Tensor) -> int:
     """Elements of an intermediate worth holding at once: in a processor's cache, or enough to fill an accelerator."""
     return 1 << 20 if x.device.type == "cpu" else 1 << 26

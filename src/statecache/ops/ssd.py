@@ -83,10 +83,7 @@ def _parts(dt: Tensor, log: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Te
     """What passing a chunk needs besides the carry; dt and log = dt A (B, M, Q, H), the others (B, M, Q, ...)."""
     total, dtype = chunks.total(log), x.dtype
     last = total[:, :, -1:]
-    across = total.transpose(2, 3)
-    later = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).triu(1)
-    decay = (across.unsqueeze(-1) - across.unsqueeze(-2)).to(dtype)  # (B, M, H, Q, Q)
-    decay = decay.masked_fill_(later, -torch.inf).exp_()
+    decay = chunks.between(total.transpose(2, 3), dtype)  # (B, M, H, Q, Q)
     scores = C.transpose(2, 3) @ B.permute(0, 1, 3, 4, 2)  # (B, M, G, Q, Q)
     weight = torch.unflatten(decay, 2, (scores.shape[2], -1)) * scores.unsqueeze(3)
     new = x * dt.unsqueeze(-1)
