@@ -1,19 +1,29 @@
 """The one clock: how many tokens each row has taken in, and how far it may go back.
 
-B rows, T new tokens. The device's lengths are the truth; the host keeps a copy for as long as it saw every step.
+Of a row's positions
+
+    [0, reach - slack)       are gone: rings have written over them
+    [reach - slack, length)  can be taken back
+    [base, length)           are in the logs; the states that these go on from stand at `base`
+    [length, reach)          were written and taken back, or not accepted
+
+B rows, R of them in a step, T new tokens. The device's numbers are the truth; the host keeps a copy for as long as it
+saw every step.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from statecache.errors import CapacityError, RaggedError, RollbackError, StateCacheError
-from statecache.replay import Replay
-from statecache.ring import Room, Step
-from statecache.storage.dense import keep_rows, revive, zeros
+from statecache.errors import CapacityError, RaggedError, RollbackError, RowsError, StateCacheError, StepError
+from statecache.step import Allocation, Step
+from statecache.storage.store import Move, revive, zeros
+
+LENGTH, COLUMNS, REACH, BASE, COPIED = range(5)  # rows of the clock's tensor; from COPIED on there are `slack` of them
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -23,213 +33,323 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the host knows of the clock, by row."""
+
+    lengths: list[int]
+    reach: list[int]
+    base: list[int]
+    width: int = 0  # columns fed, pads included: what transformers calls the length
+    ragged: bool = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
+    overflowed: bool = False
+
+    def over(self, rows: Sequence[int] | None, taken: Sequence[int], columns: int) -> Known:
+        """The same after a step that took in `taken` tokens of each of these rows, None for all."""
+        lengths = list(self.lengths)
+        for row, n in zip(range(len(lengths)) if rows is None else rows, taken, strict=True):
+            lengths[row] += n
+        reach = [max(pair) for pair in zip(self.reach, lengths, strict=True)]
+        return replace(self, lengths=lengths, reach=reach, width=self.width + columns, ragged=differ(lengths))
+
+
+def nothing(rows: int) -> Known:
+    """What is known of empty rows."""
+    return Known([0] * rows, [0] * rows, [0] * rows)
+
+
+def differ(lengths: list[int]) -> bool:
+    return lengths.count(lengths[0]) != len(lengths)
+
+
 class Clock:
-    """Lengths of B rows. `limit`: the longest a row can get, or None."""
+    """Numbers of B rows. `limit`: the longest a row can get, or None. `back`: whether rows go back but for rounds."""
 
-    def __init__(self, room: Room, limit: int | None) -> None:
-        def longs(*shape: int) -> Tensor:
-            return zeros(*shape, dtype=torch.long, device=room.device, static=self.static)
-
+    def __init__(self, room: Allocation, limit: int | None, back: bool = True) -> None:
         self.static = room.capacity is not None
-        self.rows, self.limit, self.slack = room.rows, limit, room.slack
-        self.length = longs(room.rows)
-        self.floor = longs(room.rows)  # the shortest length that a rollback can come back to
-        self.kept = longs(room.rows, room.slack)  # in slot (n - 1) % slack: n, if leased states were copied at length n
-        self.columns = longs()  # fed to every row, pads included: what transformers calls the length
+        self.rows, self.limit, self.slack, self.back = room.rows, limit, room.slack, back
+        self.copying = False  # whether any state is copied at the starts of steps
+        self.data = zeros(COPIED + room.slack, room.rows, dtype=torch.long, device=room.device, static=self.static)
         self.overflow = zeros(dtype=torch.bool, device=room.device, static=self.static)
-        self.host = [0] * room.rows
-        self.floors = [0] * room.rows  # the host's copy of `floor`
-        self.width = 0  # the host's copy of `columns`
-        self.ragged = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
-        self.overflowed = False
+        self.known = nothing(room.rows)
+        self.unseen: list[int] | None = (
+            None  # the lengths before steps that the host has not seen, for marks to look at
+        )
         self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
-        self._seen = self._version
-        self._after: list[int] | None = None  # the host's lengths once the open step is closed
-        self._bases: list[int] | None = None  # the host's floors once the logs are folded for it
+        self._look()
 
     def __getstate__(self) -> dict[str, object]:
         self.sync()
-        return self.__dict__
+        return {name: value for name, value in self.__dict__.items() if name != "_used"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        for name in ("length", "floor", "kept", "columns", "overflow"):
-            setattr(self, name, revive(getattr(self, name), self.static))
-        self._seen = self._version
+        self.data, self.overflow = revive(self.data, self.static), revive(self.overflow, self.static)
+        self._look()
+
+    def _look(self) -> None:
+        """Look at the rows in use, and note which version of them the host knows."""
+        self._used = self.data if self.rows == self.data.shape[1] else self.data[:, : self.rows]
+        self._seen = self.data._version
+
+    @property
+    def allocated(self) -> int:
+        """Rows that there is room for."""
+        return self.data.shape[1]
 
     @property
     def lengths(self) -> Tensor:
         """Tokens each row has taken in: (B,) long, live."""
-        return self.length if self.rows == len(self.length) else self.length[: self.rows]
+        return self._used[LENGTH]
 
     @property
-    def _version(self) -> int:
-        """What differs once the device's clock was moved."""
-        return self.length._version + self.floor._version
+    def columns(self) -> Tensor:
+        """Columns fed to the batch: a 0-d long, live."""
+        return self._used[COLUMNS, 0]
 
-    def drop(self) -> None:
-        """Forget a pass that was given up."""
-        self._after = None
+    @property
+    def bases(self) -> Tensor:
+        """Where the states stand that logs go on from: (B,) long, live."""
+        return self._used[BASE]
 
-    def keep_from_here(self) -> None:
-        """Rows cannot go back before where they stand."""
-        self.sync()
-        self.floor.copy_(self.length)
-        self._read()
+    @property
+    def floors(self) -> list[int]:
+        """The shortest length that each row can come back to, as far as the host knows."""
+        known = self.known
+        return [max(n - self.slack, 0) for n in known.reach] if self.back and self.slack else list(known.lengths)
 
-    def catch_up(self) -> list[int]:
-        """The lengths on the host. Waits for the device if compiled or replayed steps moved it meanwhile."""
-        if not torch.compiler.is_compiling() and (self.captured or self._seen != self._version):
-            self._read()
-        return self.host
+    # ---- what the host knows
 
-    def sync(self) -> list[int]:
+    def catch_up(self) -> Known:
+        """Know the device's numbers. Waits for it, if compiled or replayed steps moved them meanwhile."""
+        if not torch.compiler.is_compiling() and (self.captured or self._seen != self.data._version):
+            self.read()
+        return self.known
+
+    def sync(self) -> Known:
         """As `catch_up`. Raises CapacityError if one of those steps ran past the capacity."""
-        host = self.catch_up()
-        if self.overflowed:
+        known = self.catch_up()
+        if known.overflowed:
             raise CapacityError(
                 f"a compiled step took a row past capacity={self.limit}; its tokens were dropped and the recurrent "
                 "states are ahead of the others: reset() or restore() a mark, and give a larger capacity="
             )
-        return host
+        return known
 
     def uniform(self) -> int:
         """The length of every row, on the host. Raises RaggedError where rows differ."""
-        host = self.sync()
-        if self.ragged:
+        known = self.sync()
+        if known.ragged:
             raise RaggedError(
-                f"rows hold {host} tokens; an unmodified model counts one number of columns for the whole batch: "
-                "roll back every row by the same number"
+                f"rows hold {known.lengths} tokens; an unmodified model counts one number of columns for the whole "
+                "batch: roll back every row by the same number"
             )
-        return host[0]
+        return known.lengths[0]
+
+    def read(self) -> None:
+        """Ask the device."""
+        self.unseen = self.known.lengths if self.unseen is None else self.unseen
+        numbers = self._used[:COPIED].tolist()
+        lengths = numbers[LENGTH]
+        overflowed = bool(self.overflow.item())
+        self.know(Known(lengths, numbers[REACH], numbers[BASE], numbers[COLUMNS][0], differ(lengths), overflowed))
+
+    def know(self, known: Known) -> None:
+        """Take these numbers for those of the device, which has just been given them."""
+        self.known = known
+        if not torch.compiler.is_compiling():
+            self._seen = self.data._version
 
     # ---- a step
 
-    def open(self, tokens: int, count: Tensor | None = None) -> Step:
-        """Begin a pass of T `tokens`, of which row b takes in the first `count[b]`.
+    def open(
+        self,
+        tokens: int,
+        count: Tensor | Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        counted: Tensor | None = None,
+        tentative: bool = False,
+    ) -> tuple[Step, Known | None]:
+        """Begin a pass of T `tokens` over some `rows`, of which the b-th takes in the first `count[b]`; changes nothing.
 
-        Raises CapacityError before anything is written where a row would become longer than the limit.
+        `counted`: the count on the device, where it is there already. Returns the step, and what the host knows once
+        it is closed; None in compiled or captured code, where it knows nothing.
+        Raises CapacityError where a row would become longer than the limit, RowsError, StepError for other numbers.
         """
-        if self.static and (torch.compiler.is_compiling() or capturing(self.length)):
-            if not torch.compiler.is_compiling():
+        captured = capturing(self.data)
+        if captured and not self.static:
+            raise StepError(
+                "a growing cache cannot be part of a CUDA graph, which would write one slot for ever: make it with "
+                "capacity="
+            )
+        if self.static and (captured or torch.compiler.is_compiling()):
+            if captured:
                 self.captured = True
-            self._after = None
-            if self.ragged and count is None:
-                count = torch.full_like(self.lengths, tokens)
-            return Step(tokens, self.lengths[:1].clone() if count is None else self.lengths.clone(), count)
-        host = self.sync()
-        taken = [tokens] * len(host) if count is None else count.tolist()
-        for row, (length, n) in enumerate(zip(host, taken, strict=True)):
-            if self.limit is not None and length + n > self.limit:
-                raise CapacityError(
-                    f"row {row} holds {length} tokens and the step brings {n} more; the cache was made with "
-                    f"capacity={self.limit}: give a larger capacity=, or leave it out for a cache that grows"
-                )
-        self._after = [length + n for length, n in zip(host, taken, strict=True)]
-        if count is None and not self.ragged:
-            return Step(tokens, host[0], end=host[0] + tokens)
-        taking = torch.full_like(self.lengths, tokens) if count is None else count
-        return Step(tokens, self.lengths.clone(), taking, end=max(self._after))
+            return self._open_unseen(tokens, count, rows, captured, tentative), None
+        known = self.sync()
+        chosen = None if rows is None else self._chosen(rows)
+        n = self.rows if chosen is None else len(chosen)
+        taken = [tokens] * n if count is None else self._counts(count, tokens, n)
+        lengths = known.lengths if chosen is None else [known.lengths[row] for row in chosen]
+        ends = [length + n for length, n in zip(lengths, taken, strict=True)]
+        if self.limit is not None and max(ends) > self.limit:
+            b = next(b for b, end in enumerate(ends) if end > self.limit)
+            raise CapacityError(
+                f"row {b if chosen is None else chosen[b]} holds {lengths[b]} tokens and the step brings {taken[b]} "
+                f"more; the cache was made with capacity={self.limit}: give a larger capacity=, or leave it out for a "
+                "cache that grows"
+            )
+        after, end = known.over(chosen, taken, tokens), max(ends)
+        whole = all(n == tokens for n in taken)
+        if chosen is None and whole and not known.ragged:
+            return Step(tokens, lengths[0], end=end, tentative=tentative), after
+        on_device = None
+        if not whole:
+            given = count if counted is None else counted
+            on_device = torch.as_tensor(given, dtype=torch.long, device=self.data.device)
+        index = None if chosen is None else torch.tensor(chosen, device=self.data.device)
+        start = self.lengths.clone() if index is None else self.lengths.index_select(0, index)
+        return Step(tokens, start, on_device, end, index, tentative), after
 
-    def taking(self) -> list[int]:
-        """Tokens that each row takes in in the open pass, as far as the host knows."""
-        return [] if self._after is None else [a - b for a, b in zip(self._after, self.host, strict=True)]
-
-    def replay(self, step: Step, lasting: bool = False) -> Replay:
-        """How the open step meets the logs, which keep the last `slack` inputs of each row.
-
-        `lasting`: what stands is kept for good, so that the states are folded up to it.
-        """
-        tokens, slack = step.tokens, self.slack
-        if self._after is None:  # the host does not know
-            assert isinstance(step.start, Tensor)
-            floor = self.floor[: self.rows].clone()
-            if lasting:
-                self._bases = None
-                return Replay(floor, step.start - floor, slack, 0, None)
-            room = step.start + (tokens if step.count is None else step.count) - slack
-            lag = max(slack - tokens, 0) if step.count is None else slack
-            fold = torch.maximum(floor, torch.minimum(room, step.start)) - floor
-            at = None if tokens <= slack else torch.maximum(floor, room) - step.start + lag
-            return Replay(floor, fold, min(tokens, slack), lag, at)
-        spans = list(zip(self.floors, self.host, self._after, strict=True))
-        bases = [length if lasting else max(floor, min(after - slack, length)) for floor, length, after in spans]
-        self._bases = bases
-        folds = [base - floor for base, floor in zip(bases, self.floors, strict=True)]
-        lag = max(length - base for length, base in zip(self.host, bases, strict=True))
-        ends = [max(floor, after - slack) for floor, _, after in spans]
-        moves = not lasting and any(end > base for end, base in zip(ends, bases, strict=True))
-        if isinstance(step.start, int) and len(set(self.floors)) == 1:
-            return Replay(self.floors[0], folds[0], folds[0], lag, ends[0] - self.host[0] + lag if moves else None)
-        device = self.length.device
-        fold = torch.tensor(folds, device=device)
-        takes = [end - length + lag for end, length in zip(ends, self.host, strict=True)]
-        at = torch.tensor(takes, device=device) if moves else None
-        return Replay(self.floor[: self.rows].clone(), fold, max(folds), lag, at)
-
-    def folded(self, replay: Replay) -> None:
-        """The logged states stand where `replay` folds them to."""
-        floor = self.floor[: self.rows]
-        floor.copy_(torch.as_tensor(replay.base, device=floor.device).expand_as(floor))
-        if self._after is not None and self._bases is not None:
-            self.floors, self._seen = self._bases, self._version
-
-    def accept(self, step: Step, accepted: list[int]) -> None:
-        """End a pass of which each row keeps its first `accepted` tokens."""
-        count = torch.tensor(accepted, device=self.length.device)
-        start = self.lengths.clone()
-        self._after = [length + n for length, n in zip(self.host, accepted, strict=True)]
-        self.close(replace(step, start=start, count=count), columns=max(accepted))
-
-    def close(self, step: Step, columns: int | None = None) -> None:
-        """End the pass: its tokens are now part of the rows. `columns`: that it fed, if not all T."""
-        length = self.lengths
-        columns = step.tokens if columns is None else columns
-        self.columns.add_(columns)
-        if isinstance(step.start, int):
-            start: int | Tensor = step.start
-            length.add_(step.tokens)
+    def _open_unseen(
+        self,
+        tokens: int,
+        count: Tensor | Sequence[int] | None,
+        rows: Sequence[int] | None,
+        captured: bool,
+        tentative: bool,
+    ) -> Step:
+        """A step whose numbers only the device knows."""
+        index = None if rows is None else torch.as_tensor(rows, device=self.data.device)
+        if count is not None:
+            count = torch.as_tensor(count, device=self.data.device)
+        elif captured and index is None:  # a graph is replayed when rows differ, too
+            count = torch.full_like(self.lengths, tokens)
+        if index is not None:
+            start = self.lengths.index_select(0, index)
+        elif count is None and not self.known.ragged:
+            start = self.lengths[:1].clone()
         else:
-            end = step.start + (step.tokens if step.count is None else step.count)
-            if self.limit is not None:
-                self.overflow.logical_or_((end > self.limit).any())
-                end = end.clamp(max=self.limit)
+            start = self.lengths.clone()
+        return Step(tokens, start, count, None, index, tentative)
+
+    def _chosen(self, rows: Sequence[int]) -> list[int]:
+        chosen = [int(row) for row in rows]
+        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= row < self.rows for row in chosen):
+            raise RowsError(f"a pass over rows {chosen} of {self.rows}: give each once, in 0..{self.rows - 1}")
+        return chosen
+
+    def _counts(self, count: Tensor | Sequence[int], tokens: int, rows: int) -> list[int]:
+        """How many tokens each row takes in, if that can be."""
+        numbers = whole_numbers(count, rows, "tokens to take in")
+        for b, n in enumerate(numbers):
+            if not 0 <= n <= tokens:
+                raise StepError(f"row {b} cannot take in {n} tokens: the pass brings {tokens}")
+        return numbers
+
+    def close(self, step: Step, after: Known | None) -> None:
+        """End the pass: its tokens are now part of the rows."""
+        if self.copying and step.tokens:
+            self._note_copies(step)
+        self._take_in(step, step.count, step.tokens)
+        if after is not None:
+            self.know(after)
+
+    def _take_in(self, step: Step, count: Tensor | None, columns: int) -> None:
+        used = self._used
+        if step.end is None and self.limit is not None and step.tokens:  # nobody has checked
+            self._clamp(step, count)
+            used[COLUMNS].add_(columns)
+        elif count is None and step.rows is None:
+            used[: COLUMNS + 1].add_(columns)
+        else:
+            used[COLUMNS].add_(columns)
+            if step.rows is None:
+                used[LENGTH].add_(step.tokens if count is None else count)
+            else:
+                more = torch.full_like(step.rows, step.tokens) if count is None else count
+                used[LENGTH].index_add_(0, step.rows, more)
+        used[REACH].clamp_(min=used[LENGTH])
+
+    def _clamp(self, step: Step, count: Tensor | None) -> None:
+        assert isinstance(step.start, Tensor)
+        end = step.start + (step.tokens if count is None else count)
+        self.overflow.logical_or_((end > self.limit).any())
+        end = end.clamp(max=self.limit)
+        length = self._used[LENGTH]
+        if step.rows is None:
             length.copy_(end.expand_as(length))
-            start = step.start[:, None]
-        if self.slack and step.tokens:
-            floor, kept = self.floor[: self.rows], self.kept[: self.rows]
-            back = 0 if step.lasting else self.slack
-            floor.copy_(torch.maximum(floor, length - back))
-            # copies beyond this start were made in a course of events that a rollback took back
-            here = (torch.arange(1, self.slack + 1, device=kept.device) - start) % self.slack == 0
-            if step.count is not None:
-                here &= step.count[:, None] > 0
-            kept.copy_(torch.where(here, start, torch.where(kept > start, 0, kept)))
-        if self._after is not None:
-            floors = self.floors
-            if self.slack and step.tokens:
-                back = 0 if step.lasting else self.slack
-                floors = [max(low, end - back) for low, end in zip(floors, self._after, strict=True)]
-            self._know(self._after, floors, self.width + columns)
-            self._after = None
+        else:
+            length.index_copy_(0, step.rows, end)
+
+    def _note_copies(self, step: Step) -> None:
+        """Copies of leased states now stand at the start of the step, in the rows that took anything in."""
+        copied = self._used[COPIED:]  # in slot (n - 1) % slack: n, where a copy was made at length n
+        if isinstance(step.start, int):
+            copied[(step.start - 1) % self.slack].fill_(step.start)
+            return
+        start = step.start.expand(self.rows) if step.rows is None else step.start
+        took = None if step.count is None else step.count > 0
+        slot = ((start - 1) % self.slack)[None]
+        if step.rows is None:
+            new = start if took is None else torch.where(took, start, copied.gather(0, slot)[0])
+            copied.scatter_(0, slot, new[None])
+        else:
+            new = start if took is None else torch.where(took, start, copied[slot[0], step.rows])
+            copied[slot[0], step.rows] = new
+
+    def wrote_ahead(self, step: Step, after: Known | None) -> None:
+        """A round's pass has written past the ends of its rows, and they stay where they are."""
+        end = step.start + (step.tokens if step.count is None else step.count)
+        reach = self._used[REACH]
+        if step.rows is None:
+            reach.clamp_(min=end)
+        else:
+            reach.index_copy_(0, step.rows, torch.maximum(reach.index_select(0, step.rows), torch.as_tensor(end)))
+        if after is not None:
+            self.know(replace(self.known, reach=after.reach))
+
+    def accept(self, step: Step, rows: Sequence[int] | None, accepted: list[int]) -> Tensor | None:
+        """End a round: of its pass each row keeps its first `accepted` tokens. They on the device; None if all do."""
+        known = self.sync()
+        after = known.over(rows, accepted, max(accepted))
+        count = None
+        if step.rows is not None or any(n != accepted[0] for n in accepted):
+            count = torch.tensor(accepted, device=self.data.device)
+        self._take_in(Step(max(accepted), step.start, count, 0, step.rows), count, max(accepted))
+        self.know(after)
+        return count
+
+    def stand(self, base: Tensor | int, rows: Tensor | None, bases: list[int] | None) -> None:
+        """The states that logs go on from stand at `base`: an int, or (R,) of some rows. `bases`: as the host knows."""
+        held = self._used[BASE]
+        if isinstance(base, int):
+            held.fill_(base)
+        elif rows is None:
+            held.copy_(base)
+        else:
+            held.index_copy_(0, rows, base)
+        if bases is not None:
+            self.know(replace(self.known, base=bases))
 
     # ---- between steps
 
     def refuse(self, forget: list[int], leased: bool) -> StateCacheError | None:
         """Why rows cannot forget this many tokens each, or None. Waits for the device."""
-        host, floor, kept = self.sync(), self.floors, self.kept.tolist()
-        for row, (length, n) in enumerate(zip(host, forget, strict=True)):
+        known, floors = self.sync(), self.floors
+        copied = self._used[COPIED:].T.tolist() if leased and any(forget) else None
+        for row, (length, n) in enumerate(zip(known.lengths, forget, strict=True)):
             target = length - n
             if n < 0 or target < 0:
                 return RollbackError(f"row {row} holds {length} tokens and cannot forget {n}")
-            least = floor[row] if self.slack else length
+            least = floors[row]
             if n and target < least:
                 return RollbackError(
                     f"row {row} holds {length} tokens and can go back to {least}, not to {target}: the cache was "
                     f"made with slack={self.slack}; give slack= the most tokens to forget"
                 )
-            if n and leased and target and target not in kept[row]:
-                copies = sorted(k for k in kept[row] if least <= k < length)
+            if n and copied is not None and target and target not in copied[row]:
+                copies = sorted(k for k in copied[row] if least <= k < length)
                 return RollbackError(
                     f"row {row} cannot go back to {target} tokens: a recurrent state is copied at the start of each "
                     f"step, and {target} was inside a chunk; copies stand at {copies}: feed one token at a time, or "
@@ -237,52 +357,105 @@ class Clock:
                 )
         return None
 
-    def rollback(self, forget: Tensor) -> None:
-        """Subtract (B,) tokens, as `refuse` allowed."""
-        self.lengths.sub_(forget)
-        self.columns.sub_(forget.min())
-        self._read()
+    def rollback(self, forget: list[int]) -> None:
+        """Subtract the tokens that each row forgets, as `refuse` allowed."""
+        n = torch.tensor(forget, device=self.data.device)
+        used = self._used
+        used[LENGTH].sub_(n)
+        used[COLUMNS].sub_(min(forget))
+        if self.copying:  # copies beyond the new ends are of a course of events that is taken back
+            copied = used[COPIED:]
+            copied.masked_fill_(copied > used[LENGTH], 0)
+        lengths = [length - n for length, n in zip(self.known.lengths, forget, strict=True)]
+        width = self.known.width - min(forget)
+        self.know(replace(self.known, lengths=lengths, width=width, ragged=differ(lengths)))
 
-    def reset(self) -> None:
-        """Every row is empty, and all rows are in use again."""
-        self.rows = len(self.length)
-        self.length.zero_()
-        self.floor.zero_()
-        self.kept.zero_()
-        self.columns.zero_()
+    def stay(self) -> None:
+        """Rows cannot go back before where they stand, and logs begin here."""
+        lengths, used = list(self.sync().lengths), self._used
+        used[REACH].copy_(used[LENGTH]).add_(self.slack)
+        used[BASE].copy_(used[LENGTH])
+        self.know(replace(self.known, reach=[n + self.slack for n in lengths], base=lengths))
+
+    def empty(self) -> None:
+        """The rows in use are empty."""
+        self._used.zero_()
         self.overflow.zero_()
-        self._read()
+        self.know(nothing(self.rows))
 
-    def take(self, rows: Tensor) -> None:
-        """Keep these rows (n,), in this order."""
-        for name in ("length", "floor", "kept"):
-            setattr(self, name, keep_rows(getattr(self, name), rows, self.static))
-        self.rows = len(rows)
-        self._read()
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Rows are empty; without a choice of them all are, and all that were allocated are in use again."""
+        if rows is None:
+            self.rows = self.allocated
+            self._look()
+            self.data.zero_()
+            self.overflow.zero_()
+            self.know(nothing(self.rows))
+        else:
+            index = torch.tensor(rows, device=self.data.device)
+            for number in (LENGTH, REACH, BASE, *range(COPIED, len(self.data))):
+                self.data[number].index_fill_(0, index, 0)
+            self._set(rows, 0, 0, self.known.width)
 
-    def snapshot(self) -> tuple[Tensor, ...]:
-        rows = slice(0, self.rows)
-        return self.length[rows].clone(), self.floor[rows].clone(), self.kept[rows].clone(), self.columns.clone()
+    def admit(self, row: int, length: int) -> None:
+        """A row has been filled with what another one held, and cannot go back before that."""
+        reach, columns = length + self.slack, max(self.sync().width, length)
+        self.data[:, row].zero_()
+        for number, value in ((LENGTH, length), (BASE, length), (REACH, reach)):
+            self.data[number, row].fill_(value)
+        self.data[COLUMNS].fill_(columns)
+        self._set([row], length, reach, columns)
 
-    def load(self, copied: tuple[Tensor, ...]) -> None:
-        for data, copy in zip((self.length, self.floor, self.kept), copied[:3], strict=True):
-            data[: self.rows].copy_(copy)
-        self.columns.copy_(copied[3])
+    def _set(self, rows: Sequence[int], length: int, reach: int, width: int) -> None:
+        """Know that these rows hold `length` tokens each, which cannot be taken back."""
+        lengths, reaches, bases = (list(n) for n in (self.known.lengths, self.known.reach, self.known.base))
+        for row in rows:
+            lengths[row], reaches[row], bases[row] = length, reach, length
+        self.know(Known(lengths, reaches, bases, width, differ(lengths), self.known.overflowed))
+
+    def taken(self, rows: Sequence[int]) -> Move:
+        """Prepare to keep these rows, in this order."""
+        index = torch.tensor(rows, device=self.data.device)
+        data, known = revive(self.data.index_select(1, index), static=False), self.known
+        chosen = ([numbers[row] for row in rows] for numbers in (known.lengths, known.reach, known.base))
+        lengths, reach, base = chosen
+
+        def move() -> None:
+            if self.static:
+                self.data[:, : len(rows)] = data
+            else:
+                self.data = data
+            self.rows = len(rows)
+            self._look()
+            self.know(Known(lengths, reach, base, known.width, differ(lengths)))
+
+        return move
+
+    def snapshot(self) -> tuple[Tensor, Known]:
+        """The numbers, on the device and as the host knows them."""
+        return self._used.clone(), self.known
+
+    def load(self, copied: tuple[Tensor, Known]) -> None:
+        """Put a snapshot back."""
+        self._used.copy_(copied[0])
         self.overflow.zero_()
-        self._read()
+        self.know(copied[1])
 
     def buffers(self) -> list[Tensor]:
-        return [self.length, self.floor, self.kept, self.columns, self.overflow]
+        return [self.data, self.overflow]
 
-    def _read(self) -> None:
-        self._know(self.lengths.tolist(), self.floor[: self.rows].tolist(), int(self.columns.item()))
-        self.overflowed = bool(self.overflow.item())
-        self._after = None  # of a pass that was given up
 
-    def _know(self, lengths: list[int], floors: list[int], width: int) -> None:
-        self.host, self.floors, self.width = lengths, floors, width
-        if not torch.compiler.is_compiling():
-            self._seen = self._version
-        ragged = lengths.count(lengths[0]) != len(lengths)
-        if ragged != self.ragged:
-            self.ragged = ragged
+def whole_numbers(given: Tensor | Sequence[int] | int, rows: int, what: str) -> list[int]:
+    """One integer for each of B rows, from one for all, a list, or a long tensor (B,). Raises RowsError."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return [given] * rows
+    if isinstance(given, Tensor):
+        kind, shape = str(given.dtype), tuple(given.shape)
+        if not given.is_floating_point() and given.dtype != torch.bool and shape == (rows,):
+            return [int(n) for n in given.tolist()]
+    else:
+        numbers = list(given) if isinstance(given, Sequence) else [given]
+        kind, shape = type(given).__name__, (len(numbers),)
+        if len(numbers) == rows and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            return [int(n) for n in numbers]
+    raise RowsError(f"{what} are one int, or a long tensor ({rows},), one number a row, not {kind} {shape}")

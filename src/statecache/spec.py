@@ -5,6 +5,7 @@ B rows, T new tokens, C slots of a ring, *D the shape of one entry.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,8 @@ class StateSpec:
     """One state of one layer: an entry per token position, of which the layer reads the `window` newest.
 
     attention: None, all of them. Sliding attention over w tokens: w. Convolution of width k: k - 1. Recurrence: 1, its
-    entry at position p being the whole state after token p. Log of a recurrence's inputs: 0, its slots are all slack.
+    entry at position p being the whole state after token p. Log of a recurrence's inputs: 0, nothing but going back
+    reads it.
     """
 
     name: str  # unique in its layer: key, value, conv, recurrent, conv1, ...
@@ -51,8 +53,15 @@ class StateSpec:
         return math.prod(self.shape) * self.dtype_for(model).itemsize
 
     def limit(self, capacity: int | None, slack: int) -> int | None:
-        """Slots this state's ring needs at most, where no row is longer than `capacity`; None: no end."""
-        sizes = [n for n in (None if self.window is None else self.window + slack, capacity) if n is not None]
+        """Slots this state's ring needs at most, where no row is longer than `capacity`; None: no end.
+
+        A log has half the slack more than that: it is read when it is full, not at every token.
+        """
+        if self.kind == "log":
+            needed: int | None = slack + (slack + 1) // 2
+        else:
+            needed = None if self.window is None else self.window + slack
+        sizes = [n for n in (needed, capacity) if n is not None]
         return min(sizes, default=None)
 
     def holds_all(self, capacity: int | None, slack: int) -> bool:
@@ -133,6 +142,10 @@ class ModelSpec:
 
         return replace(self, layers=tuple(replay(layer) for layer in self.layers))
 
+    def digest(self) -> str:
+        """What tells this specification from another."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
     def full_at(self, capacity: int | None, slack: int) -> int | None:
         """The longest a row can get with rings of this `capacity`; None where every ring has the window it needs."""
         bound = any(s.holds_all(capacity, slack) for _, s in self.states())
@@ -148,7 +161,11 @@ class ModelSpec:
                     "first write"
                 )
         for _, state in self.states():
-            slots = 1 + slack * (not state.logged) if state.leased else state.limit(length, slack)
+            slots = state.limit(length, slack)
+            if state.leased:
+                slots = 1 + (
+                    1 if state.logged else slack
+                )  # a logged one stands at the row's end and where its log begins
             assert slots is not None
             sizes[state.kind] += rows * slots * state.entry_bytes(dtype)
         sizes["clock"] = clock_bytes(rows, slack)
@@ -156,5 +173,5 @@ class ModelSpec:
 
 
 def clock_bytes(rows: int, slack: int) -> int:
-    """Bytes of the clock: how long each row is and may become again, where copies stand, columns fed, a flag."""
-    return 8 * rows * (2 + slack) + 8 + 1
+    """Bytes of the clock: four numbers a row, one more for each copy that a leased state may have, and a flag."""
+    return 8 * rows * (4 + slack) + 1

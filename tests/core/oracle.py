@@ -6,6 +6,8 @@ An entry is a number that no other entry of the test has, so that any mix-up sho
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ class Lists:
     rows: list[list[float]]
     floor: list[int] = field(default_factory=list)
     kept: list[set[int]] = field(default_factory=list)
-    lasting: bool = False  # whether steps are kept for good
+    back: bool = True  # whether rows go back, other than by dropping a round
 
     def __post_init__(self) -> None:
         self.floor = self.floor or [0] * len(self.rows)
@@ -32,18 +34,19 @@ class Lists:
     def lengths(self) -> list[int]:
         return [len(row) for row in self.rows]
 
-    def step(self, new: list[list[float]], in_round: bool = False) -> None:
+    def step(self, new: list[list[float]]) -> None:
         for b, entries in enumerate(new):
             start = len(self.rows[b])
             if entries:
                 self.kept[b] = {n for n in self.kept[b] if n <= start} | {start}
             self.rows[b] += entries
-            back = 0 if self.lasting and not in_round else SLACK
-            self.floor[b] = max(self.floor[b], len(self.rows[b]) - back)
+            self.floor[b] = max(self.floor[b], len(self.rows[b]) - SLACK)
 
     def may_forget(self, b: int, n: int, leased: bool) -> bool:
         target = len(self.rows[b]) - n
-        return n == 0 or (target >= self.floor[b] and (not leased or target == 0 or target in self.kept[b]))
+        return n == 0 or (
+            self.back and target >= self.floor[b] and (not leased or target == 0 or target in self.kept[b])
+        )
 
     def forget(self, b: int, n: int) -> None:
         self.rows[b] = self.rows[b][: len(self.rows[b]) - n]
@@ -89,7 +92,10 @@ def model(core: SimpleNamespace, leased: bool) -> Any:
 class Sum:
     """s = 3 s + x mod 10^6 + 3, exact and sensitive to order; its oracle is `total`."""
 
-    def chunk(self, inputs: Any, gates: Any, query: Any, state: Any, count: Any = None, at: Any = None) -> Any:
+    inputs, gates, query = ((1,),), ((1,),), (1,)
+
+    def chunk(self, taken: Any, query: Any, state: Any, count: Any = None, at: Any = None) -> Any:
+        inputs, gates = taken
         last, outputs, states = state.clone(), [], [state.clone()]
         for t in range(inputs.shape[1]):
             alive = gates[:, t] != 0
@@ -102,13 +108,13 @@ class Sum:
         marks = None if at is None else torch.stack(states, 1).gather(1, at[..., None])
         return y, last, marks
 
-    def step(self, inputs: Any, gates: Any, query: Any, state: Any) -> Any:
-        y, last, _ = self.chunk(inputs[:, None], gates[:, None], query[:, None], state)
+    def step(self, taken: Any, query: Any, state: Any) -> Any:
+        y, last, _ = self.chunk([part[:, None] for part in taken], query[:, None], state)
         state.copy_(last)
         return y[:, 0]
 
-    def fold(self, inputs: Any, gates: Any, state: Any, count: Any) -> None:
-        state.copy_(self.chunk(inputs, gates, torch.ones_like(gates), state, count)[1])
+    def fold(self, taken: Any, state: Any, count: Any) -> None:
+        state.copy_(self.chunk(taken, torch.ones_like(taken[1]), state, count)[1])
 
 
 def total(entries: list[float]) -> float:
@@ -118,21 +124,34 @@ def total(entries: list[float]) -> float:
     return s
 
 
-def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool, on_device: bool) -> None:
+def run(
+    core: SimpleNamespace,
+    schedule: list[Op],
+    *,
+    fixed: bool,
+    leased: bool,
+    on_device: bool,
+    back: bool = True,
+    store: str = "dense",
+) -> None:
     """Run a schedule and assert after every operation that rings and lists agree.
 
     on_device: the form of a step that compiled code takes, in which the host knows no length.
     """
     core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
-    rings = core.cache.Rings(
+    rings = core.states.States(
         model(core, leased),
         capacity=CAPACITY if fixed else None,
         slack=SLACK,
         rows=ROWS,
         dtype=torch.float32,
         device="cpu",
+        back=back,
+        store=core.stores[store],
     )
-    subjects = [Subject(rings, Lists([[] for _ in range(ROWS)]))]
+    recurrence = core.replay.Operators({"1.recurrent": Sum()})
+    rings.bind(recurrence)
+    subjects = [Subject(rings, Lists([[] for _ in range(ROWS)], back=back))]
     addresses = [b.data_ptr() for b in rings.buffers()]
     fresh = iter(range(1, 10**6))
     for what, number, each in schedule:
@@ -145,18 +164,16 @@ def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool,
             tokens = number % 10
             _step(core, subject, tokens, [min(n, tokens) for n in per_row], on_device, fresh)
         elif what == "speculate" and leased:  # such a state is overwritten as its model goes
-            with subject.rings.speculate(1):
+            with core.round.Round(subject.rings, 1):
                 with_error(core.errors.StepError, subject.rings.open, 1)
         elif what == "speculate":
             accepted = [n % (number % (SLACK + 1) + 1) for n in per_row]
             _step(core, subject, number % (SLACK + 1), None, on_device, fresh, accepted if number % 5 else [])
         elif what == "rollback":
             _rollback(core, subject, [n % (SLACK + 2) for n in per_row], leased)
-        elif what == "lasting":
-            subject.rings.lasting = subject.lists.lasting = not subject.lists.lasting
         elif what == "reset":
             subject.rings.reset()
-            subject.lists = Lists([[] for _ in range(ROWS if fixed else rows)], lasting=subject.lists.lasting)
+            subject.lists = Lists([[] for _ in range(ROWS if fixed else rows)], back=back)
             _stale(subject)
         elif what == "gather":
             room = ROWS if fixed else ROWS + 2
@@ -173,9 +190,7 @@ def run(core: SimpleNamespace, schedule: list[Op], *, fixed: bool, leased: bool,
                 with_error(core.errors.StaleMarkError, subject.rings.restore, mark["mark"])
             else:
                 subject.rings.restore(mark["mark"])
-                lasting = subject.lists.lasting
                 subject.lists = copy.deepcopy(mark["lists"])
-                subject.lists.lasting = lasting
         elif what == "fork" and len(subjects) < 3:
             subjects.append(Subject(subject.rings.fork(), copy.deepcopy(subject.lists)))
         for other in subjects:
@@ -200,9 +215,9 @@ def _step(
     round_ = None
     if accepted is not None:
         if not tokens:
-            with_error(core.errors.OptionError, rings.speculate, tokens)
+            with_error(core.errors.OptionError, core.round.Round, rings, tokens)
             return
-        round_ = rings.speculate(tokens)
+        round_ = core.round.Round(rings, tokens)
         round_.__enter__()
     if rings.capacity is not None and any(n + t > CAPACITY for n, t in zip(start, taken, strict=True)):
         with_error(core.errors.CapacityError, rings.open, tokens, None if count is None else torch.tensor(count))
@@ -210,12 +225,11 @@ def _step(
             round_.__exit__(None, None, None)
         return
     new = [[float(next(fresh)) for _ in range(n)] for n in taken]
-    recurrence = Sum()
     given = None if count is None else torch.tensor(count)
-    if on_device and rings.capacity is not None:
-        step = _open_on_device(rings, tokens, given, recurrence)
-    else:
-        step = rings.open(tokens, given, {"1.recurrent": recurrence.fold})
+    compiled = on_device and rings.capacity is not None
+    with _as_compiled() if compiled else nullcontext():
+        step = rings.open(tokens, given)
+        step.write()
     ids = torch.full((rows, tokens), -7.0)  # padding that no state may take in
     for b, entries in enumerate(new):
         ids[b, : len(entries)] = torch.tensor(entries)
@@ -237,14 +251,15 @@ def _step(
         ring = rings[f"0.{name}"]
         assert _flat(ring.past(n, step), ring) == [([0.0] * n + row)[len(row) :] for row in s.lists.rows]
         ring.put(_spread(ids, ring), step)
-    if "0.lease" in rings.states:
+    if "0.lease" in rings:
         lease = rings["0.lease"]
         lease.keep(step)
         last = [entries[-1] if entries else float(lease.entry[b, 0, 0]) for b, entries in enumerate(new)]
-        lease.entry.copy_(torch.tensor(last)[:, None, None].expand_as(lease.entry))
-    state, log = rings["1.recurrent"], (rings["1.inputs"], rings["1.gates"])
-    inputs = ids[..., None].double()
-    outputs = core.replay.run(recurrence, inputs, torch.ones_like(inputs), torch.ones_like(inputs), state, log, step)
+        lease.write(torch.tensor(last)[:, None, None].expand_as(lease.entry).clone(), step)
+    state, inputs = rings["1.recurrent"], ids[..., None].double()
+    log = rings.log("1.recurrent") if rings.back or round_ is not None else None
+    ones = torch.ones_like(inputs)
+    outputs = core.replay.run(Sum(), (inputs, ones), ones, state, step, log)
     for b, row in enumerate(s.lists.rows):
         want = [total(row + new[b][: t + 1]) for t in range(len(new[b]))]
         assert outputs[b, : len(want), 0].tolist() == want, ("recurrent", b)
@@ -261,20 +276,20 @@ def _step(
         round_.__exit__(None, None, None)
         taken = [tokens] * rows
     for b in range(rows):  # what a round has written over cannot be gone back to, whatever it keeps
-        ahead = start[b] if s.lists.lasting else start[b] + taken[b] - SLACK
-        s.lists.floor[b] = max(s.lists.floor[b], min(ahead, start[b]))
-    s.lists.step(new, in_round=round_ is not None)
+        s.lists.floor[b] = max(s.lists.floor[b], min(start[b] + taken[b] - SLACK, start[b]))
+    s.lists.step(new)
     for mark in s.marks:
         below = [n < m and t for n, t, m in zip(start, taken, mark["lists"].lengths(), strict=False)]
         mark["stale"] = mark["stale"] or any(below)
 
 
-def _open_on_device(rings: Any, tokens: int, count: Any, recurrence: Sum) -> Any:
-    """Open a step in the form of compiled code."""
+@contextmanager
+def _as_compiled() -> Iterator[None]:
+    """Have steps opened in the form of compiled code."""
     compiling = torch.compiler.is_compiling
     torch.compiler.is_compiling = lambda: True
     try:
-        return rings.open(tokens, count, {"1.recurrent": recurrence.fold})
+        yield
     finally:
         torch.compiler.is_compiling = compiling
 
@@ -292,15 +307,16 @@ def _rollback(core: Any, s: Subject, forget: list[int], leased: bool) -> None:
 def _agree(core: Any, s: Subject) -> None:
     assert s.rings.lengths.tolist() == s.lists.lengths()
     longest = max(s.lists.lengths())
-    now = core.ring.Step(0, s.rings.clock.lengths, torch.zeros_like(s.rings.clock.lengths))
+    now = core.step.Step(0, s.rings.clock.lengths, torch.zeros_like(s.rings.clock.lengths))
     for name, n in (("key", longest), ("short", 2), ("key5", WINDOW), ("conv", 3), ("copies", 1)):
         ring = s.rings[f"0.{name}"]
         if n <= ring.capacity:
             want = [([0.0] * n + row)[len(row) :] for row in s.lists.rows]
             assert _flat(ring.past(n, now), ring) == want, name
-    if "0.lease" in s.rings.states:
+    if "0.lease" in s.rings:
         entry = s.rings["0.lease"].entry
         assert entry[:, 0, 0].tolist() == entry[:, 1, 1].tolist() == [row[-1] if row else 0.0 for row in s.lists.rows]
+    assert s.rings["1.recurrent"].entry[:, 0].tolist() == [total(row) for row in s.lists.rows]
 
 
 def _stale(s: Subject) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import statecache as sc
 from statecache import errors
+from statecache.models.unmodified import Unmodified
 
 ATTENDING = ["falcon_h1", "qwen3_5", "lfm2"]
 
@@ -85,7 +86,7 @@ def test_a_pass_that_is_refused_does_not_take_a_cache_over() -> None:
     fixed = sc.StateCache(families.build("lfm2")[1], capacity=4)
     with pytest.raises(errors.CapacityError):
         feed(pair("lfm2")[1], fixed, ids[:, :5])
-    assert not fixed._prepared
+    assert isinstance(fixed.writer, Unmodified)
     cache.rollback(1)
     assert_same(feed(plain, cache, ids[:, 7:8]), full(plain, ids)[:, 7:8])
 

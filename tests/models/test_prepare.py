@@ -555,8 +555,8 @@ def test_a_misused_round_is_refused_and_leaves_the_rows(case: str) -> None:
     feed(model, cache, ids)
     with pytest.raises(error, match=text):
         call(cache, model, ids)
-    if cache._draft is not None:
-        cache._draft.__exit__(None, None, None)
+    if cache.states.tentative is not None:
+        cache.states.end_round()
     assert cache.lengths.tolist() == [8, 8]
     assert_same(feed(model, cache, ids[:, :1]), full(build("qwen3_5"), torch.cat([ids, ids[:, :1]], 1))[:, -1:])
 
@@ -604,7 +604,7 @@ def test_a_log_takes_a_hundredth_of_copies() -> None:
     sizes = {slack: spec.nbytes(1, 1024, torch.bfloat16, slack=slack) for slack in (0, 8)}
     copies = sizes[8].by_kind["recurrent"] - sizes[0].by_kind["recurrent"]
     logged = spec.with_logs().nbytes(1, 1024, torch.bfloat16, slack=8)
-    assert logged.by_kind["recurrent"] == sizes[0].by_kind["recurrent"]
+    assert logged.by_kind["recurrent"] == 2 * sizes[0].by_kind["recurrent"]  # at the row's end, and where its log begins
     assert copies >= 100 * logged.by_kind["log"]
 
 

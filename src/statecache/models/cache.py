@@ -1,42 +1,46 @@
-"""StateCache: the rings of a model behind the interface that transformers' models and `generate` call.
+"""StateCache: a model's states behind the interface that transformers' models and `generate` call.
 
-A step opens at the first write of a pass, with as many tokens as that write brings; `passes` knows where it ends.
+It has a container and one writer at a time: `Unmodified`, which reads off the calls of a model what it does, until a
+prepared model takes the cache over, and then `Prepared`, which is told.
 
 B rows, T new tokens, H heads, D head size, K width of a convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from statecache.cache import Rings, allow
-from statecache.clock import Clock, capturing
-from statecache.errors import (
-    ConfigError,
-    LayerError,
-    OptionError,
-    RowsError,
-    ShapeError,
-    SlackError,
-    StateCacheError,
-    StepError,
-)
-from statecache.models.checks import check, cut
+from statecache.errors import LayerError, OptionError, RowsError, SlackError, StateCacheError, StepError
+from statecache.lease import Lease
 from statecache.models.layers import Layer
-from statecache.models.passes import Pass
-from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE, model_spec
-from statecache.replay import Fold
-from statecache.ring import Lease, Ring, Step, offset
-from statecache.spec import LayerSpec, StateSpec
+from statecache.models.prepared import Prepared
+from statecache.models.table import KINDS, model_spec
+from statecache.models.unmodified import Unmodified
+from statecache.replay import Operators
+from statecache.round import Round
+from statecache.snapshot import Mark, Snapshot
+from statecache.spec import ModelSpec, Sizes
+from statecache.states import Capability, States
+from statecache.step import Step, offset
 
 
-class StateCache(Rings, Cache):
+@dataclass(frozen=True)
+class Expected:
+    """What the next pass of a prepared model is: which rows it is over, and how many tokens each takes in."""
+
+    count: Tensor | Sequence[int]
+    rows: Sequence[int] | None
+    counted: Tensor | None
+
+
+class StateCache(Cache):
     """The state of every layer of a hybrid model, for `past_key_values=` (or `cache_params=`) of transformers.
 
     - `capacity`: tokens a row may hold, at addresses that never move, for torch.compile and CUDA graphs; None grows.
@@ -61,27 +65,231 @@ class StateCache(Rings, Cache):
             raise OptionError(
                 f"StateCache takes a model's configuration, not a {type(config).__name__}: give model.config"
             )
+        self._hold(config, capacity=capacity, slack=slack, rows=rows, dtype=dtype, device=device)
+
+    @classmethod
+    def for_rounds(cls, config: Any, slack: int) -> Self:
+        """A cache whose rows go back only by dropping a speculative round, of up to `slack` tokens. That costs less."""
+        cache = cls.__new__(cls)
+        cache._hold(config, slack=slack, back=False)
+        return cache
+
+    def _hold(self, config: Any, *, slack: int, **options: Any) -> None:
         spec = model_spec(config)
-        self.made_for = repr(spec)  # what a prepared model compares with its own
-        if not slack:
-            spec = spec.in_order()
-        Rings.__init__(self, spec, capacity=capacity, slack=slack, rows=rows, dtype=dtype, device=device)
-        self.layers = [Layer(self, layer.index) for layer in self.spec.layers]
+        made_for = spec.digest()  # what a prepared model compares with its own
+        self.states = States(spec if slack else spec.in_order(), slack=slack, made_for=made_for, **options)
+        self.writer: Unmodified | Prepared = Unmodified(self.states)
+        self.expected: Expected | None = None
+        self.layers = [Layer(self, layer.index) for layer in spec.layers]
         self.offloading, self.layer_class_to_replicate = False, None
 
-        self._fed = False  # whether any row holds a token: the models ask whether there is a previous state
-        self._pass = Pass(self.spec)
-        self._passed: dict[str, tuple[Any, ...]] = {}  # what each state's last tensor was, once it has been checked
-        self._prepared = False  # whether a prepared model fills it: then a pass is opened and closed by its door
-        self._written = False  # whether a layer has, in that pass
-
     def __repr__(self) -> str:
-        held = "empty" if self.clock is None else f"{self.clock.rows} rows, {self.nbytes()}"
+        held = "empty" if self.rows is None else f"{self.rows} rows, {self.nbytes()}"
         room = "growing" if self.capacity is None else f"capacity {self.capacity}"
         return f"StateCache({self.spec.model}, {len(self)} layers, {room}, slack {self.slack}: {held})"
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.writer.finish()
+        return self.__dict__
+
+    # ---- what it holds
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model remembers, in the form in which it is kept."""
+        return self.states.spec
+
+    @property
+    def made_for(self) -> str:
+        """A digest of what the model remembers."""
+        return self.states.made_for
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens a row may hold; None for no end."""
+        return self.states.capacity
+
+    @property
+    def slack(self) -> int:
+        """Tokens of each row that can be forgotten."""
+        return self.states.slack
+
+    @property
+    def rows(self) -> int | None:
+        """Rows in use; None before the first forward."""
+        return self.states.rows
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens each row has taken in: (B,) long, a copy on the cache's device."""
+        self.writer.finish()
+        return self.states.lengths
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that the cache holds. With a fixed capacity none of them ever moves."""
+        return self.states.buffers()
+
+    def nbytes(self) -> Sizes:
+        """Bytes allocated, by kind of state."""
+        return self.states.nbytes()
+
+    @property
+    def capabilities(self) -> Mapping[str, Capability]:
+        """What this cache can do now, and why not: each answer is the error that the method itself would raise.
+
+        May wait for the device.
+        """
+        self.writer.finish()
+        return self.states.capabilities
+
+    def held(self, layer_idx: int, name: str) -> Tensor | None:
+        """The entries of one state as they lie: without a window in order of position, up to the length if growing."""
+        self.writer.finish()
+        state, clock = self.states.held.get(f"{layer_idx}.{name}"), self.states.clock
+        if state is None or clock is None:
+            return None
+        if isinstance(state, Lease):
+            return state.entry
+        growing = self.capacity is None and not state.wraps
+        return state.store.read(slice(0, max(clock.sync().lengths) if growing else state.capacity))
+
+    # ---- between passes
+
+    @contextmanager
+    def _between(self, dropped: bool = False) -> Iterator[None]:
+        """Something that changes rows. `dropped`: also those that an interrupted pass has left."""
+        self.writer.finish()
+        yield
+        self.writer.moved(dropped)
+
+    def checkpoint(self) -> Mark:
+        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
+        self.writer.finish()
+        return self.states.checkpoint()
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to a mark, in place. A mark can be restored more than once.
+
+        Raises MarkError for a mark of another cache, StaleMarkError where something written since overwrote it.
+        """
+        with self._between(dropped=True):
+            self.states.restore(mark)
+
+    def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
+        """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.
+
+        Raises RollbackError where a row would go below what its states still hold; nothing is changed then.
+        """
+        with self._between():
+            self.states.rollback(tokens)
+
+    def gather(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
+
+        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates.
+        Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
+        """
+        with self._between():
+            self.states.gather(rows)
+
+    def fork(self) -> Self:
+        """An independent copy, allocated anew."""
+        self.writer.finish()
+        other = type(self).__new__(type(self))
+        other.states = self.states.fork()
+        other.writer = self.writer.over(other.states)
+        other.expected = None
+        other.layers = [Layer(other, layer.index) for layer in self.layers]
+        other.offloading, other.layer_class_to_replicate = False, None
+        return other
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty these rows, or all, in place; what was allocated stays, and without a choice all its rows are in use.
+
+        Raises RowsError for a row that does not exist.
+        """
+        self.expected = None
+        with self._between(dropped=rows is None):
+            self.states.reset(rows)
+
+    def speculate(self, max_tokens: int) -> Round:
+        """Begin a speculative round, as a context: one forward pass of T <= `max_tokens`, of which `commit` keeps some.
+
+        Nothing is kept without a commit. Raises SlackError for more tokens than the slack, StepError in another round.
+        """
+        self.writer.finish()
+        return Round(self.states, max_tokens, lambda: self.writer.moved())
+
+    def snapshot(self, row: int, tokens: Sequence[int] | None = None) -> Snapshot:
+        """One row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
+
+        Raises RowsError for a row that does not exist, or another number of tokens.
+        """
+        self.writer.finish()
+        return self.states.snapshot(row, tokens)
+
+    def admit(self, row: int, snapshot: Snapshot) -> None:
+        """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
+
+        Raises ConfigError for a snapshot of another model, CapacityError for one that is too long, RowsError, StepError.
+        """
+        with self._between():
+            self.states.admit(row, snapshot)
+
+    # ---- the pass of a prepared model
+
+    def expect(self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None) -> None:
+        """Say what the next forward of a prepared model brings: the b-th row takes in the first `count[b]` of its tokens.
+
+        Without an attention mask then. `rows`: of the cache, that the forward is over; None for all. `counted`: the
+        count (R,) long on the model's device, if it is there already. Said once, it holds for one forward.
+        """
+        self.expected = Expected(count, rows, counted)
+
+    def begin(
+        self,
+        like: Tensor,
+        tokens: int,
+        count: Tensor | Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        *,
+        counted: Tensor | None = None,
+        operators: Operators,
+    ) -> Step:
+        """Open a pass over T `tokens` for as many rows as `like` has, on its device. See `States.open`.
+
+        From here on recurrences roll back by replay, if there is slack; only prepared models can go on then.
+        """
+        writer = self.writer = self.writer.adopt(like, tokens, count, rows)
+        return writer.begin(like, tokens, count, rows, counted, operators)
+
+    def end(self) -> None:
+        """Close the pass."""
+        self.writer.end()
+
+    def give_up(self) -> None:
+        """The pass was left by an exception."""
+        self.writer.give_up()
+
+    def take_expected(self, rows: int, mask: Tensor | None) -> Expected | None:
+        """What `expect` said of a forward over this many rows, once. Raises RowsError, StepError where it does not fit."""
+        expected, self.expected = self.expected, None
+        if expected is None:
+            return None
+        if mask is not None:
+            raise StepError(
+                "expect() said how many tokens rows take in, and an attention_mask came too: give one of them"
+            )
+        if len(expected.count) != rows:
+            raise RowsError(f"expect() was told of {len(expected.count)} rows, and a batch of {rows} came")
+        return expected
+
+    def holds_pads(self, mask: Tensor) -> bool:
+        """Whether an unprepared model has fed the tokens held, and `mask` (B, n) says that some of them were pads."""
+        return self.writer.holds_pads(mask)
 
     # ---- what layers call
 
@@ -89,35 +297,14 @@ class StateCache(Rings, Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in keys and values (B, H, T, D); return what the step's tokens may attend to, in order of position."""
-        pair = ((self._name(layer_idx, "key"), key_states), (self._name(layer_idx, "value"), value_states))
-        tokens = key_states.shape[-2]
-        for name, new in pair:
-            self._check_heads(name, new, tokens)
-        step = self._begin(pair[0][0], key_states, tokens)
-        exact = self.capacity is None
-        keys, values = (cut(self._ring(name, new, tokens).extend(new, step, exact), new) for name, new in pair)
-        self._wrote(layer_idx, pair[0][0], counts=True)
-        return keys, values
+        return self.writer.update(layer_idx, key_states, value_states)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The inputs (B, C, window) that the convolution still needs, oldest first; None where there are none yet.
 
         Without slack they are live: a layer that was told that it may (`is_recording_past`) shifts them in place.
         """
-        name = self._name(layer_idx, "conv", state_idx)
-        self._finish(name)
-        state = self.states.get(name)
-        if not self._fed or state is None:
-            return None
-        if isinstance(state, Lease):
-            past = state.entry
-        else:
-            assert state.spec.window is not None
-            past = state.past(state.spec.window, self._step or Step(0, self._start()))
-            self._pass.handed[name] = past
-        if self.spec.model in SHIFTS_IN_PLACE:  # it will not ask: what it did to the copy is looked at afterwards
-            self._pass.handed[name] = past = past.clone()
-        return past
+        return self.writer.get_conv_state(layer_idx, state_idx)
 
     def update_conv_state(
         self,
@@ -132,67 +319,11 @@ class StateCache(Rings, Cache):
         Before the first token there are none: then (B, C, T), padded with zeros on the left to K. A layer that gives no
         K has cut the window itself: (B, C, window) is then the whole state after the last token.
         """
-        name = self._name(layer_idx, "conv", state_idx)
-        self._finish(name)
-        spec = self._declared.get(name) or _first_conv(name, conv_states, conv_kernel_size, self.slack)
-        assert spec.shape is not None and spec.window is not None
-        if conv_kernel_size is None:
-            return self._update_window(name, spec, conv_states, layer_idx)
-        held = spec.shape[-1] if spec.leased else spec.window
-        if held not in (conv_kernel_size - 1, conv_kernel_size):
-            raise ConfigError(
-                f'state "{name}": the layer convolves {conv_kernel_size} inputs, and the cache was made for '
-                f"{held + 1}: make it from the configuration of the {self.spec.model} model that uses it"
-            )
-        tokens = conv_states.shape[-1]
-        channels = spec.shape[:-1] if spec.leased else spec.shape
-        self._check(name, (*channels, tokens), conv_states)
-        if tokens > 1 and self._fed and self.spec.model in DROPS_STATE:
-            raise StepError(
-                f'state "{name}": {tokens} tokens came on top of others, and the code of a {self.spec.model} model '
-                "then starts its recurrence from zero: feed one token at a time"
-            )
-        step = self._begin(name, conv_states, tokens)
-        if name not in self._declared:
-            self._declare(name, spec)
-        self._keep(layer_idx)
-        state = self.states.get(name) or self._allocate_like(name, conv_states, tokens)
-        past = self._pass.handed.pop(name, None)
-        if past is None and self._fed:
-            past = state.entry if isinstance(state, Lease) else state.past(held, step)
-        if past is None:
-            wide = torch.nn.functional.pad(conv_states, (max(conv_kernel_size - tokens, 0), 0))
-        else:
-            wide = cut(torch.cat([past, conv_states], -1), conv_states)
-        if isinstance(state, Lease):
-            state.put(wide.narrow(-1, wide.shape[-1] - held, held))
-        else:
-            state.put(conv_states, step)
-        self._wrote(layer_idx, name, counts=True)
-        return wide
-
-    def _update_window(self, name: str, spec: StateSpec, window: Tensor, layer: int) -> Tensor:
-        """Take in the window that a layer has cut itself."""
-        assert spec.shape is not None
-        self._check(name, spec.shape, window)
-        if name not in self._declared:
-            self._declare(name, spec)
-        self._keep(layer)
-        self._lease(name, window).put(window)
-        self._wrote(layer, name, counts=True)
-        return window
+        return self.writer.update_conv_state(layer_idx, state_idx, conv_states, conv_kernel_size)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The state after the last token (B, *D), to read and to overwrite in place; None where there is none yet."""
-        name = self._name(layer_idx, "recurrent", state_idx)
-        self._finish(name)
-        state = self.states.get(name)
-        if not self._fed or state is None:
-            return None
-        assert isinstance(state, Lease)
-        if not self._convolves(layer_idx):  # else the copies are made when the convolution is written
-            self._keep(layer_idx)
-        return state.entry
+        return self.writer.get_recurrent_state(layer_idx, state_idx)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, tokens: int | None = None, **kwargs: Any
@@ -201,82 +332,52 @@ class StateCache(Rings, Cache):
 
         tokens: T, from a layer that has no other state and may be the first of its pass.
         """
-        name = self._name(layer_idx, "recurrent", state_idx)
-        shape = tuple(recurrent_states.shape[1:])
-        spec = self._declared.get(name) or StateSpec(name.split(".")[1], "recurrent", shape, 1, leased=True)
-        assert spec.shape is not None
-        self._check(name, spec.shape, recurrent_states, cast=True)
-        self._take_shifted(layer_idx)
-        alone = not self._convolves(layer_idx) and not KINDS[self.spec.layers[layer_idx].kind].attention
-        if alone:
-            tokens = self._step.tokens if tokens is None and self._step is not None else tokens
-            if tokens is None:
-                raise StepError(
-                    f'state "{name}": it is the first of its pass to be written, and a recurrent state does not show '
-                    "how many tokens it took in: pass tokens= to update_recurrent_state"
-                )
-            self._begin(name, recurrent_states, tokens)
-        if name not in self._declared:
-            self._declare(name, spec)
-        lease = self._lease(name, recurrent_states)
-        lease.put(recurrent_states)
-        self._wrote(layer_idx, name, counts=alone)
-        return cut(lease.entry, recurrent_states)
+        return self.writer.update_recurrent_state(layer_idx, state_idx, recurrent_states, tokens)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether a convolution must hand in its inputs also when it takes one token, instead of shifting its state.
 
         With slack always. Without, only where a pass begins and ends: there it is checked and counted.
         """
-        return self.slack > 0 or layer_idx in self._pass.ends
+        return self.writer.records(layer_idx)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether the states stand after some token."""
-        if layer_idx is not None:
-            # zamba asks between its keys and its convolution, inkling between two of its convolutions
-            asked = None if state_idx is None else {f"{kind}{state_idx or ''}" for kind in ("conv", "recurrent")}
-            for state in self._layer(layer_idx).states:
-                if state.kind in ("conv", "recurrent") and (asked is None or state.name in asked):
-                    self._finish(f"{layer_idx}.{state.name}")
-        return self._fed
+        return self.writer.has_previous(layer_idx, state_idx)
 
     # ---- what masks and generate call
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
         """Columns taken in, pads included: an int when growing, a 0-d tensor on the device with a fixed capacity.
 
-        Raises RaggedError where rows differ in an unmodified model.
+        After compiled steps it waits for the device. Raises RaggedError where rows differ in an unmodified model.
         """
-        self._finish()
-        if self.clock is None:
-            return 0
-        if self._prepared:
-            self.clock.catch_up()
-            return self.clock.width if self.capacity is None else self.clock.columns.clone()
-        return self.get_query_offset()
+        self.writer.finish()
+        return self.writer.seq_length()
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         """The position of a pass's first token."""
-        if self.clock is None:
+        clock = self.states.clock
+        if clock is None:
             return 0
         if self.capacity is None:
-            return self.clock.uniform()
-        if self.clock.ragged:
-            self.clock.uniform()
-        return self.clock.lengths[0].clone()
+            return clock.uniform()
+        if clock.known.ragged:
+            clock.uniform()
+        return clock.lengths[0].clone()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:
         """How many keys `update` will return to T = `query_length` tokens, and the position of the first."""
-        self._finish()
-        spec = self._attention(layer_idx)
+        self.writer.finish()
+        clock, spec = self.states.clock, self.writer.registry.attention(layer_idx)
         window = None if spec is None else spec.window
         if self.capacity is not None:
             if spec is None or window is None or spec.holds_all(self.capacity, self.slack):
                 return self.capacity, 0
-            if self.clock is None:
+            if clock is None:
                 return window - 1 + query_length, 0
-            return window - 1 + query_length, offset(self.clock.lengths[0], window)
-        length = 0 if self.clock is None else self.clock.uniform()
+            return window - 1 + query_length, offset(clock.lengths[0], window)
+        length = 0 if clock is None else clock.uniform()
         past = length if window is None else min(length, window - 1)
         return past + query_length, length - past
 
@@ -294,7 +395,7 @@ class StateCache(Rings, Cache):
     @property
     def batch_size(self) -> int:
         """Rows in use; -1 before the first forward."""
-        return -1 if self.clock is None else self.clock.rows
+        return -1 if self.rows is None else self.rows
 
     max_batch_size = batch_size
 
@@ -319,12 +420,12 @@ class StateCache(Rings, Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.clock is not None
+        return self.states.clock is not None
 
     @property
     def is_croppable(self) -> bool:
         """Whether any tokens within the slack can be cropped, chunks too: not with a recurrence."""
-        return self.slack > 0 and not any(s.leased for s in self._declared.values())
+        return self.slack > 0 and not any(s.leased for s in self.states.declared.values())
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last n tokens, given as -n; 0 does nothing. See `rollback`."""
@@ -347,7 +448,7 @@ class StateCache(Rings, Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows. See `gather`."""
-        if self.clock is not None and indices.dtype == torch.bool:
+        if self.rows is not None and indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         self.gather(indices)
 
@@ -364,11 +465,12 @@ class StateCache(Rings, Cache):
         device: torch.device,
     ) -> None:
         """Allocate every state whose shape the configuration gives."""
-        if self.clock is None:
-            self._start_clock(batch_size, torch.device(device))
-            for name, spec in self._declared.items():
+        states = self.states
+        if states.clock is None:
+            states.start(batch_size, torch.device(device))
+            for name, spec in states.declared.items():
                 if spec.shape is not None:
-                    self._allocate(name, self.dtype or dtype, torch.device(device))
+                    states.allocate(name, states.dtype or dtype, torch.device(device))
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         raise LayerError(
@@ -380,316 +482,3 @@ class StateCache(Rings, Cache):
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         raise StateCacheError("nothing to offload: this cache keeps its states on the model's devices")
-
-    def held(self, layer_idx: int, name: str) -> Tensor | None:
-        """The entries of one state as they lie: without a window in order of position, up to the length if growing."""
-        self._finish()
-        state = self.states.get(f"{layer_idx}.{name}")
-        if state is None or self.clock is None:
-            return None
-        if isinstance(state, Lease):
-            return state.entry
-        if self.capacity is None and not state.wraps:
-            return state.store.read(slice(0, max(self.clock.sync())))
-        return state.store.all()
-
-    # ---- the pass of a prepared model
-
-    def begin(
-        self, like: Tensor, tokens: int, count: Tensor | None = None, folds: Mapping[str, Fold] | None = None
-    ) -> Step:
-        """Open a pass over T `tokens` for as many rows as `like` has, on its device. See `Rings.open`.
-
-        From here on recurrences roll back by replay, if there is slack; only prepared models can go on then.
-        """
-        allow(self._refuse_torn() if self._draft is None else None)
-        if self._step is not None and not self._torn():
-            self._drop_step()
-        clock = self._clock_for(like)
-        if count is None and capturing(clock.length):  # a graph is replayed when rows differ, too
-            count = torch.full_like(clock.lengths, tokens)
-        if not self._prepared:
-            if self._draft is not None:
-                self._draft.check(tokens)
-            clock.open(tokens, count)  # which refuses what does not fit, before anything is changed
-            clock.drop()
-            self._adopt()
-        self._writes(False)
-        return self.open(tokens, count, folds or {})
-
-    def end(self, step: Step) -> None:
-        """Close the pass."""
-        self.close(step)
-        if self._draft is None:
-            self._fed = True
-
-    def _adopt(self) -> None:
-        """Keep logs instead of copies, from the tokens on that are held now."""
-        self._prepared = True
-        for mark in self._marks:
-            if self.slack and any(mark.lengths):  # its copies are no log
-                mark.stale = mark.stale or "a prepared model has gone on with the cache since"
-        self.spec = self.spec.with_logs() if self.slack else self.spec
-        self._declared = dict(self.spec.states())
-        for name, state in self.states.items():
-            if isinstance(state, Lease) and self._declared[name].logged:
-                state.spec, state.copies = self._declared[name], None
-        if self.clock is not None:
-            self.clock.keep_from_here()
-            if self.dtype is not None and self.device is not None:
-                for name, spec in self._declared.items():
-                    if spec.kind == "log":
-                        self._allocate(name, self.dtype, self.device)
-
-    def holds_pads(self, mask: Tensor) -> bool:
-        """Whether an unprepared model has fed the tokens held, and `mask` (B, n) says that some of them were pads."""
-        if self._prepared or not self._fed or torch.compiler.is_compiling() or capturing(mask):
-            return False
-        return not bool((mask != 0).all())
-
-    def conv_lease(self, layer: int, new: Tensor) -> Lease | Ring:
-        """The inputs of this layer's convolution, which are like `new` (B, T, C)."""
-        name = f"{layer}.conv"
-        spec = self._declared.get(name)
-        if spec is None or spec.shape is None:
-            raise LayerError(f"layer {layer} of {self.spec.model} has no convolution")
-        self._check(name, (new.shape[1], spec.shape[0]), new)
-        self._writes()
-        return self.states.get(name) or self._allocate_like(name, new, new.shape[1])
-
-    def recurrence(self, layer: int, like: Tensor) -> Lease:
-        """The recurrent state of this layer, in a model that computes in the dtype of `like`."""
-        return self._lease(self._name(layer, "recurrent"), like)
-
-    def log(self, layer: int, part: str, new: Tensor) -> Ring:
-        """The ring of what the recurrence consumed: "inputs" or "gates", entries like `new` (B, T, W)."""
-        name = f"{layer}.{part}"
-        self._check(name, tuple(new.shape[1:]), new)
-        return self._ring(name, new, new.shape[1])
-
-    # ---- the pass
-
-    def _begin(self, name: str, new: Tensor, tokens: int) -> Step:
-        """The open step; a new one, if this is its first write."""
-        if self._prepared:
-            return self._of_door(name, tokens)
-        if not torch.compiler.is_compiling() and name in self._pass.written:
-            self._finish()
-            if name in self._pass.written:
-                raise StepError(
-                    f'state "{name}" is written a second time in one pass: the pass before was interrupted, so some '
-                    "layers have taken in its tokens and some have not: reset(), or restore() a mark"
-                )
-        if self._step is not None:
-            if self._step.tokens != tokens:
-                raise ShapeError(f'state "{name}": {tokens} tokens came in a pass that began with {self._step.tokens}')
-            return self._step
-        clock = self._clock_for(new)
-        if clock.ragged:
-            clock.uniform()
-        self._pass.begin(int(name.partition(".")[0]))
-        return self.open(tokens)
-
-    def _take_shifted(self, layer: int) -> None:
-        """Take in the one input of each convolution whose state this layer was handed and has shifted in place."""
-        if self.spec.model in SHIFTS_IN_PLACE:
-            for name in [n for n in self._pass.handed if n.startswith(f"{layer}.")]:
-                shifted = self._pass.handed.pop(name)
-                step, state = self._begin(name, shifted, 1), self.states[name]
-                self._keep(layer)
-                if isinstance(state, Lease):
-                    state.put(shifted)
-                else:
-                    state.put(shifted[..., -1:], step)
-                self._wrote(layer, name, counts=True)
-
-    def _of_door(self, name: str, tokens: int) -> Step:
-        if self._step is None:
-            raise StepError(
-                f'state "{name}": the cache was filled by a prepared model, and this is none, or a layer of one called '
-                "by itself: call the whole model, after statecache.prepare(model)"
-            )
-        if self._step.tokens != tokens:
-            raise ShapeError(f'state "{name}": {tokens} tokens came in a pass over {self._step.tokens}')
-        self._writes()
-        return self._step
-
-    def _writes(self, begun: bool = True) -> None:
-        """A layer is about to write; or has not yet begun."""
-        if not torch.compiler.is_compiling():
-            self._written = begun
-
-    def _torn(self) -> bool:
-        if self._step is None or torch.compiler.is_compiling():
-            return super()._torn()
-        # what is compiled does not say whether it wrote
-        return self._written or not self._prepared or self._step.end is None
-
-    def _wrote(self, layer: int, name: str, counts: bool) -> None:
-        if not self._prepared and self._pass.wrote(layer, name, counts):
-            self._end()
-
-    def _end(self) -> None:
-        if self._step is None:
-            raise StepError(
-                f"layer {self._pass.last} ended a pass in which no state showed how many tokens it took in: "
-                "see docs/adding_a_layer.md"
-            )
-        self._pass.end()
-        self.close(self._step)
-        self._fed = True
-
-    def _finish(self, name: str | None = None) -> None:
-        """Close the first pass of a family that is in no table, if this call (about `name`) shows that it is over."""
-        if (
-            not self._prepared
-            and self._pass.due is None
-            and (name is None or name in self._pass.written)
-            and self._pass.over()
-        ):
-            self._end()
-
-    def _start(self) -> int | Tensor:
-        """Where the pass that is open, or about to open, starts."""
-        assert self.clock is not None
-        if self._step is not None:
-            return self._step.start
-        if self.capacity is not None and (torch.compiler.is_compiling() or capturing(self.clock.length)):
-            return self.clock.lengths[:1].clone()
-        return self.clock.uniform()
-
-    def _keep(self, layer: int) -> None:
-        """Before anything overwrites this layer's leased states, copy them for a rollback to the step's start."""
-        if self.slack and self._fed:
-            for spec in self.spec.layers[layer].states:
-                state = self.states.get(f"{layer}.{spec.name}")
-                if isinstance(state, Lease):
-                    state.keep(Step(1, self._start()))
-
-    def _clock_for(self, new: Tensor) -> Clock:
-        """The clock, for a batch of as many rows as `new`."""
-        rows, device = len(new), self.device or new.device
-        if self.clock is not None and self.clock.rows != rows:
-            if any(self.clock.sync()):
-                raise RowsError(
-                    f"the batch has {rows} rows, and the cache holds {self.clock.rows}: select or repeat rows "
-                    "with gather()"
-                )
-            if self.capacity is not None:
-                raise RowsError(
-                    f"the batch has {rows} rows, and the cache was allocated with {len(self.clock.length)} at fixed "
-                    f"addresses: make it with rows={rows}, or without capacity="
-                )
-            self._invalidate("the number of rows changed since")
-            self.clock = None
-            self.states.clear()
-            self._passed.clear()
-        if self.clock is None:
-            self._start_clock(rows, device)
-        assert self.clock is not None
-        return self.clock
-
-    def _drop_step(self) -> None:
-        super()._drop_step()
-        self._pass.drop()
-
-    def _settle(self, refuse: bool = True) -> None:
-        self._finish()
-        super()._settle(refuse)
-
-    def _committed(self) -> None:
-        super()._committed()
-        self._fed = True
-
-    def _between(self) -> None:
-        super()._between()
-        self._fed = any(self._base)
-        self._passed.clear()
-
-    # ---- states
-
-    def _layer(self, layer: int) -> LayerSpec:
-        if not isinstance(layer, int) or not 0 <= layer < len(self.spec.layers):
-            raise LayerError(
-                f"there is no layer {layer!r}: {self.spec.model} has layers 0..{len(self.spec.layers) - 1}"
-            )
-        return self.spec.layers[layer]
-
-    def _name(self, layer: int, short: str, number: int = 0) -> str:
-        """The name of a state that exists, or that an open layer may still declare."""
-        short = short if number == 0 else f"{short}{number}"
-        name = f"{layer}.{short}"
-        if name in self._declared:
-            return name
-        spec = self._layer(layer)
-        if not (spec.open and not short.startswith(("key", "value"))):
-            held = ", ".join(s.name for s in spec.states) or "nothing"
-            raise LayerError(f'layer {layer} ("{spec.kind}") of {self.spec.model} holds {held}, no "{short}"')
-        return name
-
-    def _declare(self, name: str, spec: StateSpec) -> None:
-        """Add a state, or what its first write shows of it, to the layer."""
-        index = int(name.split(".", maxsplit=1)[0])
-        layers = list(self.spec.layers)
-        layers[index] = layers[index].with_state(spec)
-        self.spec, self._declared[name] = replace(self.spec, layers=tuple(layers)), spec
-
-    def _check(self, name: str, expected: tuple[int, ...], new: Tensor, cast: bool = False) -> None:
-        """Whether `new` is (rows, *expected), for the rows there are. `cast`: in any dtype. Changes nothing."""
-        came = (new.shape, expected, new.dtype, new.device)
-        if not torch.compiler.is_compiling() and self._passed.get(name) == came:
-            return
-        clock, state = self.clock, self.states.get(name)
-        rows = clock.rows if clock is not None and self._step is not None else None
-        held = None if state is None else state.buffers()[0]
-        check(name, new, expected, model=self.spec.model, rows=rows, held=held, cast=cast)
-        if rows is not None and held is not None and not torch.compiler.is_compiling():
-            self._passed[name] = came
-
-    def _check_heads(self, name: str, new: Tensor, tokens: int) -> None:
-        """Check keys or values; where no table says what they are, their first write does."""
-        spec = self._declared[name]
-        if spec.shape is None:
-            if new.dim() != 4:
-                raise ShapeError(f'state "{name}": came {tuple(new.shape)}, expected (rows, heads, tokens, head size)')
-            spec = replace(spec, shape=(new.shape[1], new.shape[3]))
-            self._declare(name, spec)
-        assert spec.shape is not None
-        self._check(name, (spec.shape[0], tokens, spec.shape[1]), new)
-
-    def _ring(self, name: str, new: Tensor, tokens: int) -> Ring:
-        state = self.states.get(name) or self._allocate_like(name, new, tokens)
-        assert isinstance(state, Ring)
-        return state
-
-    def _lease(self, name: str, new: Tensor) -> Lease:
-        state = self.states.get(name) or self._allocate_like(name, new, 0)
-        assert isinstance(state, Lease)
-        return state
-
-    def _allocate_like(self, name: str, new: Tensor, tokens: int) -> Ring | Lease:
-        self._clock_for(new)
-        dtype = self.dtype if self.dtype is not None and new.is_floating_point() else new.dtype
-        return self._allocate(name, dtype, new.device, tokens)
-
-    def _attention(self, layer: int) -> StateSpec | None:
-        """The keys of this layer; of the first that has keys, where it has none."""
-        for spec in (self._layer(layer), *self.spec.layers):
-            for state in spec.states:
-                if state.name == "key":
-                    return state
-        return None
-
-    def _convolves(self, layer: int) -> bool:
-        return any(state.kind == "conv" for state in self.spec.layers[layer].states)
-
-
-def _first_conv(name: str, new: Tensor, width: int | None, slack: int) -> StateSpec:
-    """How a convolution of a family that is in no table is kept: as many inputs as it says, or the window it cut."""
-    short = name.partition(".")[2]
-    if width is None:
-        return StateSpec(short, "conv", tuple(new.shape[1:]), 1, leased=True)
-    shape = tuple(new.shape[1:-1])
-    if not slack:
-        return StateSpec(short, "conv", (*shape, width), 1, leased=True)
-    return StateSpec(short, "conv", shape, width, axis=len(shape))

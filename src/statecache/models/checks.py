@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from statecache.errors import DeviceError, DtypeError, RowsError, ShapeError, StateCacheError
+from statecache.lease import Lease
+from statecache.ring import Ring
 
 
 def check(
-    name: str, new: Tensor, expected: tuple[int, ...], *, model: str, rows: int | None, held: Tensor | None, cast: bool
+    name: str,
+    new: Tensor,
+    expected: tuple[int, ...],
+    *,
+    model: str,
+    rows: int | None,
+    state: Ring | Lease | None,
+    cast: bool,
 ) -> None:
-    """Raise the error that says why `new` is not (rows, *expected) as the cache has `held` it. `cast`: of any dtype."""
+    """Raise the error that says why `new` is not (rows, *expected) as the cache has `state`. `cast`: of any dtype."""
     if tuple(new.shape[1:]) != expected:
         raise ShapeError(
             f'state "{name}": came {tuple(new.shape)}, and the cache was made for (rows, '
@@ -21,11 +30,11 @@ def check(
         )
     if rows is not None and len(new) != rows:
         raise RowsError(f'state "{name}": {len(new)} rows came in a pass of {rows}')
-    if held is not None and new.device != held.device:
-        raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {held.device}')
-    if held is not None and new.dtype != held.dtype and not cast:
+    if state is not None and new.device != state.device:
+        raise DeviceError(f'state "{name}": came on {new.device}, and the cache holds it on {state.device}')
+    if state is not None and new.dtype != state.dtype and not cast:
         raise DtypeError(
-            f'state "{name}": came in {new.dtype}, and the cache holds {held.dtype}: make it with dtype={new.dtype}, '
+            f'state "{name}": came in {new.dtype}, and the cache holds {state.dtype}: make it with dtype={new.dtype}, '
             "or leave dtype= out"
         )
 
@@ -42,7 +51,7 @@ class _NoGradient(torch.autograd.Function):
         raise StateCacheError("a StateCache carries no gradient: train with use_cache=False")
 
 
-def cut(seen: Tensor, new: Tensor) -> Tensor:
+def no_gradient(seen: Tensor, new: Tensor) -> Tensor:
     """What a layer sees of the cache after it handed in `new`: the same, but for a backward pass, which it refuses."""
     if new.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _NoGradient.apply(seen, new)  # type: ignore[no-any-return, no-untyped-call]

@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from statecache.models.cache import StateCache
-from statecache.models.door import is_open
+from statecache.models.forward import stands_in
 
 DRAFTS = 20  # that transformers' assisted decoding makes in a round, where nobody says how many
 
@@ -35,7 +35,7 @@ class Generation:
 
     def create_masks_for_generate(self, *, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The mask of the new tokens, (B, T), for the door; None where `generate` feeds what it has just made."""
-        if not isinstance(past_key_values, StateCache) or not is_open(self.decoder):
+        if not isinstance(past_key_values, StateCache) or not stands_in(self.decoder):
             make = self.own["create_masks_for_generate"] or create_masks_for_generate
             return make(past_key_values=past_key_values, **kwargs)
         tokens, mask = kwargs["inputs_embeds"].shape[1], kwargs["attention_mask"]
@@ -53,7 +53,7 @@ class Generation:
     ) -> Any:
         """A StateCache, unless the caller brings a cache or asks for one of another kind."""
         config, kind = generation_config, generation_config.cache_implementation
-        fits = config.use_cache is not False and kind in (None, "dynamic") and is_open(self.decoder)
+        fits = config.use_cache is not False and kind in (None, "dynamic") and stands_in(self.decoder)
         if model_kwargs.get(self.cache_name) is None and fits:
             slack = 0
             if generation_mode == GenerationMode.ASSISTED_GENERATION:  # which takes back what it drafted
@@ -78,7 +78,7 @@ class Generation:
         """
         model = self.model
         cache, mask = model_kwargs.get("cache_params"), model_kwargs.get("attention_mask")
-        if not isinstance(cache, StateCache) or not is_open(self.decoder):
+        if not isinstance(cache, StateCache) or not stands_in(self.decoder):
             return self.own["_prefill"](input_ids, generation_config, model_kwargs, is_first_iteration)
         past = int(cache.get_seq_length())
         if input_ids.shape[1] > past and (mask is None or mask.shape[1] == input_ids.shape[1]):

@@ -17,8 +17,36 @@ from transformers import Cache
 
 from statecache.errors import StepError
 from statecache.models.cache import StateCache
-from statecache.models.memory import Memory
+from statecache.models.prepared import STATELESS
 from statecache.ops import gated_delta, lightning, selective_scan, ssd
+
+
+class Memory:
+    """Throw-away bridge."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def convolve(self, *a):
+        return self.state.convolve(*a)
+
+    def recur(self, r, inputs, gates, query):
+        r.flat.inputs, r.flat.gates, r.flat.query = ((inputs.shape[-1],),), ((gates.shape[-1],),), (query.shape[-1],)
+        return self.state.recur(r.flat, (inputs, gates), query)
+
+
+class Flat:
+    def __init__(self, m):
+        self.m = m
+
+    def chunk(self, taken, query, state, count=None, at=None):
+        return self.m.chunk(*taken, query, state, count, at)
+
+    def step(self, taken, query, state):
+        return self.m.step(*taken, query, state)
+
+    def fold(self, taken, state, count):
+        self.m.fold_log(*taken, state, count)
 
 
 class Mixer:
@@ -27,6 +55,7 @@ class Mixer:
     def __init__(self, module: nn.Module, unmodified: Any) -> None:
         self.module, self.unmodified = module, unmodified
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.flat = Flat(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Mix hidden_states (B, T, E) along time."""
@@ -37,7 +66,7 @@ class Mixer:
         for packed in ("seq_idx", "cu_seq_lens_q"):
             if kwargs.get(packed) is not None:
                 raise StepError(f"layer {self.layer}: prepared models take no packed sequences ({packed}=)")
-        return self.mix(hidden_states, Memory(cache, self.layer))
+        return self.mix(hidden_states, Memory(STATELESS if cache is None else cache.writer.layer(self.layer)))
 
     def mix(self, hidden_states: Tensor, memory: Memory) -> Any:
         raise NotImplementedError

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from statecache.errors import StepError, UnknownLayerError
-from statecache.models.door import Door, is_open
+from statecache.models.forward import Forward, stands_in
 from statecache.models.generation import EitherName, Generation
 from statecache.models.mixers import MIXERS, Mixer
+from statecache.replay import Operators
 from statecache.models.table import GROUPED_QUERY, KINDS, layer_types
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,12 +31,12 @@ def prepare(model: Model) -> Model:
     decoder = _decoder(model)
     if decoder in _loans:
         _loans[decoder].prepared = True
-    if not is_open(decoder):
+    if not stands_in(decoder):
         mixers = _mixers(decoder)
         for mixer in mixers.values():
             _stand_in(mixer.module, mixer.forward)
-        folds = {f"{layer}.recurrent": mixer.fold_log for layer, mixer in mixers.items() if _recurs(mixer)}
-        _stand_in(decoder, Door(decoder, _own(decoder), folds).forward)
+        operators = Operators({f"{layer}.recurrent": mixer.flat for layer, mixer in mixers.items() if _recurs(mixer)})
+        _stand_in(decoder, Forward(decoder, _own(decoder), operators).forward)
     for module in model.modules():
         generates = hasattr(module, "_prepare_cache_for_generation") and hasattr(
             module, "prepare_inputs_for_generation"
@@ -57,14 +58,14 @@ def unprepare(model: Model) -> Model:
             owner = _owner(value)
             if isinstance(owner, (Generation, EitherName)):
                 delattr(module, name)
-            elif isinstance(owner, (Mixer, Door)):
+            elif isinstance(owner, (Mixer, Forward)):
                 _restore(module, name, owner)
     return model
 
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether `model` has been prepared."""
-    return any(is_open(module) for module in model.modules())
+    return any(stands_in(module) for module in model.modules())
 
 
 @dataclass
@@ -88,7 +89,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     decoder = _decoder(model)
     loan = _loans.get(decoder)
     if loan is None:
-        loan = _Loan(is_open(decoder), [module for module in model.modules() if module.training])
+        loan = _Loan(stands_in(decoder), [module for module in model.modules() if module.training])
         prepare(model).eval()
         _loans[decoder] = loan
     loan.users += 1

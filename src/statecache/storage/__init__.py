@@ -1,1 +1,1 @@
-"""Where entries live. A store writes, reads and shows slots, and knows nothing of time."""
+"""Where entries live: stores, which write, read, clear and move, and know nothing of time."""

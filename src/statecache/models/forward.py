@@ -1,6 +1,6 @@
-"""The door of a prepared model: where a forward pass begins and ends, and where padding is dealt with, once.
+"""What stands in for the decoder's `forward` in a prepared model: where a pass begins and ends, and padding is dealt with.
 
-Behind it each row's new tokens stand on the left, counted, with positions and a mask of their own; nothing downstream
+Behind it each row's new tokens stand on the left, counted, with positions and masks of their own; nothing downstream
 sees a pad. It stands in front of the decoder, so that a pass is opened and closed whoever calls.
 
 B rows, T new tokens.
@@ -17,28 +17,27 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from statecache.clock import capturing
-from statecache.errors import ConfigError, RaggedError, ShapeError, StepError
-from statecache.mask import additive, visible
-from statecache.models.cache import StateCache
-from statecache.models.table import KINDS, model_spec
-from statecache.replay import Fold
-from statecache.ring import Step, offset
+from statecache.errors import ConfigError, RaggedError, RowsError, ShapeError, StepError
+from statecache.models.cache import Expected, StateCache
+from statecache.models.masks import check_form, masks
+from statecache.models.table import model_spec
+from statecache.replay import Operators
+from statecache.step import Step
 
 CACHES = ("past_key_values", "cache_params")
-MASKS = ("full_attention", "sliding_attention", "linear_attention", "conv")  # what families ask of a dict of masks
 
 
-class Door:
-    """Stands in for the decoder's `forward`. `folds`: how its recurrences step over their logs, by state."""
+class Forward:
+    """Stands in for the decoder's `forward`. `operators`: what steps its recurrent states."""
 
-    def __init__(self, decoder: nn.Module, unmodified: Any, folds: Mapping[str, Fold]) -> None:
-        self.decoder, self.unmodified, self.folds = decoder, unmodified, folds
+    def __init__(self, decoder: nn.Module, unmodified: Any, operators: Operators) -> None:
+        self.decoder, self.unmodified, self.operators = decoder, unmodified, operators
         config: Any = decoder.config
         self.config = config
         self.names = [name for name in inspect.signature(unmodified).parameters if name != "kwargs"]
         self.cache_name = next(name for name in CACHES if name in self.names)
         self.positioned = "position_ids" in self.names
-        self.made_for = repr(model_spec(config))
+        self.made_for = model_spec(config).digest()
         self.owns_cache = config.model_type == "minimax"  # refuses others, where it is told to use a cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +58,8 @@ class Door:
         if not width:
             raise ShapeError(f"no token came, in {tuple(tokens.shape)}: a forward pass takes at least one")
         mask = kwargs.get("attention_mask")
-        real = _real(mask, rows, width)
+        expected = cache.take_expected(rows, mask) if isinstance(cache, StateCache) else None
+        real, count = _real(mask, rows, width)
         if isinstance(cache, StateCache):
             self._check_cache(cache, mask, width, checkpointed)
         kwargs["attention_mask"] = None
@@ -72,26 +72,35 @@ class Door:
         if cache is None:
             out = self.unmodified(**kwargs)
         else:
-            out = self._through(cache, kwargs, tokens, None if real is None else real.sum(1))
+            if real is not None:
+                expected = Expected(count if isinstance(count, list) else real.sum(1), None, real.sum(1))
+            out = self._through(cache, kwargs, tokens, expected)
         return out if place is None else _back(out, place, keys=cache is None)
 
     def _uses_cache(self, kwargs: Mapping[str, Any]) -> bool:
         use = kwargs.get("use_cache")
         return bool(self.config.use_cache and not self.decoder.training if use is None else use)
 
-    def _through(self, cache: StateCache, kwargs: dict[str, Any], tokens: Tensor, count: Tensor | None) -> Any:
+    def _through(self, cache: StateCache, kwargs: dict[str, Any], tokens: Tensor, expected: Expected | None) -> Any:
         width = tokens.shape[1]
+        count, rows, counted = (
+            (None, None, None) if expected is None else (expected.count, expected.rows, expected.counted)
+        )
         if self.positioned:
-            self._check_form(cache, width, count)
-        step = cache.begin(tokens, width, count, self.folds)
+            check_form(self.config, cache, width, ragged=expected is not None)
+        step = cache.begin(tokens, width, count, rows, counted=counted, operators=self.operators)
         if self.positioned:
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = _positions(step, tokens)
-            kwargs["attention_mask"] = self._mask(cache, step, tokens)
+            kwargs["attention_mask"] = masks(self.config, self.decoder.dtype, cache, step, tokens.device)
         if self.owns_cache:
             kwargs["use_cache"] = False
-        out = self.unmodified(**kwargs)
-        cache.end(step)
+        try:
+            out = self.unmodified(**kwargs)
+        except BaseException:
+            cache.give_up()
+            raise
+        cache.end()
         return out
 
     def _checkpoints(self) -> bool:
@@ -116,64 +125,19 @@ class Door:
                 "with a new cache, or prepare the model before the first turn"
             )
 
-    # ---- masks
 
-    def _check_form(self, cache: StateCache, width: int, count: Tensor | None) -> None:
-        """Whether the attention can be told what rows see, before anything is changed."""
-        form = self.config._attn_implementation
-        ragged = count is not None or (cache.clock is not None and cache.clock.ragged)
-        plain = cache.capacity is None and not ragged and ("flash" in form or width == 1)
-        if form not in ("sdpa", "eager") and not plain and any(s.name == "key" for _, s in cache.spec.states()):
-            raise RaggedError(
-                f'rows of different lengths, padding and a fixed capacity need masks, and attn_implementation="{form}" '
-                'takes none of them: load the model with attn_implementation="sdpa"'
-            )
-
-    def _mask(self, cache: StateCache, step: Step, tokens: Tensor) -> Tensor | dict[str, Tensor | None] | None:
-        """What attention layers are to be told: nothing where causality alone will do."""
-        windows = {s.kind: s.window for layer in cache.spec.layers for s in layer.states if s.name == "key"}
-        masks = {kind: self._kind(cache, step, tokens, window) for kind, window in windows.items()}
-        if len(masks) == 1 and not any(KINDS[layer.kind].mixer for layer in cache.spec.layers):
-            return next(iter(masks.values()))  # not every model of attention alone takes a dict
-        sliding = masks.get("sliding")
-        return dict(zip(MASKS, (masks.get("attention", sliding), sliding, None, None), strict=True))
-
-    def _kind(self, cache: StateCache, step: Step, tokens: Tensor, window: int | None) -> Tensor | None:
-        """The mask of layers that see `window` tokens, over the keys that `Ring.extend` returns."""
-        form = self.config._attn_implementation
-        width, start = step.tokens, step.start
-        uniform = isinstance(start, int)
-        if uniform and cache.capacity is None:
-            # the keys end with the last token: SDPA needs no mask if there is one query, or nothing before the queries
-            short = width == 1 or (form == "sdpa" and start == 0 and (window is None or width <= window))
-            if short or "flash" in form:
-                return None
-        device = tokens.device
-        starts = torch.tensor([start], device=device) if uniform else torch.as_tensor(start, device=device)
-        query = starts[:, None] + torch.arange(width, device=device)
-        spec = next(s for layer in cache.spec.layers for s in layer.states if s.name == "key" and s.window == window)
-        if window is None or spec.holds_all(cache.capacity, cache.slack):
-            held = cache.capacity if step.end is None or cache.capacity is not None else step.end
-            key = torch.arange(held or 0, device=device)[None]
-        elif uniform and cache.capacity is None:
-            past = min(int(start), window - 1)
-            key = (starts - past)[:, None] + torch.arange(past + width, device=device)
-        else:
-            key = offset(starts, window)[:, None] + torch.arange(window - 1 + width, device=device)
-        real = None if step.count is None else torch.arange(width, device=device) < step.count[:, None]
-        seen = visible(query, key, window, real)
-        return seen if form == "sdpa" else additive(seen, self.decoder.dtype)  # type: ignore[arg-type]
+def stands_in(decoder: nn.Module) -> bool:
+    """Whether something stands in for the forward of this decoder."""
+    return any(isinstance(getattr(value, "__self__", None), Forward) for value in vars(decoder).values())
 
 
-def is_open(decoder: nn.Module) -> bool:
-    """Whether a door stands in front of this decoder."""
-    return any(isinstance(getattr(value, "__self__", None), Door) for value in vars(decoder).values())
+def _real(mask: Any, rows: int, width: int) -> tuple[Tensor | None, list[int] | None]:
+    """Which of the T new tokens are tokens, (B, T) bool, from the last T columns of a mask; None where all are.
 
-
-def _real(mask: Any, rows: int, width: int) -> Tensor | None:
-    """Which of the T new tokens are tokens, (B, T) bool, from the last T columns of a mask; None where all are."""
+    And how many each row has, which waits for the device, unless it is compiled or captured.
+    """
     if mask is None:
-        return None
+        return None, None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < width:
         came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ShapeError(
@@ -181,9 +145,10 @@ def _real(mask: Any, rows: int, width: int) -> Tensor | None:
             f"{width} new tokens are real off the last columns, and knows the rest itself"
         )
     real = mask[:, -width:] != 0
-    if not torch.compiler.is_compiling() and not capturing(real) and bool(real.all()):
-        return None
-    return real
+    if torch.compiler.is_compiling() or capturing(real):
+        return real, None
+    count = real.sum(1).tolist()
+    return (None, None) if min(count) == width else (real, count)
 
 
 def _positions(step: Step, tokens: Tensor) -> Tensor:

@@ -1,0 +1,224 @@
+"""Leases: a state that its model updates in place, one entry a row.
+
+B rows, R of them in a step, *D the state's shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from statecache.ring import Ring
+from statecache.spec import StateSpec
+from statecache.step import Allocation, Step
+from statecache.storage.store import Move, fixed
+
+ONE = slice(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """What a kernel needs to update a state by itself: (B, n, *D), the slot to read, and the one to write, if any."""
+
+    buffer: Tensor
+    read: int
+    write: int | None
+
+
+class Lease:
+    """A state of window 1 that its model overwrites: the state after each row's last token.
+
+    To go back, one of two: `copies` of the states before, of which that after position p lies in slot p % slack, taken
+    at the start of the step that follows p; or `base`, the state where a log of what came since begins. See
+    `statecache.replay`. `shown`: the entry itself, None where the store can only make copies of it.
+    """
+
+    def __init__(self, spec: StateSpec, room: Allocation, back: bool = True) -> None:
+        """`back`: whether rows are to go back, other than by dropping a speculative round."""
+        assert spec.shape is not None
+        self.spec, self.room, self.back = spec, room, back
+        self.store = room.store(
+            room.rows,
+            1,
+            spec.shape,
+            axis=1,
+            dtype=spec.dtype_for(room.dtype),
+            device=room.device,
+            static=room.capacity is not None,
+        )
+        self.device, self.dtype = self.store.buffers()[0].device, spec.dtype_for(room.dtype)
+        self.copies: Ring | None = None
+        self.base: Lease | None = None
+        self._look()
+        if room.slack and spec.logged:
+            self.log_from_here(spec)
+        elif room.slack:
+            self.copies = Ring(replace(spec, leased=False, window=room.slack), replace(room, slack=0))
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._look()
+
+    def __getstate__(self) -> dict[str, object]:
+        self.detach()  # a tensor with a gradient's history can neither be copied nor pickled
+        return {name: value for name, value in self.__dict__.items() if name != "shown"}
+
+    def log_from_here(self, spec: StateSpec) -> None:
+        """Roll back by a log from now on, as `spec` says, instead of by copies."""
+        self.spec, self.copies = spec, None
+        if self.back:
+            base = Lease(replace(spec, logged=False), replace(self.room, slack=0))
+            base.use(len(self.entry))
+            base.store.write(ONE, self.store.read(ONE))
+            self.base = base
+
+    # ---- in a step
+
+    @property
+    def entry(self) -> Tensor:
+        """The state after each row's last token: (B, *D). Where the store can show it, to read and overwrite."""
+        if self.shown is None:
+            return self.store.read(ONE).squeeze(1)
+        if self.shown.requires_grad:
+            self.detach()
+            assert self.shown is not None
+        return self.shown
+
+    def detach(self) -> None:
+        """Drop the history of gradients that a model left by overwriting the entry with gradients on."""
+        if self.shown is not None and self.shown.requires_grad:
+            for buffer in self.store.buffers():
+                buffer.detach_()
+            self._look()
+
+    def lend(self, step: Step) -> Loan:
+        """The state for a kernel that reads and writes it itself; in a speculative round it must not write.
+
+        Raises TypeError where the store keeps it in another form.
+        """
+        if self.shown is None:
+            raise TypeError(f'state "{self.spec.name}": a {type(self.store).__name__} store lends no buffer')
+        step.write()
+        return Loan(self.store.buffers()[0], 0, None if step.tentative else 0)
+
+    def read(self, step: Step) -> Tensor:
+        """The states of the step's rows (R, *D); of all rows where the store can show them, to overwrite in place."""
+        rows = step.on(self.device).rows
+        return self.entry if rows is None else self.entry.index_select(0, rows)
+
+    def write(self, state: Tensor, step: Step) -> None:
+        """Overwrite the states of the step's rows by `state` (R, *D)."""
+        step.write()
+        if state is self.shown:
+            return
+        rows = step.on(self.device).rows
+        if rows is None:
+            self.put(state)
+        else:
+            self.store.write((rows[:, None], torch.zeros_like(rows)[:, None]), state[:, None])
+
+    def put(self, state: Tensor) -> None:
+        """Overwrite every row by `state` (B, *D)."""
+        if self.shown is None:
+            self.store.write(ONE, state[:, None])
+        else:
+            self.entry.copy_(state.detach() if state.requires_grad else state)
+
+    def keep(self, step: Step) -> None:
+        """Copy the entry before the step changes it, so that a rollback can come back to the step's start."""
+        if self.copies is not None and step.tokens:
+            step.write()
+            # an idle row would crowd out an older copy
+            taking = None if step.count is None else (step.count > 0).long()
+            self.copies.put(self.read(step)[:, None], Step(1, step.start - 1, taking, step.end, step.rows))
+
+    # ---- between steps
+
+    def reserve(self, end: int) -> None:
+        """Make room for the copies of positions below `end`."""
+        if self.copies is not None:
+            self.copies.reserve(end)
+
+    def taken(self, rows: Tensor, length: int) -> Move:
+        """Prepare to keep these rows (n,) in this order."""
+        moves = [self.store.taken(rows, 1)]
+        if self.base is not None:
+            moves.append(self.base.taken(rows, length))
+        if self.copies is not None:
+            moves.append(self.copies.taken(rows, self.copies.capacity))
+
+        def move() -> None:
+            for each in moves:
+                each()
+            self._look()
+
+        return move
+
+    def use(self, rows: int) -> None:
+        """Have this many rows in use."""
+        self.store.use(rows)
+        for other in (self.base, self.copies):
+            if other is not None:
+                other.use(rows)
+        self._look()
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Zero these rows (n,), or all."""
+        self.detach()
+        self.store.clear(rows)
+        for other in (self.base, self.copies):
+            if other is not None:
+                other.reset(rows)
+
+    def empty(self) -> None:
+        """Be as before the first token."""
+        self.detach()
+        self.store.clear()
+        if self.base is not None:
+            self.base.empty()
+
+    def rollback(self, length: Tensor, moved: Tensor) -> None:
+        """Take the copy made at each row's new length (B,), in the rows that moved (B,) bool."""
+        if self.copies is not None:
+            before = self.copies.past(1, Step(1, length, end=0))[:, 0]
+            moved = moved.view(-1, *[1] * (before.dim() - 1))
+            self.put(torch.where(moved, before, self.entry))
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Copies for a mark: the entry, and what it needs to go back from there."""
+        further = [other.snapshot() for other in (self.base, self.copies) if other is not None]
+        return (self.entry.clone(), *(copy for copies in further for copy in copies))
+
+    def load(self, copies: tuple[Tensor, ...]) -> None:
+        """Put a snapshot back."""
+        self.put(copies[0])
+        for other in (self.base, self.copies):
+            if other is not None:
+                other.load(copies[1:])
+
+    def row(self, row: int, length: int) -> Tensor:
+        """A row's state (1, *D)."""
+        return self.entry[row : row + 1].clone()
+
+    def admit(self, row: int, entries: Tensor, length: int) -> None:
+        """Put what `row` gave of another lease into this row."""
+        device = self.device
+        step = Step(1, torch.tensor([length - 1], device=device), rows=torch.tensor([row], device=device), end=length)
+        for lease in (self, self.base):
+            if lease is not None:
+                lease.write(entries.to(device), step)
+
+    def buffers(self) -> list[Tensor]:
+        others = [other.buffers() for other in (self.base, self.copies) if other is not None]
+        return [*self.store.buffers(), *(buffer for buffers in others for buffer in buffers)]
+
+    # ---- inside
+
+    def _look(self) -> None:
+        """Look at the entry where it now lies; None where the store can only make copies of it."""
+        self.shown: Tensor | None = None
+        if self.store.shows:
+            entry = self.store.read(ONE).squeeze(1)
+            self.shown = fixed(entry) if self.room.capacity is not None else entry

@@ -1,0 +1,435 @@
+"""The writer of models as they are, which never say where a forward pass begins or ends: it is read off their calls.
+
+A pass opens at its first write, with as many tokens as that brings, and ends with the last write of the last layer that
+holds a state. The order in a layer differs from family to family (zamba attends first, falcon_h1 last), so writes are
+counted. How many there are follows from the table; for a family that is in none, from its first pass, which only the
+next call shows to be over.
+
+B rows, T new tokens, K width of a convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from statecache.clock import capturing
+from statecache.errors import ConfigError, ShapeError, StepError
+from statecache.lease import Lease
+from statecache.models.checks import no_gradient
+from statecache.models.prepared import Prepared
+from statecache.models.registry import Registry
+from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE
+from statecache.spec import ModelSpec, StateSpec
+from statecache.states import WAY_OUT, States
+from statecache.step import Step
+
+
+class Unmodified:
+    """Takes in what the layers of an unmodified model hand to the cache, and says what they ask."""
+
+    def __init__(self, states: States) -> None:
+        self.states, self.registry = states, Registry(states)
+        self.fed = False  # whether any row holds a token: the models ask whether there is a previous state
+        self._pass = Boundaries(states.spec)
+        self._owed: dict[str, int | None] = {}  # states that the last layer has yet to overwrite, and their versions
+
+    # ---- what layers call
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `StateCache.update`."""
+        names = self.registry.name(layer, "key"), self.registry.name(layer, "value")
+        tokens = key.shape[-2]
+        for name, new in zip(names, (key, value), strict=True):
+            self.registry.check_heads(name, new, tokens)
+        step = self._begin(names[0], key, tokens)
+        exact = self.states.capacity is None
+        keys, values = (
+            no_gradient(self.registry.ring(name, new, tokens).extend(new, step, exact), new)
+            for name, new in zip(names, (key, value), strict=True)
+        )
+        self._wrote(layer, names[0], counts=True)
+        return keys, values
+
+    def get_conv_state(self, layer: int, number: int) -> Tensor | None:
+        """See `StateCache.get_conv_state`."""
+        name = self.registry.name(layer, "conv", number)
+        self.finish(name)
+        state = self.states.held.get(name)
+        if not self.fed or state is None:
+            return None
+        if isinstance(state, Lease):
+            past = state.entry
+        else:
+            assert state.spec.window is not None
+            past = state.past(state.spec.window, self.states.step or Step(0, self._start()))
+            self._pass.handed[name] = past
+        if self.registry.model in SHIFTS_IN_PLACE:  # it will not ask: what it did to the copy is looked at afterwards
+            self._pass.handed[name] = past = past.clone()
+        return past
+
+    def update_conv_state(self, layer: int, number: int, new: Tensor, width: int | None) -> Tensor:
+        """See `StateCache.update_conv_state`."""
+        name = self.registry.name(layer, "conv", number)
+        self.finish(name)
+        spec = self.states.declared.get(name) or _first_conv(name, new, width, self.states.slack)
+        assert spec.shape is not None and spec.window is not None
+        if width is None:
+            return self._update_window(name, spec, new, layer)
+        held, tokens = spec.shape[-1] if spec.leased else spec.window, new.shape[-1]
+        self._check_inputs(name, spec, new, held, width)
+        step = self._begin(name, new, tokens)
+        self._declare(name, spec)
+        self._keep(layer)
+        state = self.states.held.get(name) or self.registry.allocate_like(name, new, tokens)
+        past = self._pass.handed.pop(name, None)
+        if past is None and self.fed:
+            past = state.entry if isinstance(state, Lease) else state.past(held, step)
+        if past is None:
+            wide = torch.nn.functional.pad(new, (max(width - tokens, 0), 0))
+        else:
+            wide = no_gradient(torch.cat([past, new], -1), new)
+        if isinstance(state, Lease):
+            state.put(wide.narrow(-1, wide.shape[-1] - held, held))
+        else:
+            state.put(new, step)
+        self._wrote(layer, name, counts=True)
+        return wide
+
+    def _check_inputs(self, name: str, spec: StateSpec, new: Tensor, held: int, width: int) -> None:
+        """Whether a convolution of K = `width` may hand in these inputs (B, C, T), of which the cache has `held`."""
+        model, tokens = self.registry.model, new.shape[-1]
+        if held not in (width - 1, width):
+            raise ConfigError(
+                f'state "{name}": the layer convolves {width} inputs, and the cache was made for {held + 1}: make it '
+                f"from the configuration of the {model} model that uses it"
+            )
+        assert spec.shape is not None
+        self.registry.check(name, (*(spec.shape[:-1] if spec.leased else spec.shape), tokens), new)
+        if tokens > 1 and self.fed and model in DROPS_STATE:
+            raise StepError(
+                f'state "{name}": {tokens} tokens came on top of others, and the code of a {model} model then starts '
+                "its recurrence from zero: feed one token at a time"
+            )
+
+    def _update_window(self, name: str, spec: StateSpec, window: Tensor, layer: int) -> Tensor:
+        """Take in the window that a layer has cut itself."""
+        assert spec.shape is not None
+        self.registry.check(name, spec.shape, window)
+        self._declare(name, spec)
+        self._keep(layer)
+        self._lease(name, window).put(window)
+        self._wrote(layer, name, counts=True)
+        return window
+
+    def get_recurrent_state(self, layer: int, number: int) -> Tensor | None:
+        """See `StateCache.get_recurrent_state`."""
+        name = self.registry.name(layer, "recurrent", number)
+        self.finish(name)
+        state = self.states.held.get(name)
+        if not self.fed or state is None:
+            return None
+        assert isinstance(state, Lease)
+        if not self._convolves(layer):  # else the copies are made when the convolution is written
+            self._keep(layer)
+        return state.entry
+
+    def update_recurrent_state(self, layer: int, number: int, new: Tensor, tokens: int | None) -> Tensor:
+        """See `StateCache.update_recurrent_state`."""
+        name, states = self.registry.name(layer, "recurrent", number), self.states
+        spec = states.declared.get(name)
+        if spec is None:
+            spec = StateSpec(name.split(".")[1], "recurrent", tuple(new.shape[1:]), 1, leased=True)
+        assert spec.shape is not None
+        self.registry.check(name, spec.shape, new, cast=True)
+        self._take_shifted(layer)
+        alone = not self._convolves(layer) and not KINDS[states.spec.layers[layer].kind].attention
+        if alone:
+            tokens = states.step.tokens if tokens is None and states.step is not None else tokens
+            if tokens is None:
+                raise StepError(
+                    f'state "{name}": it is the first of its pass to be written, and a recurrent state does not show '
+                    "how many tokens it took in: pass tokens= to update_recurrent_state"
+                )
+            self._begin(name, new, tokens)
+        self._declare(name, spec)
+        lease = self._lease(name, new)
+        lease.put(new)
+        self._wrote(layer, name, counts=alone)
+        return no_gradient(lease.entry, new)
+
+    def records(self, layer: int) -> bool:
+        """See `StateCache.is_recording_past`."""
+        return self.states.slack > 0 or layer in self._pass.ends
+
+    def has_previous(self, layer: int | None, number: int | None) -> bool:
+        """See `StateCache.has_previous_state`."""
+        if layer is not None:
+            # zamba asks between its keys and its convolution, inkling between two of its convolutions
+            asked = None if number is None else {f"{kind}{number or ''}" for kind in ("conv", "recurrent")}
+            for state in self.registry.layer(layer).states:
+                if state.kind in ("conv", "recurrent") and (asked is None or state.name in asked):
+                    self.finish(f"{layer}.{state.name}")
+        return self.fed
+
+    def seq_length(self) -> int | Tensor:
+        """Columns taken in, pads included. Raises RaggedError where rows differ."""
+        clock = self.states.clock
+        if clock is None:
+            return 0
+        if self.states.capacity is None:
+            return clock.uniform()
+        if clock.known.ragged:
+            clock.uniform()
+        return clock.lengths[0].clone()
+
+    # ---- from one pass to the next
+
+    def adopt(
+        self, like: Tensor, tokens: int, count: Tensor | Sequence[int] | None, rows: Sequence[int] | None
+    ) -> Prepared:
+        """The writer of a prepared model that goes on with the cache, if this pass of its can be."""
+        self.finish()
+        states = self.states
+        states.check_pass(tokens)
+        clock = self.registry.clock_for(like) if rows is None else states.clock
+        if clock is None:
+            raise StepError("a pass over some rows needs rows to choose from: make the cache with rows=")
+        clock.open(tokens, count, rows)  # which refuses what does not fit, before anything is changed
+        states.keep_logs()
+        return Prepared(states, self.fed)
+
+    def over(self, states: States) -> Unmodified:
+        """The same for a copy of the states."""
+        other = Unmodified(states)
+        other.fed, other._pass = self.fed, copy.deepcopy(self._pass)
+        return other
+
+    def holds_pads(self, mask: Tensor) -> bool:
+        """Whether `mask` (B, n) says that some of the tokens held were pads, which were fed as tokens."""
+        if not self.fed or torch.compiler.is_compiling() or capturing(mask):
+            return False
+        return not bool((mask != 0).all())
+
+    def finish(self, name: str | None = None) -> None:
+        """Close the first pass of a family that is in no table, if this call (about `name`) shows that it is over."""
+        if name is None:
+            self._collect()
+        if self._pass.due is None and (name is None or name in self._pass.written) and self._pass.over():
+            self._end()
+
+    def moved(self, dropped: bool = False) -> None:
+        """Rows have changed between two passes. `dropped`: a pass that was interrupted is forgotten."""
+        clock = self.states.clock
+        self.fed = clock is not None and any(clock.known.lengths)
+        self.registry.forget()
+        self._owed.clear()
+        if dropped:
+            self._pass.drop()
+
+    # ---- the pass
+
+    def _begin(self, name: str, new: Tensor, tokens: int) -> Step:
+        """The open step; a new one, if this is its first write."""
+        if not torch.compiler.is_compiling():
+            if name in self._pass.written:
+                self.finish()
+            if name in self._pass.written or self._pass.busy is not None:
+                raise StepError(
+                    f'state "{name}" is written a second time in one pass: the pass before was interrupted, so some '
+                    f"layers have taken in its tokens and some have not: {WAY_OUT}"
+                )
+        step = self.states.step
+        if step is not None and (self._pass.written or torch.compiler.is_compiling()):
+            self._pass.busy = name
+            if step.tokens != tokens:
+                raise ShapeError(f'state "{name}": {tokens} tokens came in a pass that began with {step.tokens}')
+            return step
+        self._collect()
+        clock = self.registry.clock_for(new)
+        if clock.known.ragged:
+            clock.uniform()
+        self._pass.begin(int(name.partition(".")[0]))
+        step = self.states.open(tokens)
+        step.write()
+        if step.end is not None and not torch.compiler.is_compiling():
+            last = self.states.spec.layers[self._pass.last]
+            owed = [f"{last.index}.{state.name}" for state in last.states if state.kind == "recurrent" and state.leased]
+            self._owed = {name: self._version(name) for name in owed}
+        self._pass.busy = name
+        return step
+
+    def _wrote(self, layer: int, name: str, counts: bool) -> None:
+        self._pass.busy = None
+        if not torch.compiler.is_compiling():
+            self._owed.pop(name, None)
+        if self._pass.wrote(layer, name, counts):
+            self._end()
+
+    def _end(self) -> None:
+        step = self.states.step
+        if step is None:
+            raise StepError(
+                f"layer {self._pass.last} ended a pass in which no state showed how many tokens it took in: "
+                "see docs/adding_a_layer.md"
+            )
+        self._pass.end()
+        self.states.close(step)
+        self.fed = True
+        # some layers end their pass, as it is counted, before they overwrite their state
+        self._owed = {name: version for name, version in self._owed.items() if self._version(name) == version}
+
+    def _collect(self) -> None:
+        """Whether the last layer has overwritten the states that it owed: if not, it was interrupted."""
+        for name, version in self._owed.items():
+            if self._version(name) == version:
+                self.states.broken = "the last forward pass"
+        self._owed.clear()
+
+    def _version(self, name: str) -> int | None:
+        """What differs once a model has overwritten a state that it was handed; None before there is one."""
+        state = self.states.held.get(name)
+        return state.entry._version if isinstance(state, Lease) else None
+
+    def _take_shifted(self, layer: int) -> None:
+        """Take in the one input of each convolution whose state this layer was handed and has shifted in place."""
+        if self.registry.model in SHIFTS_IN_PLACE:
+            for name in [n for n in self._pass.handed if n.startswith(f"{layer}.")]:
+                shifted = self._pass.handed.pop(name)
+                step, state = self._begin(name, shifted, 1), self.states[name]
+                self._keep(layer)
+                if isinstance(state, Lease):
+                    state.put(shifted)
+                else:
+                    state.put(shifted[..., -1:], step)
+                self._wrote(layer, name, counts=True)
+
+    def _start(self) -> int | Tensor:
+        """Where the pass that is open, or about to open, starts."""
+        states, clock = self.states, self.states.clock
+        assert clock is not None
+        if states.step is not None:
+            return states.step.start
+        if states.capacity is not None and (torch.compiler.is_compiling() or capturing(clock.lengths)):
+            return clock.lengths[:1].clone()
+        return clock.uniform()
+
+    def _keep(self, layer: int) -> None:
+        """Before anything overwrites this layer's leased states, copy them for a rollback to the step's start."""
+        if self.states.slack and self.fed:
+            for spec in self.states.spec.layers[layer].states:
+                state = self.states.held.get(f"{layer}.{spec.name}")
+                if isinstance(state, Lease):
+                    state.keep(Step(1, self._start(), end=0))
+
+    # ---- states
+
+    def _declare(self, name: str, spec: StateSpec) -> None:
+        if name not in self.states.declared:
+            self.states.declare(name, spec)
+
+    def _lease(self, name: str, new: Tensor) -> Lease:
+        self.registry.clock_for(new)
+        return self.registry.lease(name, new)
+
+    def _convolves(self, layer: int) -> bool:
+        return any(state.kind == "conv" for state in self.states.spec.layers[layer].states)
+
+
+class Boundaries:
+    """What the layers have written since a pass began, and so where it ends."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.model = spec.model
+        holding = [layer.index for layer in spec.layers if layer.states or layer.open] or [-1]
+        self.last = holding[-1]
+        self.ends = {holding[0], holding[-1]}  # the layers where a pass begins and ends
+        self.attends = self.last >= 0 and any(state.name == "key" for state in spec.layers[self.last].states)
+        kind = spec.layers[self.last].kind if self.last >= 0 else ""
+        self.like = [n.index for n in spec.layers if n.kind == kind and n.index != self.last]
+        self.first: int | None = None  # the layer that begins a pass
+        self.due = _due(spec, self.last)  # writes that the last layer makes; None until they have been seen
+        self.left = 0  # of them, in this pass
+        self.written: set[str] = set()
+        self.busy: str | None = None  # the state that is being written
+        self.handed: dict[str, Tensor] = {}  # what a convolution was shown, until it writes
+
+    def begin(self, layer: int) -> None:
+        """Start counting. Raises StepError where the pass before has ended too early."""
+        self.left = self.due or 0
+        if self.first is None:
+            self.first = layer
+        elif layer == self.last != self.first:
+            raise StepError(
+                f"layer {layer} writes more states than the layers of its kind before it, so that its pass was thought "
+                "to be over: add its states to statecache.models.table.SHAPES (docs/adding_a_layer.md)"
+            )
+
+    def wrote(self, layer: int, name: str, counts: bool) -> bool:
+        """Take note of a write; whether it was the pass's last. `counts`: if it is one of those that end a pass."""
+        if not torch.compiler.is_compiling():
+            self.written.add(name)
+        if layer != self.last or not counts:
+            return False
+        if self.due is None:  # a first pass: as many as the layers of its kind before it
+            written = len(self._counted(layer))
+            if not written or not self.like or written != len(self._counted(self.like[-1])):
+                return False
+            self.due = self.left = written
+            return True
+        self.left -= 1
+        return self.left == 0
+
+    def _counted(self, layer: int) -> set[str]:
+        """The writes of a layer in this pass that are counted."""
+        names = {name.split(".")[1] for name in self.written if name.startswith(f"{layer}.")}
+        return {name for name in names if not name.startswith("recurrent")} or names
+
+    def over(self) -> bool:
+        """Whether a first pass of unknown end, now that another call comes, has ended."""
+        if self.due is not None or torch.compiler.is_compiling():
+            return False
+        counted = self._counted(self.last)
+        if self.attends and "key" not in counted:
+            return False  # inkling asks for mask sizes inside its layers, between its convolutions and its keys
+        self.due = len(counted) or None
+        return self.due is not None
+
+    def end(self) -> None:
+        """Start afresh. Raises StepError where a layer read its inputs and never wrote."""
+        if torch.compiler.is_compiling():
+            return
+        if self.handed:
+            raise StepError(
+                f'state "{next(iter(self.handed))}" was read and not written: a "{self.model}" model seems to shift it '
+                "in place, which no ring can see: add the model to statecache.models.table.SHIFTS_IN_PLACE"
+            )
+        self.written.clear()
+
+    def drop(self) -> None:
+        """Forget a pass that was interrupted."""
+        self.left, self.busy = 0, None
+        self.written.clear()
+        self.handed.clear()
+
+
+def _due(spec: ModelSpec, last: int) -> int | None:
+    if last < 0 or spec.layers[last].open:
+        return None
+    states = spec.layers[last].states
+    attention = any(state.name == "key" for state in states)
+    return attention + sum(state.kind == "conv" for state in states) or len(states)
+
+
+def _first_conv(name: str, new: Tensor, width: int | None, slack: int) -> StateSpec:
+    """How a convolution of a family that is in no table is kept: as many inputs as it says, or the window it cut."""
+    short = name.partition(".")[2]
+    if width is None:
+        return StateSpec(short, "conv", tuple(new.shape[1:]), 1, leased=True)
+    shape = tuple(new.shape[1:-1])
+    if not slack:
+        return StateSpec(short, "conv", (*shape, width), 1, leased=True)
+    return StateSpec(short, "conv", shape, width, axis=len(shape))

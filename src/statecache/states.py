@@ -1,0 +1,750 @@
+"""All that a model remembers: named rings and leases under one clock, changed as a whole or not at all.
+
+B rows, R of them in a step, T new tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from statecache.clock import Clock, Known, whole_numbers
+from statecache.errors import (
+    CapacityError,
+    ConfigError,
+    MarkError,
+    OptionError,
+    RowsError,
+    SlackError,
+    StaleMarkError,
+    StateCacheError,
+    StepError,
+)
+from statecache.lease import Lease
+from statecache.replay import Log, Operators, Recurrence, make_room, make_room_unseen
+from statecache.ring import Ring
+from statecache.snapshot import Mark, Marks, Snapshot
+from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec
+from statecache.step import Allocation, Step
+from statecache.storage.dense import Dense
+from statecache.storage.store import MakeStore
+
+WAY_OUT = "reset(), or restore() a mark"
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether a cache can do something now; if not, `why`: the text of the error that trying would raise."""
+
+    why: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.why is None
+
+    def __str__(self) -> str:
+        return "yes" if self.why is None else f"no: {self.why}"
+
+
+@dataclass(eq=False)
+class Pass:
+    """A step that is under way: open, then writing, from the first write on, then closed or dropped."""
+
+    step: Step
+    after: Known | None  # what the host knows once it is closed; None: nothing
+    rows: list[int] | None
+    taken: list[int]  # tokens of each of its rows, as far as the host knows
+    operators: Operators | None
+    writing: bool = False
+    whole: bool = False  # whether it was closed; a round's then waits for what is accepted
+    shifting: bool = False  # whether the states behind logs are on their way
+
+
+@final
+class States:
+    """The states of a model, each a ring or a lease, under one clock.
+
+    A step opens with every row's length and count, the layers read and write their states, and the step is closed once.
+    With `rows`, `dtype` and `device` all is allocated at once; else each state when it is first written.
+
+    `back`: whether rows can be rolled back; without it the slack serves speculative rounds alone, and costs less.
+    `store`: where entries live. `made_for`: the digest of the model's specification, if `spec` is another form of it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        capacity: int | None = None,
+        slack: int = 0,
+        rows: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        back: bool = True,
+        store: MakeStore = Dense,
+        made_for: str | None = None,
+    ) -> None:
+        _check_options(capacity, slack, rows, dtype)
+        self.made_for = spec.digest() if made_for is None else made_for
+        self.spec, self.capacity, self.slack, self.back, self.store = spec, capacity, slack, back, store
+        self.dtype, self.device = dtype, None if device is None else torch.device(device)
+        self.declared: dict[str, StateSpec] = dict(spec.states())
+        self.held: dict[str, Ring | Lease] = {}
+        self.clock: Clock | None = None
+        self.marks = Marks()
+        self.tentative: int | None = None  # the most tokens of the speculative round that is open
+        self._pass: Pass | None = None
+        self.broken: str | None = None  # what was interrupted half-way, until a reset or a restore
+        self._room = 0  # the longest row that every growing ring has slots for
+        self._operators: weakref.ref[Operators] | None = None  # what steps the logged states, by name
+        self._behind = False  # whether a logged state has yet to be brought to its row's end, for want of its operator
+        if rows is not None and dtype is not None and self.device is not None:
+            self.start(rows, self.device)
+            for name, state in self.declared.items():
+                if state.shape is not None:
+                    self.allocate(name, dtype, self.device)
+
+    def __getitem__(self, name: str) -> Ring | Lease:
+        return self.held[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.held
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def items(self) -> Iterator[tuple[str, Ring | Lease]]:
+        """Every state that is allocated, with its name."""
+        return iter(self.held.items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        allow(self._refuse_broken())
+        return {**self.__dict__, "_operators": None, "_pass": None}
+
+    # ---- what there is
+
+    @property
+    def rows(self) -> int | None:
+        """Rows in use; None before the first forward."""
+        return None if self.clock is None else self.clock.rows
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens each row has taken in: (B,) long, a copy on the cache's device."""
+        if self.clock is None:
+            return torch.zeros(0, dtype=torch.long, device=self.device)
+        self.settle()
+        return self.clock.lengths.clone()
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that the cache holds. With a fixed capacity none of them ever moves."""
+        held = [] if self.clock is None else self.clock.buffers()
+        return held + [buffer for state in self.held.values() for buffer in state.buffers()]
+
+    def nbytes(self) -> Sizes:
+        """Bytes allocated, by kind of state."""
+        sizes = Counter(dict.fromkeys(KINDS, 0))
+        for state in self.held.values():
+            sizes[state.spec.kind] += sum(b.untyped_storage().nbytes() for b in state.buffers())
+        sizes["clock"] = sum(b.untyped_storage().nbytes() for b in (self.clock.buffers() if self.clock else ()))
+        return Sizes(dict(sizes))
+
+    @property
+    def capabilities(self) -> Mapping[str, Capability]:
+        """What this cache can do now, and why not: each answer is the error that the method itself would raise.
+
+        May wait for the device.
+        """
+        self.settle()
+        return {name: Capability(None if error is None else str(error)) for name, error in self._refusals()}
+
+    def _refusals(self) -> Iterator[tuple[str, StateCacheError | None]]:
+        rows = self.clock.rows if self.clock else 0
+        yield "step", self._refuse_broken()
+        yield "checkpoint", self._refuse_broken()
+        yield "fork", self._refuse_broken()
+        yield "gather", self._refuse_empty("there are no rows before the first forward")
+        empty = self._refuse_empty("nothing to forget: the cache is empty")
+        yield "rollback", empty or self._refuse_rollback([1] * rows)
+        yield "speculate", self._refuse_round(1)
+        yield "reset", self._refuse_in_round()
+
+    # ---- allocation
+
+    def start(self, rows: int, device: torch.device) -> None:
+        """Have a clock, for this many rows."""
+        self.clock = Clock(
+            self._allocation(rows, torch.long, device), self.spec.full_at(self.capacity, self.slack), self.back
+        )
+
+    def clock_for(self, rows: int, device: torch.device) -> Clock:
+        """The clock, for a batch of this many rows. Raises RowsError where the cache holds others."""
+        clock = self.clock
+        if clock is not None and clock.rows != rows:
+            if any(clock.sync().lengths):
+                raise RowsError(
+                    f"the batch has {rows} rows, and the cache holds {clock.rows}: select or repeat rows with gather()"
+                )
+            if self.capacity is not None:
+                raise RowsError(
+                    f"the batch has {rows} rows, and the cache was allocated with {clock.allocated} at fixed "
+                    f"addresses: make it with rows={rows}, or without capacity="
+                )
+            self.marks.invalidate("the number of rows changed since")
+            self.clock = None
+            self.held.clear()
+        if self.clock is None:
+            self.start(rows, self.device or device)
+        assert self.clock is not None
+        return self.clock
+
+    def declare(self, name: str, spec: StateSpec) -> None:
+        """Add a state, or what its first write shows of it, to its layer."""
+        index = int(name.split(".", maxsplit=1)[0])
+        layers = list(self.spec.layers)
+        layers[index] = layers[index].with_state(spec)
+        self.spec, self.declared[name] = replace(self.spec, layers=tuple(layers)), spec
+
+    def allocate(self, name: str, dtype: torch.dtype, device: torch.device, tokens: int = 0) -> Ring | Lease:
+        """Make room for a state, in a model that computes in `dtype`. `tokens`: of the step that writes it first."""
+        assert self.clock is not None
+        spec = self.declared[name]
+        room = self._allocation(self.clock.allocated, dtype, device)
+        state = Lease(spec, room, self.back) if spec.leased else Ring(spec, room, tokens)
+        if self.clock.rows != room.rows:
+            state.use(self.clock.rows)
+        if isinstance(state, Lease) and state.copies is not None:
+            self.clock.copying = True
+        self.held[name] = state
+        self._room = 0  # look at every ring again
+        return state
+
+    def _allocation(self, rows: int, dtype: torch.dtype, device: torch.device) -> Allocation:
+        return Allocation(rows, self.capacity, self.slack, dtype, device, self.store)
+
+    def keep_logs(self) -> None:
+        """Have recurrences roll back by logs instead of copies, from the tokens on that are held now."""
+        if self.slack:
+            self.marks.invalidate("a prepared model has gone on with the cache since", fed=True)  # copies are no log
+            self.spec = self.spec.with_logs()
+        self.declared = dict(self.spec.states())
+        for name, state in self.held.items():
+            if isinstance(state, Lease) and self.declared[name].logged:
+                state.log_from_here(self.declared[name])
+        if self.clock is not None:
+            self.clock.copying = any(isinstance(s, Lease) and s.copies is not None for s in self.held.values())
+            self.clock.stay()
+            if self.dtype is not None and self.device is not None:
+                for name, spec in self.declared.items():
+                    if spec.kind == "log":
+                        self.allocate(name, self.dtype, self.device)
+
+    def bind(self, operators: Operators) -> None:
+        """Know what steps the logged states. Does not keep it alive."""
+        if self._bound() is not operators:
+            self._operators = weakref.ref(operators)
+
+    def _bound(self) -> Operators | None:
+        return None if self._operators is None else self._operators()
+
+    # ---- a step
+
+    @property
+    def step(self) -> Step | None:
+        """The step that is open."""
+        return None if self._pass is None else self._pass.step
+
+    @property
+    def torn(self) -> bool:
+        """Whether a pass has begun to write and was not closed."""
+        now = self._pass
+        # what is compiled does not say whether it wrote
+        return now is not None and (now.writing or now.after is None)
+
+    def open(
+        self,
+        tokens: int,
+        count: Tensor | Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        *,
+        counted: Tensor | None = None,
+        operators: Operators | None = None,
+    ) -> Step:
+        """Begin a pass of T `tokens` over some `rows`, None for all; of the b-th the first `count[b]`, None for all.
+
+        Changes nothing: the first write does, and until then the step may be forgotten, by opening another. `counted`:
+        the count on the device, if it is there already. `operators`: what steps the logged states from now on.
+        Raises CapacityError, RowsError, StepError.
+        """
+        clock = self.clock
+        assert clock is not None, "rows are known from the constructor or from the first write"
+        self.check_pass(tokens)
+        if self.tentative is not None:
+            allow(self._refuse_overwritten())
+        step, after = clock.open(tokens, count, rows, counted, self.tentative is not None)
+        chosen = None if rows is None else [int(row) for row in rows]
+        taken = [] if after is None else _taken(clock.known.lengths, after.lengths, chosen)
+        self._pass = Pass(step, after, chosen, taken, operators)
+        return step.starts(self._begin)
+
+    def check_pass(self, tokens: int) -> None:
+        """Raise StepError or CapacityError where no pass of T `tokens` can begin, whatever rows hold."""
+        allow(self._refuse_broken() if self.tentative is None else self._refuse_in(tokens))
+
+    def _begin(self) -> None:
+        """The first write of the pass that is open."""
+        now, clock = self._pass, self.clock
+        assert now is not None and clock is not None
+        now.writing = True
+        if now.after is not None:
+            self.marks.written(clock.known.lengths, now.rows, now.taken)
+        if self.capacity is None and now.step.end is not None:
+            self._reserve(now.step.end)
+        if now.operators is not None:
+            self.bind(now.operators)
+        if self._behind:
+            self._catch_up()
+        if self.slack and self.back:
+            self._shift(now)
+
+    def _shift(self, now: Pass) -> None:
+        """Make room in the logs, and move the states that these go on from."""
+        clock, spec = self.clock, next((s for s in self.declared.values() if s.kind == "log"), None)
+        if clock is None or spec is None:
+            return
+        bases, step, known, log = clock.bases, now.step, clock.known, spec.limit(self.capacity, self.slack)
+        assert log is not None
+        if step.rows is not None:
+            bases = bases.index_select(0, step.rows)
+        then: list[int] | None = None
+        if now.after is None:
+            step.shift = make_room_unseen(step, bases, self.slack, log)
+        else:
+            chosen = list(range(clock.rows)) if now.rows is None else now.rows
+            lengths, held = ([numbers[row] for row in chosen] for numbers in (known.lengths, known.base))
+            made = make_room(step, lengths, now.taken, held, bases, self.slack, log)
+            if made is None:
+                return
+            step.shift, then = made[0], list(known.base)
+            for row, base in zip(chosen, made[1], strict=True):
+                then[row] = base
+            now.after = replace(now.after, base=then)
+        now.shifting = True
+        for name, each in self._logs().items():
+            each.fold(self._operator(name), step)
+        clock.stand(step.shift.base, step.rows, then)
+        now.shifting = False
+
+    def _logs(self) -> dict[str, Log]:
+        """The logged states that have been written."""
+        logs = {name: self.log(name) for name, spec in self.declared.items() if spec.logged}
+        return {name: log for name, log in logs.items() if log is not None}
+
+    def log(self, name: str) -> Log | None:
+        """A logged state with what it consumed; None before it was first written."""
+        layer = name.partition(".")[0]
+        parts = (self.held.get(name), self.held.get(f"{layer}.inputs"), self.held.get(f"{layer}.gates"))
+        if any(part is None for part in parts):
+            return None
+        return Log(*parts)  # type: ignore[arg-type]
+
+    def _operator(self, name: str) -> Recurrence:
+        operators = self._bound()
+        if operators is None or name not in operators:
+            raise StepError(
+                f'state "{name}" rolls back by a log of what it consumed, and its model is not known: bind()'
+            )
+        return operators[name]
+
+    def close(self, step: Step) -> None:
+        """End the pass: its tokens are now part of the rows; in a speculative round, those that are accepted later."""
+        now = self._pass
+        assert self.clock is not None and now is not None and step is now.step
+        step.write()
+        now.whole = True
+        if self.tentative is None:
+            self.clock.close(step, now.after)
+            self._pass = None
+
+    def _drop(self) -> None:
+        """Forget a round's pass, whose writes lie past the ends of its rows."""
+        now, self._pass = self._pass, None
+        if now is not None and now.writing and self.clock is not None:
+            self.clock.wrote_ahead(now.step, now.after)
+            if now.after is None:
+                self.marks.written(self.clock.known.lengths)
+
+    def _reserve(self, end: int) -> None:
+        if end > self._room:
+            for state in self.held.values():
+                state.reserve(end)
+            growing = [s.capacity for s in self.held.values() if isinstance(s, Ring) and s.capacity != s.limit]
+            self._room = min(growing) if growing else sys.maxsize
+
+    # ---- a speculative round
+
+    def check_round(self, max_tokens: int) -> None:
+        """Raise SlackError for a round of more tokens than the slack, StepError within another."""
+        self.settle()
+        allow(self._refuse_round(max_tokens))
+
+    def begin_round(self, max_tokens: int) -> None:
+        """What the next pass writes becomes part of the rows by `end_round` alone, as far as it says."""
+        self.check_round(max_tokens)
+        self._catch_up()
+        self.tentative = max_tokens
+
+    def end_round(self, accepted: Tensor | Sequence[int] | int | None = None) -> None:
+        """Keep the first `accepted` tokens of the round's pass in each of its rows, one int for all; None keeps nothing.
+
+        Raises StepError without a pass, RowsError for counts that do not fit it; nothing is changed then.
+        """
+        now, clock = self._pass, self.clock
+        if accepted is None:
+            self.tentative = None
+            with self._changing("a speculative round"):
+                self._drop()
+            if now is not None and now.shifting:
+                self.broken = "a speculative round"
+            return
+        if now is None or clock is None or not now.whole:
+            raise StepError("nothing to commit: the round had no whole forward pass")
+        step = now.step
+        rows = clock.rows if now.rows is None else len(now.rows)
+        keep = whole_numbers(accepted, rows, "accepted tokens")
+        most = now.taken or ([step.tokens] * rows if step.count is None else step.count.tolist())
+        for row, (n, of) in enumerate(zip(keep, most, strict=True)):
+            if not 0 <= n <= of:
+                raise RowsError(f"row {row} cannot keep {n} tokens: the pass brought it {of}")
+        clock.sync()
+        self.tentative = None
+        with self._changing("a commit"):
+            self._drop()
+            count = clock.accept(step, now.rows, keep)
+            for name, log in self._logs().items():
+                log.accept(self._operator(name), step, max(keep), count)
+
+    # ---- between steps
+
+    def settle(self, refuse: bool = True) -> None:
+        """Bring the host up to date, and find the marks that compiled steps since have made stale.
+
+        Raises CapacityError after one that ran past the capacity, unless it is not to `refuse`.
+        """
+        clock = self.clock
+        if clock is None:
+            return
+        now = clock.catch_up()
+        if clock.unseen is not None:
+            taken = [length > old for length, old in zip(now.lengths, clock.unseen, strict=True)]
+            self.marks.written(clock.unseen, taken=taken)
+            clock.unseen = None
+        if refuse:
+            clock.sync()
+
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Changes within are made as a whole; when they are interrupted, nothing goes on but a reset or a restore."""
+        self.broken = what
+        yield
+        self.broken = None
+
+    def checkpoint(self) -> Mark:
+        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
+        self.settle()
+        allow(self._refuse_broken())
+        self._catch_up()
+        mark = Mark(
+            weakref.ref(self),
+            [] if self.clock is None else list(self.clock.known.lengths),
+            None if self.clock is None else self.clock.snapshot(),
+            {name: state.snapshot() for name, state in self.held.items()},
+        )
+        self.marks.add(mark)
+        return mark
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to a mark, in place. A mark can be restored more than once.
+
+        Raises MarkError for a mark of another cache, StaleMarkError where something written since overwrote it.
+        """
+        self.settle(refuse=False)
+        allow(self._refuse_in_round())
+        if mark.owner() is not self:
+            raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
+        if self._pass is not None and self._pass.after is None and self.clock is not None:
+            self.marks.written(self.clock.known.lengths)  # a compiled pass says nothing before it runs
+        if mark.stale is not None:
+            raise StaleMarkError(f"the mark is stale: {mark.stale}; take a new one with checkpoint()")
+        with self._changing("a restore"):
+            self._pass, self._behind = None, False
+            if self.clock is not None:
+                if mark.clock is None:
+                    self.clock.empty()
+                else:
+                    self.clock.load(mark.clock)
+            for name, state in self.held.items():
+                if name in mark.copies:
+                    state.load(mark.copies[name])
+                else:
+                    state.empty()  # first written after the mark
+
+    def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
+        """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.
+
+        Raises RollbackError where a row would go below what its states still hold; nothing is changed then.
+        """
+        self.settle()
+        allow(self._refuse_broken())
+        clock = self.clock
+        if clock is None:
+            if isinstance(tokens, int) and tokens == 0:
+                return
+            raise RowsError("nothing to forget: the cache is empty")
+        forget = whole_numbers(tokens, clock.rows, "tokens to forget")
+        allow(self._refuse_rollback(forget))
+        if not any(forget):
+            return
+        with self._changing("a rollback"):
+            clock.rollback(forget)
+            length = clock.lengths
+            moved = torch.tensor([n > 0 for n in forget], device=length.device)
+            for state in self.held.values():
+                state.rollback(length.to(state.device), moved.to(state.device))
+            self._replay([n > 0 for n in forget])
+
+    def _replay(self, moved: Sequence[bool]) -> None:
+        """Bring the logged states to the ends of the rows that moved; later, where nobody knows what steps them."""
+        logs, clock = self._logs(), self.clock
+        assert clock is not None
+        self._behind = bool(logs) and self._bound() is None
+        if not self._behind:
+            for name, log in logs.items():
+                log.replay(self._operator(name), clock.known.base, clock.known.lengths, moved)
+
+    def _catch_up(self) -> None:
+        if self._behind and self.clock is not None:
+            self._replay([True] * self.clock.rows)
+
+    def gather(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
+
+        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates.
+        Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
+        """
+        self.settle()
+        allow(self._refuse_empty("there are no rows before the first forward"))
+        clock = self.clock
+        assert clock is not None
+        index = torch.as_tensor(rows)
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise RowsError(f"rows to keep are a 1-d tensor of integers, not {index.dtype} {tuple(index.shape)}")
+        wanted = index.tolist()
+        bad = [row for row in wanted if not 0 <= row < clock.rows]
+        if bad or not wanted:
+            raise RowsError(f"rows {bad or wanted} of {clock.rows}: give at least one, each in 0..{clock.rows - 1}")
+        if self.capacity is not None and len(wanted) > clock.allocated:
+            raise RowsError(
+                f"{len(wanted)} rows, and the cache was allocated with {clock.allocated} at fixed addresses: make it "
+                f"with rows={len(wanted)}, or without capacity="
+            )
+        longest = max(clock.known.lengths)
+        moves = [state.taken(index.to(state.device, torch.long), longest) for state in self.held.values()]
+        moves.append(clock.taken(wanted))
+        with self._changing("a gather"):
+            self.marks.invalidate("rows were gathered since")
+            for move in moves:
+                move()
+
+    def fork(self) -> States:
+        """An independent copy, allocated anew."""
+        other = copy.deepcopy(self)
+        other._operators = self._operators
+        return other
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty these rows, or all, in place; what was allocated stays, and without a choice all its rows are in use.
+
+        Raises RowsError for a row that does not exist.
+        """
+        allow(self._refuse_in_round())
+        chosen = None if rows is None else self._rows(rows)
+        if chosen is not None:
+            self.settle()
+            allow(self._refuse_broken())
+        why = "the cache was reset since" if chosen is None else f"rows {chosen} were reset since"
+        with self._changing("a reset"):
+            self.marks.invalidate(why)
+            self._pass, self._behind = None, False
+            if self.clock is None:
+                return
+            self.clock.reset(chosen)
+            for state in self.held.values():
+                if chosen is None:
+                    state.use(self.clock.rows)
+                    state.reset()
+                else:
+                    state.reset(torch.tensor(chosen, device=state.device))
+
+    # ---- one row as a value
+
+    def snapshot(self, row: int, tokens: Sequence[int] | None = None) -> Snapshot:
+        """This row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
+
+        Raises RowsError for a row that does not exist, or another number of tokens.
+        """
+        self.settle()
+        allow(self._refuse_empty("there are no rows before the first forward"))
+        self._catch_up()
+        row = self._rows([row])[0]
+        assert self.clock is not None
+        length = self.clock.known.lengths[row]
+        if tokens is not None and len(tokens) != length:
+            raise RowsError(f"row {row} holds {length} tokens, not {len(tokens)}")
+        entries = {n: _in_order(s.row(row, length), s, length) for n, s in self.held.items() if s.spec.kind != "log"}
+        return Snapshot(length, entries, self.made_for, None if tokens is None else tuple(tokens))
+
+    def admit(self, row: int, snapshot: Snapshot) -> None:
+        """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
+
+        Raises ConfigError for a snapshot of another model, CapacityError for one that is too long, RowsError, StepError.
+        """
+        self.settle()
+        allow(self._refuse_empty("there are no rows before the first forward: make the cache with rows="))
+        row = self._rows([row])[0]
+        clock = self.clock
+        assert clock is not None
+        if snapshot.made_for != self.made_for:
+            raise ConfigError("the snapshot was taken of a cache for another model: make it from model.config")
+        if clock.limit is not None and snapshot.length > clock.limit:
+            raise CapacityError(
+                f"the snapshot holds {snapshot.length} tokens, and the cache was made with capacity={self.capacity}"
+            )
+        for name, entries in snapshot.entries.items():
+            if name not in self.held:
+                self.allocate(name, self.dtype or entries.dtype, self.device or entries.device, snapshot.length)
+        if self.capacity is None:
+            self._reserve(snapshot.length)
+        with self._changing("an admission"):
+            self.marks.invalidate(f"row {row} was filled from a snapshot since")
+            index = {device: torch.tensor([row], device=device) for device in {s.device for s in self.held.values()}}
+            for name, state in self.held.items():
+                state.reset(index[state.device])
+                if snapshot.length and name in snapshot.entries:
+                    entries = _as_kept(snapshot.entries[name].to(state.device), state)
+                    state.admit(row, entries, snapshot.length)
+            clock.admit(row, snapshot.length)
+
+    # ---- refusals
+
+    def _rows(self, rows: Sequence[int]) -> list[int]:
+        count = 0 if self.clock is None else self.clock.rows
+        chosen = [int(row) for row in rows]
+        if not chosen or not all(0 <= row < count for row in chosen):
+            raise RowsError(f"rows {chosen} of {count}: give at least one, each in 0..{count - 1}")
+        return chosen
+
+    def _refuse_in_round(self) -> StateCacheError | None:
+        if self.tentative is None:
+            return None
+        return StepError("a speculative round is open: commit() what it accepts, or leave its `with` block, first")
+
+    def _refuse_round(self, tokens: int) -> StateCacheError | None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            return OptionError(f"max_tokens={tokens!r}: give the most tokens that the round's forward pass brings")
+        if tokens > self.slack:
+            return SlackError(
+                f"a round of {tokens} tokens needs slots to go back: the cache was made with slack={self.slack}; "
+                f"make it with slack={tokens} or more"
+            )
+        return self._refuse_broken()
+
+    def _refuse_in(self, tokens: int) -> StateCacheError | None:
+        """Why the round cannot have this pass, or None."""
+        assert self.tentative is not None
+        if self.torn:
+            return StepError("a speculative round is one forward pass, and it has had it: commit(), and begin another")
+        if tokens > self.tentative:
+            return CapacityError(
+                f"the pass brings {tokens} tokens, and the round was begun with max_tokens={self.tentative}: give "
+                "more, up to the cache's slack="
+            )
+        return None
+
+    def _refuse_overwritten(self) -> StateCacheError | None:
+        """Why a round cannot have a pass that overwrites a state, or None."""
+        overwritten = next((n for n, s in self.declared.items() if s.leased and not s.logged), None)
+        if overwritten is None:
+            return None
+        return StepError(
+            f'state "{overwritten}" is overwritten as the model goes, which no round can take back: '
+            "statecache.prepare(model) first"
+        )
+
+    def _refuse_broken(self) -> StateCacheError | None:
+        """Why nothing can go on from here, or None."""
+        if self.tentative is not None:
+            return self._refuse_in_round()
+        if self.broken is not None:
+            return StepError(f"{self.broken} was interrupted, so some states have changed and some have not: {WAY_OUT}")
+        if self.torn:
+            return StepError(
+                "the last forward pass was interrupted, so some layers have taken in its tokens and some have not: "
+                f"{WAY_OUT}"
+            )
+        return None
+
+    def _refuse_empty(self, why: str) -> StateCacheError | None:
+        return self._refuse_broken() or (RowsError(why) if self.clock is None else None)
+
+    def _refuse_rollback(self, forget: list[int]) -> StateCacheError | None:
+        assert self.clock is not None
+        return self.clock.refuse(forget, self.clock.copying)
+
+
+def _in_order(entries: Tensor, state: Ring | Lease, length: int) -> Tensor:
+    """What a state gave of a row, an entry a position, also where it keeps its window as one entry."""
+    if state.spec.kind == "conv" and isinstance(state, Lease):  # (1, C, window)
+        entries = entries[0].movedim(-1, 0)
+        return entries[max(len(entries) - length, 0) :].clone()
+    return entries
+
+
+def _as_kept(entries: Tensor, state: Ring | Lease) -> Tensor:
+    """The way back."""
+    if state.spec.kind == "conv" and isinstance(state, Lease):
+        assert state.spec.shape is not None
+        window = entries.new_zeros(1, *state.spec.shape)
+        window[0, ..., state.spec.shape[-1] - len(entries) :] = entries.movedim(0, -1)
+        return window
+    return entries
+
+
+def allow(error: StateCacheError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _taken(before: list[int], after: list[int], rows: list[int] | None) -> list[int]:
+    """Tokens that each of these rows takes in."""
+    chosen = range(len(before)) if rows is None else rows
+    return [after[row] - before[row] for row in chosen]
+
+
+def _check_options(capacity: int | None, slack: int, rows: int | None, dtype: torch.dtype | None) -> None:
+    for name, value, least in (("capacity", capacity, 1), ("slack", slack, 0), ("rows", rows, 1)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise OptionError(f"{name}={value!r}: give an integer of at least {least}")
+    if capacity is not None and slack > capacity:
+        raise OptionError(f"slack={slack} is more than capacity={capacity}: no row is long enough to forget that much")
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype={dtype}: entries are floating point; integer states declare themselves")

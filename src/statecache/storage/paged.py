@@ -1,0 +1,103 @@
+"""Entries in pages of a few slots, each found through a table. Rows move by their pages' numbers, not by their bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from statecache.storage.store import Move, Slots, revive, zeros
+
+PAGE = 16  # slots of a page, at most
+
+
+class Paged:
+    """Pages (N, P, *D), P slots each, and a table (B, M) of the M pages that hold a row's C slots. See `Store`.
+
+    A row that is repeated gets pages of its own. Entries are gathered to be read: there is no view.
+    """
+
+    shows = False
+
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        shape: tuple[int, ...],
+        *,
+        axis: int = 1,
+        dtype: torch.dtype,
+        device: torch.device,
+        static: bool = False,
+    ) -> None:
+        self.axis, self.static, self.slots, self.size = axis, static, slots, min(PAGE, slots)
+        each = -(-slots // self.size)
+        self.pages = zeros(rows * each, self.size, *shape, dtype=dtype, device=device, static=static)
+        self.table = zeros(rows, each, dtype=torch.long, device=device, static=static)
+        self.table.copy_(torch.arange(rows * each, device=device).view(rows, each))
+        self.rows = rows
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.pages, self.table = revive(self.pages, self.static), revive(self.table, self.static)
+
+    def use(self, rows: int) -> None:
+        self.rows = rows
+
+    def read(self, at: Slots) -> Tensor:
+        return self.pages[self._index(at)].movedim(1, self.axis)
+
+    def write(self, at: Slots, entries: Tensor) -> None:
+        self.pages[self._index(at)] = entries.detach().movedim(self.axis, 1)
+
+    def _index(self, at: Slots) -> tuple[Tensor, Tensor]:
+        """Pages and places in them, each (R, n)."""
+        device = self.table.device
+        if isinstance(at, tuple):
+            rows, slot = at
+        else:
+            slot = torch.arange(at.start, at.stop, device=device) if isinstance(at, slice) else at
+            rows = torch.arange(self.rows, device=device)[:, None]
+        return self.table[rows, slot // self.size], (slot % self.size).expand(len(rows), -1)
+
+    # ---- between steps
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        if rows is None:
+            self.pages.zero_()
+        else:
+            self.pages[self.table[rows].flatten()] = 0
+
+    def grow(self, slots: int) -> None:
+        held = self.read(slice(0, self.slots))
+        shape = (*held.shape[1 : self.axis], *held.shape[self.axis + 1 :])
+        rows, used = len(self.table), self.rows
+        wider = Paged(rows, slots, shape, axis=self.axis, dtype=held.dtype, device=held.device, static=self.static)
+        wider.use(used)
+        wider.write(slice(0, self.slots), held)
+        self.__dict__.update(wider.__dict__)
+
+    def taken(self, rows: Tensor, used: int) -> Move:
+        if self.static:
+            return lambda: self._move(rows)
+        with torch.inference_mode(False):
+            pages = self.pages[self.table[rows]].flatten(0, 1)
+            table = torch.arange(len(pages), device=pages.device).view(len(rows), -1)
+        return lambda: self._hold(pages, table)
+
+    def _hold(self, pages: Tensor, table: Tensor) -> None:
+        self.pages, self.table, self.rows = pages, table, len(table)
+
+    def _move(self, rows: Tensor) -> None:
+        """The first of each row that is kept takes its pages along; a repeated one is copied into pages left over."""
+        chosen: list[int] = rows.tolist()
+        owners, left = [], [row for row in range(len(self.table)) if row not in chosen]
+        for place, row in enumerate(chosen):
+            owners.append(row if row not in chosen[:place] else left.pop())
+        table = self.table[torch.tensor(owners + left, device=self.table.device)]
+        source = self.table[rows]
+        self.pages[table[: len(rows)]] = self.pages[source]
+        self.table.copy_(table)
+        self.rows = len(rows)
+
+    def buffers(self) -> list[Tensor]:
+        return [self.pages, self.table]
