@@ -245,7 +245,7 @@ class StateCache(Cache):
     # ---- the pass of a prepared model
 
     def expect(self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None) -> None:
-        """Say what the next forward of a prepared model brings: of its tokens the b-th row takes in the first `count[b]`.
+        """Say what the next forward of a prepared model brings: the b-th row takes in its first `count[b]` tokens.
 
         Without an attention mask then. `rows`: of the cache, that the forward is over; None for all. `counted`: the
         count (R,) long on the model's device, if it is there already. Said once, it holds for one forward.
@@ -271,7 +271,7 @@ class StateCache(Cache):
         return writer
 
     def take_expected(self, rows: int, mask: Tensor | None) -> Expected | None:
-        """What `expect` said of a forward over this many rows, once. Raises RowsError or StepError if it does not fit."""
+        """What `expect` said of a forward over this many rows, once. Raises RowsError, StepError if it does not fit."""
         expected, self.expected = self.expected, None
         if expected is None:
             return None
