@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
+import attempts
 import families
 import tiny_models
 import torch
 from held import Held
-from interruption import Interruption
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import statecache as sc
+from interruption import Interruption
 from statecache import errors
 
 ROWS, CAPACITY, V = 3, 24, 61
@@ -174,6 +175,7 @@ class Subject:
     held: Held
     marks: list[Mark] = field(default_factory=list)
     compiled: bool = False  # feed it in the form of compiled code, where the host knows no length
+    interruptions: int = 0  # operations that ended early
 
     @property
     def slack(self) -> int:
@@ -300,8 +302,11 @@ def _as_compiled(on: bool) -> Iterator[None]:
         torch.compiler.is_compiling = compiling
 
 
-def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int = 0) -> None:
-    """Run a schedule, and assert after every operation that the cache agrees with lists. `room`: one of ROOMS."""
+def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int = 0) -> int:
+    """Run a schedule, and assert after every operation that the cache agrees with lists. `room`: one of ROOMS.
+
+    How many operations ended early.
+    """
     fixed = room != "growing"
     rnd = random.Random(seed)
     allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
@@ -325,6 +330,7 @@ def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int 
             addresses = [b.data_ptr() for b in first.buffers()]
     if fixed and addresses:
         assert addresses == [b.data_ptr() for b in first.buffers()], "a fixed buffer moved"
+    return sum(s.interruptions for s in subjects)
 
 
 ROOMS = ("growing", "fixed", "compiled")
@@ -472,7 +478,7 @@ OPERATIONS = {
     "restore": _restore,
     "reset": _reset,
     "given up": _given_up,
-}
+} | {f"interrupted {kind}": attempts.interrupted(kind) for kind in attempts.KINDS}
 
 
 def refused(error: type[BaseException], call: Any, *args: Any) -> None:
