@@ -223,20 +223,24 @@ def wrong_about(s: Any, held: Held, rnd: random.Random) -> str | None:
     elif lengths != held.lengths():
         return f"lengths are {lengths}, not {held.lengths()}"
     for forget in ([0] * len(held.rows), held.most(s.copied)):
-        fork = s.cache.fork()
-        if any(forget):
-            try:
-                fork.rollback(torch.tensor(forget))
-            except errors.RollbackError as error:
-                return f"it cannot forget {forget}: {error}"
-        left = held.without(forget)
-        if s.overflows([1] * len(held.rows), left):
-            continue
-        batch = s.batch([1] * len(held.rows), 1, rnd, "right")
-        why = s.wrong(s.models.feed(fork, batch.ids, batch.mask), batch, left)
+        try:
+            why = _wrong_without(s, held, forget, rnd)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
         if why is not None:
-            return f"{why}, {forget} forgotten"
+            return f"{why}, with {forget} forgotten"
     return None
+
+
+def _wrong_without(s: Any, held: Held, forget: list[int], rnd: random.Random) -> str | None:
+    """What is wrong about the logits of one more token a row, in a fork that has forgotten so many."""
+    fork, left = s.cache.fork(), held.without(forget)
+    if any(forget):
+        fork.rollback(torch.tensor(forget))
+    if s.overflows([1] * len(left.rows), left):
+        return None
+    batch = s.batch([1] * len(left.rows), 1, rnd, "right")
+    return s.wrong(s.models.feed(fork, batch.ids, batch.mask), batch, left)
 
 
 def _refuses(s: Any, rnd: random.Random) -> None:
@@ -253,12 +257,17 @@ def _refuses(s: Any, rnd: random.Random) -> None:
     if s.slack:
         verbs["speculate"] = lambda: s.cache.speculate(1)
     for name, verb in verbs.items():
-        try:
-            verb()
-        except errors.StateCacheError as error:
-            assert WAY_OUT.search(str(error)), f"{name} does not say what to do: {error}"
-        else:
-            raise AssertionError(f'{name} was not refused, though the cache says "{s.cache.capabilities["step"]}"')
+        said = _refusal(verb)
+        assert said is not None, f"{name} was not refused, though the cache says {str(s.cache.capabilities['step'])!r}"
+        assert WAY_OUT.search(said), f"{name} does not say what to do: {said}"
+
+
+def _refusal(verb: Callable[[], object]) -> str | None:
+    try:
+        verb()
+    except errors.StateCacheError as error:
+        return str(error)
+    return None
 
 
 def _check_marks(s: Any, rnd: random.Random) -> bool:

@@ -371,6 +371,8 @@ def _ragged(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) 
 
 
 def _speculate(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    if not s.models.prepared:
+        return
     if not s.slack:
         refused(errors.SlackError, s.cache.speculate, 1)
         return

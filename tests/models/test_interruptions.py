@@ -6,14 +6,17 @@ import random
 
 import prepared_oracle as oracle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import statecache.ring
 
-INTERRUPTED = ["interrupted feed"] * 4 + ["interrupted round"] * 3 + [
-    f"interrupted {kind}" for kind in ("rollback", "crop", "gather", "reset", "checkpoint", "fork", "restore", "restore")
-]
+INTERRUPTED = (
+    ["interrupted feed"] * 4
+    + ["interrupted round"] * 3
+    + [
+        f"interrupted {kind}"
+        for kind in ("rollback", "crop", "gather", "reset", "checkpoint", "fork", "restore", "restore")
+    ]
+)
 WHAT = ["feed"] * 8 + ["ragged"] * 3 + ["rollback"] * 4 + ["speculate"] * 3 + ["checkpoint"] * 4 + ["restore"] * 2
 WHAT += ["gather", "reset", "fork"]
 PREPARED = [(name, room) for name in oracle.MODELS for room in oracle.ROOMS]
