@@ -9,16 +9,10 @@ import pytest
 
 import statecache.ring
 
-INTERRUPTED = (
-    ["interrupted feed"] * 4
-    + ["interrupted round"] * 3
-    + [
-        f"interrupted {kind}"
-        for kind in ("rollback", "crop", "gather", "reset", "checkpoint", "fork", "restore", "restore")
-    ]
-)
-WHAT = ["feed"] * 8 + ["ragged"] * 3 + ["rollback"] * 4 + ["speculate"] * 3 + ["checkpoint"] * 4 + ["restore"] * 2
-WHAT += ["gather", "reset", "fork"]
+KINDS = ["feed"] * 4 + ["round"] * 3 + ["restore"] * 2 + ["rollback", "crop", "gather", "reset", "checkpoint", "fork"]
+INTERRUPTED = [f"interrupted {kind}" for kind in KINDS]
+PASSES = ["feed"] * 8 + ["ragged"] * 3 + ["rollback"] * 4 + ["speculate"] * 3 + ["checkpoint"] * 4 + ["restore"] * 2
+STYLES = [PASSES + ["gather", "reset", "fork"], ["feed", "ragged", "checkpoint", "restore", "rollback"]]
 PREPARED = [(name, room) for name in oracle.MODELS for room in oracle.ROOMS]
 UNMODIFIED = [(name, room) for name in oracle.UNMODIFIED for room in ("growing", "fixed")]
 SEEDS = range(16)
@@ -32,7 +26,7 @@ def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(seed: int) -> tuple[int, list[oracle.Op]]:
     """A slack, and a schedule in which some operations end early: mostly passes of a few tokens, and marks."""
     rnd = random.Random(seed)
-    slack = rnd.choice([0, 3, 4, 5])
+    slack, what = rnd.choice([0, 3, 4, 5]), rnd.choice(STYLES)
 
     def operation(whats: list[str]) -> oracle.Op:
         number = rnd.choice([0, 1, 2, 3, rnd.randint(0, 35)])
@@ -40,9 +34,9 @@ def drawn(seed: int) -> tuple[int, list[oracle.Op]]:
 
     schedule = [operation(["checkpoint", "feed", "feed"])]
     for _ in range(rnd.randint(1, 3)):
-        schedule += [operation(WHAT) for _ in range(rnd.randint(1, 5))]
+        schedule += [operation(what) for _ in range(rnd.randint(1, 6))]
         schedule.append(operation(INTERRUPTED))
-    return slack, schedule + [operation(WHAT) for _ in range(2)]
+    return slack, schedule + [operation(what) for _ in range(2)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
