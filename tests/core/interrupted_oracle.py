@@ -246,7 +246,7 @@ def _which(core: Any, s: Any, candidates: list[Lists]) -> Lists:
 
 
 def agree(core: Any, s: Any) -> None:
-    """The entries are those of the lists, also once all is forgotten that may be; recurrences by what they give next."""
+    """The entries are those of the lists, also once all is forgotten that may be; a recurrence's by its next output."""
     most = [len(row) - low for row, low in zip(s.lists.rows, s.lists.floor, strict=True)]
     for forget in ([0] * len(most), most):
         rings, lists = s.rings.fork(), copy.deepcopy(s.lists)

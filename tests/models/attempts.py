@@ -157,27 +157,43 @@ def interrupted(kind: str) -> Callable[[Any, int, tuple[int, ...], random.Random
     """The operation of this kind, ended at a point drawn of all its points."""
 
     def operation(s: Any, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
-        if kind in BRING_ROWS and s.number_of_rows(number) != len(s.rows):
-            s.held = Held.nothing(s.number_of_rows(number))
-            for mark in s.marks:
-                mark.doubtful = True
-        attempt = KINDS[kind](s, number, each, rnd) if s.rows or kind not in NEED_ROWS else None
-        if attempt is None:
-            return
-        whole = Cut()
-        attempt.run(s.cache.fork(), whole)
-        part = rnd.choice(sorted(whole.points))
-        cut = Cut(part, rnd.randrange(whole.points[part] + 1))
-        early = ends_early(lambda cut: attempt.run(s.cache, cut), cut)
-        s.interruptions += early
-        try:
-            _settle(s, attempt, early, rnd)
-        except BaseException as error:
-            how = f"ended at point {cut.end_at} of {whole.points[part]} of its {part}" if early else "was not ended"
-            error.add_note(f"the {kind} {how}; rows held {s.held.lengths()}, after it {attempt.after.lengths()}")
-            raise
+        attempt = plan(kind, s, number, each, rnd)
+        if attempt is not None:
+            points = count(s, attempt)
+            part = rnd.choice(sorted(points))
+            s.interruptions += end(s, attempt, part, rnd.randrange(points[part] + 1), rnd)
 
     return operation
+
+
+def plan(kind: str, s: Any, number: int, each: tuple[int, ...], rnd: random.Random) -> Attempt | None:
+    """An operation of this kind, if the cache can do one now."""
+    if kind in BRING_ROWS and s.number_of_rows(number) != len(s.rows):
+        s.held = Held.nothing(s.number_of_rows(number))
+        for mark in s.marks:
+            mark.doubtful = True
+    return KINDS[kind](s, number, each, rnd) if s.rows or kind not in NEED_ROWS else None
+
+
+def count(s: Any, attempt: Attempt) -> dict[str, int]:
+    """The points of each part of an operation, counted on a fork."""
+    whole = Cut()
+    attempt.run(s.cache.fork(), whole)
+    return whole.points
+
+
+def end(s: Any, attempt: Attempt, part: str, point: int, rnd: random.Random) -> bool:
+    """Run an operation until a point, and assert what is left; whether it came that far."""
+    early = ends_early(lambda cut: attempt.run(s.cache, cut), Cut(part, point))
+    try:
+        _settle(s, attempt, early, rnd)
+    except BaseException as error:
+        how = (
+            f"its {part} ended at point {point}" if early else f"it came to its end before point {point} of its {part}"
+        )
+        error.add_note(f"{how}; rows held {s.held.lengths()}, and after it {attempt.after.lengths()}")
+        raise
+    return early
 
 
 def _settle(s: Any, attempt: Attempt, early: bool, rnd: random.Random) -> None:

@@ -307,12 +307,9 @@ def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int 
 
     How many operations ended early.
     """
-    fixed = room != "growing"
-    rnd = random.Random(seed)
-    allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
-    first = sc.StateCache(models.plain.config, slack=slack, **allocated)
+    subjects = [begun(models, slack=slack, room=room)]
+    first, rnd = subjects[0].cache, random.Random(seed)
     addresses: list[int] = []
-    subjects = [Subject(models, first, Held.nothing(ROWS) if fixed else Held(), compiled=room == "compiled")]
     for done, (what, number, each) in enumerate(schedule):
         s = subjects[number % len(subjects)]
         try:
@@ -328,9 +325,25 @@ def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int 
             raise
         if not addresses and any(subjects[0].rows):  # once a model has filled it
             addresses = [b.data_ptr() for b in first.buffers()]
-    if fixed and addresses:
+    if first.capacity is not None and addresses:
         assert addresses == [b.data_ptr() for b in first.buffers()], "a fixed buffer moved"
     return sum(s.interruptions for s in subjects)
+
+
+def begun(models: Models, *, slack: int, room: str) -> Subject:
+    """An empty cache."""
+    fixed = room != "growing"
+    allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
+    made = sc.StateCache(models.plain.config, slack=slack, **allocated)
+    return Subject(models, made, Held.nothing(ROWS) if fixed else Held(), compiled=room == "compiled")
+
+
+def started(models: Models, schedule: list[Op], *, slack: int, room: str) -> Subject:
+    """A cache after a schedule without forks."""
+    s, rnd = begun(models, slack=slack, room=room), random.Random(0)
+    for what, number, each in schedule:
+        OPERATIONS[what](s, number, each, rnd)
+    return s
 
 
 ROOMS = ("growing", "fixed", "compiled")
