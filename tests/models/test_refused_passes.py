@@ -34,7 +34,7 @@ def feed(model: Any, cache: sc.StateCache, ids: Tensor, mask: Tensor | None = No
 
 
 def _of_another_dtype(model: Any, cache: sc.StateCache) -> None:
-    with pytest.raises(errors.DtypeError, match=r"came in torch.bfloat16, and the cache holds torch.float32"):
+    with pytest.raises(errors.DtypeError, match=r"bfloat16.*float32"):
         feed(copy.deepcopy(model).bfloat16(), cache, draw(2, 4, 7))
 
 
@@ -51,7 +51,7 @@ def _with_more_rows(model: Any, cache: sc.StateCache) -> None:
 def _with_more_tokens_than_fit(model: Any, cache: sc.StateCache) -> None:
     if cache.get_max_length() == -1:
         return  # such a cache has no end
-    with pytest.raises(errors.CapacityError, match=f"capacity={CAPACITY}"):
+    with pytest.raises(errors.CapacityError, match=r"capacity=|max_tokens="):
         feed(model, cache, draw(2, CAPACITY, 7))
 
 
