@@ -206,7 +206,7 @@ def lookup() -> list[Measure]:
     crossings, repeating = Crossings(), model("qwen3_5").register_forward_hook(_repeats, with_kwargs=True)
     try:
         with crossings.counting():
-            sc.generate(model("qwen3_5"), prompts, max_new_tokens=81, lookup=3, report=reports.append)
+            sc.generate(model("qwen3_5"), prompts, max_new_tokens=241, lookup=3, report=reports.append)
     finally:
         repeating.remove()
     rounds = reports[0].forwards - 1
