@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from statecache.cache import Rings
+from statecache.states import States
 from statecache.errors import StateCacheError
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 
@@ -28,7 +28,7 @@ OUT_OF_RANGE: dict[str, tuple[int, Any]] = {
 
 def states(capacity: int | None, slack: int) -> Any:
     spec = ModelSpec((LayerSpec(0, "test", (KEY,)),))
-    made = Rings(spec, capacity=capacity, slack=slack, rows=2, dtype=torch.float32, device="cpu")
+    made = States(spec, capacity=capacity, slack=slack, rows=2, dtype=torch.float32, device="cpu")
     made.close(made.open(4))
     return made
 
