@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from statecache.models import table
+from statecache.models import mixers, table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,12 +40,13 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No network, a folder of its own, and whatever a program changes is put back."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    kinds, shapes, threads = dict(table.KINDS), dict(table.SHAPES), torch.get_num_threads()
+    tables = [(rows, dict(rows)) for rows in (table.KINDS, table.SHAPES, mixers.MIXERS)]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small models: more threads mostly wait for each other
     with torch.random.fork_rng(), torch.enable_grad():
         yield
     torch.set_num_threads(threads)
-    for rows, before in ((table.KINDS, kinds), (table.SHAPES, shapes)):
+    for rows, before in tables:
         rows.clear()
         rows.update(before)
 

@@ -199,11 +199,6 @@ def _optimized(optimizer: type[torch.optim.Optimizer], **options: Any) -> Callab
     return change
 
 
-def _rounded(module: Holder) -> None:
-    module.half()
-    module.float()  # where memory is used again, at the address of before
-
-
 CHANGES: dict[str, Callable[[Holder], Any]] = {
     "written to": lambda m: m.A_log.add_(1),
     "loaded": lambda m: m.load_state_dict({"A_log": torch.ones(7)}),
@@ -211,7 +206,8 @@ CHANGES: dict[str, Callable[[Holder], Any]] = {
     "another": lambda m: setattr(m, "A_log", nn.Parameter(torch.ones(7))),
     "other data": lambda m: setattr(m.A_log, "data", torch.ones(7)),
     "wider": lambda m: m.double(),
-    "rounded": _rounded,
+    "rounded": lambda m: m.half().float(),
+    "read otherwise": lambda m: setattr(m.A_log, "data", m.A_log.data.view(torch.bfloat16)),
     "moved away": lambda m: m.to("meta"),
     "SGD": _optimized(torch.optim.SGD),
     "AdamW": _optimized(torch.optim.AdamW, foreach=True),
@@ -240,6 +236,14 @@ def test_the_same_memory_in_another_parameter_is_another_weight() -> None:
         assert same._version == module.A_log._version
         module.A_log = same
         assert torch.equal(derived(module), decay(same))
+
+
+def test_the_memory_of_a_weight_is_not_given_to_another_while_its_address_counts() -> None:
+    module, derived, _ = kept()
+    address = module.A_log.data_ptr()
+    module.A_log.data = torch.ones(7)
+    assert derived._kept is not None
+    assert address in [held.data_ptr() for held in derived._kept if isinstance(held, Tensor)]
 
 
 @pytest.mark.parametrize("change", ["data", "fused"])
@@ -307,6 +311,21 @@ def test_a_compiled_graph_computes_it_every_time() -> None:
         for _ in range(2):
             assert torch.equal(read(), decay(module.A_log))
             module.A_log.data.add_(1)
+
+
+@each_operator
+def test_a_pass_of_several_tokens_sees_every_write(name: str) -> None:
+    model, other, ids = sc.prepare(build(name)), sc.prepare(build(name)), draw(2, 9)
+    caches = [sc.StateCache(model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            feed(model, cache, ids[:, :6])
+        for each in (model, other):  # which has kept nothing yet
+            for key, parameter in each.named_parameters():
+                if key.endswith("A_log"):
+                    parameter.data.mul_(1.5)
+        for part in ids[:, 6:].split((2, 1), 1):
+            assert torch.equal(feed(model, caches[0], part), feed(other, caches[1], part))
 
 
 @pytest.mark.parametrize("slack", [0, 3])

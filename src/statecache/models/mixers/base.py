@@ -161,8 +161,8 @@ class Derived:
         ):
             self._kept = None
             return self.compute(weight)
-        place = torch.cuda.current_stream(weight.device) if weight.is_cuda else weight.device
-        key = weight._version, weight.data_ptr(), weight.dtype, place
+        stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None  # which orders what is read there
+        key = weight._version, weight.data_ptr(), weight.dtype, stream
         kept = self._kept
         if kept is not None and not anew and kept[0] is weight and kept[1] == key:
             return kept[2]
