@@ -567,7 +567,9 @@ class States:
     def fork(self) -> States:
         """An independent copy, allocated anew."""
         other = copy.deepcopy(self)
-        other._operators = self._operators
+        operators = self._bound()
+        if operators is not None:
+            other.bind(operators)
         return other
 
     def reset(self, rows: Sequence[int] | None = None) -> None:

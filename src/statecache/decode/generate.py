@@ -98,7 +98,7 @@ def generate(
     texts = [Text(tokenizer, row, words) for row in rows] if words or not isinstance(given, Tensor) else []
     own = cache
     if own is None:
-        own = StateCache.for_rounds(model.config, slack=1 + most if most else 0)  # only rounds go back
+        own = StateCache(model.config, slack=1 + most if most else 0, back=False)
     ending = Ending(frozenset(ends | end_ids(config)), texts, frozenset(hidden))
     rounds = Rounds(model, own, rows, max_new_tokens, sampler, ending, drafter, keep_rows=cache is not None)
 

@@ -46,6 +46,7 @@ class StateCache(Cache):
     - `capacity`: tokens a row may hold, at addresses that never move, for torch.compile and CUDA graphs; None grows.
     - `slack`: how many of its last tokens each row can forget.
     - `rows`, `dtype`, `device`: allocate at once, where the configuration gives every shape; else at the first forward.
+    - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for the slack.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, UnknownLayerError for a layer type that the table does not know.
@@ -60,24 +61,23 @@ class StateCache(Cache):
         rows: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        back: bool = True,
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise OptionError(
                 f"StateCache takes a model's configuration, not a {type(config).__name__}: give model.config"
             )
-        self._hold(config, capacity=capacity, slack=slack, rows=rows, dtype=dtype, device=device)
-
-    @classmethod
-    def for_rounds(cls, config: Any, slack: int) -> Self:
-        """A cache whose rows go back only by dropping a speculative round, of up to `slack` tokens. That costs less."""
-        cache = cls.__new__(cls)
-        cache._hold(config, slack=slack, back=False)
-        return cache
-
-    def _hold(self, config: Any, *, slack: int, **options: Any) -> None:
         spec = model_spec(config)
-        made_for = spec.digest()  # what a prepared model compares with its own
-        self.states = States(spec if slack else spec.in_order(), slack=slack, made_for=made_for, **options)
+        self.states = States(
+            spec if slack else spec.in_order(),
+            capacity=capacity,
+            slack=slack,
+            rows=rows,
+            dtype=dtype,
+            device=device,
+            back=back,
+            made_for=spec.digest(),  # what a prepared model compares with its own
+        )
         self.writer: Unmodified | Prepared = Unmodified(self.states)
         self.expected: Expected | None = None
         self.layers = [Layer(self, layer.index) for layer in spec.layers]

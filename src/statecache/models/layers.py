@@ -5,13 +5,35 @@ transformers 5.17 reads states through them; 5.23 asks the cache itself. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from statecache.models.cache import StateCache
+from statecache.spec import ModelSpec
+
+
+class Answers(Protocol):
+    """The cache, as its layers ask it."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def is_compileable(self) -> bool: ...
+    @property
+    def is_initialized(self) -> bool: ...
+    @property
+    def is_sliding(self) -> Sequence[bool]: ...
+    @property
+    def batch_size(self) -> int: ...
+    def is_recording_past(self, layer_idx: int) -> bool: ...
+    def held(self, layer_idx: int, name: str) -> Tensor | None: ...
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor: ...
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]: ...
+    def get_max_length(self, layer_idx: int | None = None) -> int: ...
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool: ...
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None: ...
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None: ...
 
 
 class Layer:
@@ -20,7 +42,7 @@ class Layer:
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: StateCache, index: int) -> None:
+    def __init__(self, cache: Answers, index: int) -> None:
         self.cache, self.index = cache, index
 
     def __repr__(self) -> str:
@@ -97,7 +119,7 @@ class Layer:
 class _States(Mapping[int, "Tensor | None"]):
     """The states of one kind by number; reading one is asking the cache for it."""
 
-    def __init__(self, cache: StateCache, index: int, kind: str) -> None:
+    def __init__(self, cache: Answers, index: int, kind: str) -> None:
         self.cache, self.index, self.kind = cache, index, kind
 
     def __getitem__(self, number: int) -> Tensor | None:

@@ -35,7 +35,7 @@ class Unmodified:
         self.states, self.registry = states, Registry(states)
         self.step: Step | None = None  # of a prepared model: none
         self.fed = False  # whether any row holds a token: the models ask whether there is a previous state
-        self._pass = Boundaries(states.spec)
+        self.boundaries = Boundaries(states.spec)
         self._owed: dict[str, int | None] = {}  # states that the last layer has yet to overwrite, and their versions
 
     @property
@@ -72,9 +72,9 @@ class Unmodified:
         else:
             assert state.spec.window is not None
             past = state.past(state.spec.window, self.states.step or Step(0, self._start()))
-            self._pass.handed[name] = past
+            self.boundaries.handed[name] = past
         if self.registry.model in SHIFTS_IN_PLACE:  # it will not ask: what it did to the copy is looked at afterwards
-            self._pass.handed[name] = past = past.clone()
+            self.boundaries.handed[name] = past = past.clone()
         return past
 
     def update_conv_state(self, layer: int, number: int, new: Tensor, width: int | None) -> Tensor:
@@ -91,7 +91,7 @@ class Unmodified:
         self._declare(name, spec)
         self._keep(layer)
         state = self.states.held.get(name) or self.registry.allocate_like(name, new, tokens)
-        past = self._pass.handed.pop(name, None)
+        past = self.boundaries.handed.pop(name, None)
         if past is None and self.fed:
             past = state.entry if isinstance(state, Lease) else state.past(held, step)
         if past is None:
@@ -169,7 +169,7 @@ class Unmodified:
 
     def records(self, layer: int) -> bool:
         """See `StateCache.is_recording_past`."""
-        return self.states.slack > 0 or layer in self._pass.ends
+        return self.states.slack > 0 or layer in self.boundaries.ends
 
     def has_previous(self, layer: int | None, number: int | None) -> bool:
         """See `StateCache.has_previous_state`."""
@@ -211,7 +211,7 @@ class Unmodified:
     def over(self, states: States) -> Unmodified:
         """The same for a copy of the states."""
         other = Unmodified(states)
-        other.fed, other._pass = self.fed, copy.deepcopy(self._pass)
+        other.fed, other.boundaries = self.fed, copy.deepcopy(self.boundaries)
         return other
 
     def holds_pads(self, mask: Tensor) -> bool:
@@ -224,7 +224,7 @@ class Unmodified:
         """Close the first pass of a family that is in no table, if this call (about `name`) shows that it is over."""
         if name is None:
             self._collect()
-        if self._pass.due is None and (name is None or name in self._pass.written) and self._pass.over():
+        if self.boundaries.due is None and (name is None or name in self.boundaries.written) and self.boundaries.over():
             self._end()
 
     def moved(self, dropped: bool = False) -> None:
@@ -234,23 +234,23 @@ class Unmodified:
         self.registry.forget()
         self._owed.clear()
         if dropped:
-            self._pass.drop()
+            self.boundaries.drop()
 
     # ---- the pass
 
     def _begin(self, name: str, new: Tensor, tokens: int) -> Step:
         """The open step; a new one, if this is its first write."""
         if not torch.compiler.is_compiling():
-            if name in self._pass.written:
+            if name in self.boundaries.written:
                 self.finish()
-            if name in self._pass.written or self._pass.busy is not None:
+            if name in self.boundaries.written or self.boundaries.busy is not None:
                 raise StepError(
                     f'state "{name}" is written a second time in one pass: the pass before was interrupted, so some '
                     f"layers have taken in its tokens and some have not: {WAY_OUT}"
                 )
         step = self.states.step
-        if step is not None and (self._pass.written or torch.compiler.is_compiling()):
-            self._pass.busy = name
+        if step is not None and (self.boundaries.written or torch.compiler.is_compiling()):
+            self.boundaries.busy = name
             if step.tokens != tokens:
                 raise ShapeError(f'state "{name}": {tokens} tokens came in a pass that began with {step.tokens}')
             return step
@@ -258,31 +258,31 @@ class Unmodified:
         clock = self.registry.clock_for(new)
         if clock.known.ragged:
             clock.uniform()
-        self._pass.begin(int(name.partition(".")[0]))
+        self.boundaries.begin(int(name.partition(".")[0]))
         step = self.states.open(tokens)
         step.write()
         if step.end is not None and not torch.compiler.is_compiling():
-            last = self.states.spec.layers[self._pass.last]
+            last = self.states.spec.layers[self.boundaries.last]
             owed = [f"{last.index}.{state.name}" for state in last.states if state.kind == "recurrent" and state.leased]
             self._owed = {name: self._version(name) for name in owed}
-        self._pass.busy = name
+        self.boundaries.busy = name
         return step
 
     def _wrote(self, layer: int, name: str, counts: bool) -> None:
-        self._pass.busy = None
+        self.boundaries.busy = None
         if not torch.compiler.is_compiling():
             self._owed.pop(name, None)
-        if self._pass.wrote(layer, name, counts):
+        if self.boundaries.wrote(layer, name, counts):
             self._end()
 
     def _end(self) -> None:
         step = self.states.step
         if step is None:
             raise StepError(
-                f"layer {self._pass.last} ended a pass in which no state showed how many tokens it took in: "
+                f"layer {self.boundaries.last} ended a pass in which no state showed how many tokens it took in: "
                 "see docs/adding_a_layer.md"
             )
-        self._pass.end()
+        self.boundaries.end()
         self.states.close(step)
         self.fed = True
         # some layers end their pass, as it is counted, before they overwrite their state
@@ -303,8 +303,8 @@ class Unmodified:
     def _take_shifted(self, layer: int) -> None:
         """Take in the one input of each convolution whose state this layer was handed and has shifted in place."""
         if self.registry.model in SHIFTS_IN_PLACE:
-            for name in [n for n in self._pass.handed if n.startswith(f"{layer}.")]:
-                shifted = self._pass.handed.pop(name)
+            for name in [n for n in self.boundaries.handed if n.startswith(f"{layer}.")]:
+                shifted = self.boundaries.handed.pop(name)
                 step, state = self._begin(name, shifted, 1), self.states[name]
                 self._keep(layer)
                 if isinstance(state, Lease):
