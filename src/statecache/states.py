@@ -492,10 +492,10 @@ class States:
                 else:
                     self.clock.load(mark.clock)
             for name, state in self.held.items():
-                if name in mark.copies:
+                if name in mark.copies and any(mark.lengths):
                     state.load(mark.copies[name])
                 else:
-                    state.empty()  # first written after the mark
+                    state.empty()  # as before its first write, in whatever form it was kept
 
     def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
         """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from statecache.states import States
 from statecache.errors import StateCacheError
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
+from statecache.states import States
 
 KEY = StateSpec("key", "attention", (1, 1), None, axis=1)
 OUT_OF_RANGE: dict[str, tuple[int, Any]] = {

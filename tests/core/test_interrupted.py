@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-
 from statecache.cache import Rings
+
 from statecache.errors import StaleMarkError
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 

@@ -15,9 +15,9 @@ import transformers
 from transformers import Cache
 
 import statecache as sc
-from statecache import errors
+from statecache import errors, lease
 from statecache.models.table import KINDS, model_spec
-from statecache.storage import dense
+from statecache.storage import store
 
 NAMES = [name for name in families.FAMILIES if "+" not in name and name != "minimax"]
 
@@ -481,7 +481,8 @@ def test_a_fixed_cache_keeps_its_rows_and_a_growing_one_takes_others_after_reset
 
 def test_buffers_are_static_for_compile_only_with_a_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     marked: list[int] = []
-    monkeypatch.setattr(dense, "fixed", lambda t: marked.append(t.data_ptr()) or t)
+    for module in (store, lease):
+        monkeypatch.setattr(module, "fixed", lambda t: marked.append(t.data_ptr()) or t)
     config = families.build("jamba")[1]
     sc.StateCache(config, rows=2, dtype=torch.float32, device="cpu")
     assert not marked

@@ -46,7 +46,7 @@ class StateCache(Cache):
     - `capacity`: tokens a row may hold, at addresses that never move, for torch.compile and CUDA graphs; None grows.
     - `slack`: how many of its last tokens each row can forget.
     - `rows`, `dtype`, `device`: allocate at once, where the configuration gives every shape; else at the first forward.
-    - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for the slack.
+    - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for slack.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, UnknownLayerError for a layer type that the table does not know.

@@ -87,10 +87,12 @@ class Recurrent(Mixer):
         """Run over `taken`, the inputs and gates (B, T, *shape), and `query` (B, T, ...) from `state` (B, *D) on.
 
         Returns the outputs (B, T, ...), the state after `count` (B,) tokens, and those after `at` (B, m): (B, m, *D).
+        Runs outside of a forward too: brings an offloaded module's weights.
         """
-        arguments = self._arguments(taken, anew=True)
-        arguments[self.operator.query] = query
-        return self.operator.module.chunk(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
+        with awake(self.module):
+            arguments = self._arguments(taken, anew=True)
+            arguments[self.operator.query] = query
+            return self.operator.module.chunk(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
 
     def step(self, taken: tuple[Tensor, ...], query: Tensor, state: Tensor) -> Tensor:
         """Take one token into `state` (B, *D) in place: `taken` (B, *shape), `query` (B, ...); the output (B, ...).
@@ -178,8 +180,12 @@ def decay(A_log: Tensor) -> Tensor:
 
 
 def awake(module: nn.Module) -> AbstractContextManager[None]:
-    """With an offloaded module's weights, which accelerate brings only where the module itself is called."""
-    return _awake(module) if "_hf_hook" in vars(module) else nullcontext()
+    """With an offloaded module's weights, which accelerate brings only where the module itself is called.
+
+    Within its own forward they are there already, and must stay.
+    """
+    away = "_hf_hook" in vars(module) and any(weight.is_meta for weight in module.parameters(recurse=False))
+    return _awake(module) if away else nullcontext()
 
 
 @contextmanager
