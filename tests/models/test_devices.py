@@ -15,11 +15,12 @@ import prepared_oracle as oracle
 import pytest
 import tiny_models
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 import statecache as sc
+from spread import spread
 
 ROWS, CAPACITY, SLACK = 2, 24, 4
 NAMES = ["qwen3_5", "lfm2", "falcon_h1", "gemma3_text", "mamba2"]
@@ -35,19 +36,6 @@ class OneDevice(TorchDispatchMode):
         if len(devices) > 1 and func.overloadpacket.__name__ not in MOVE:
             raise AssertionError(f"{func} of tensors on {' and '.join(sorted(devices))}")
         return func(*args, **(kwargs or {}))
-
-
-def spread(model: Any, other: str) -> Any:
-    """Move all layers but the first to another device, and what a layer is given after it, as accelerate does."""
-    decoder = next(m for m in model.modules() if isinstance(vars(m)["_modules"].get("layers"), nn.ModuleList))
-
-    def bring(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map_only(Tensor, lambda x: x.to(other), (args, kwargs))
-
-    last = [m for name, m in decoder.named_children() if name.startswith(("norm", "final_layernorm", "embedding_norm"))]
-    for module in [*decoder.layers[1:], *last, model.get_output_embeddings()]:
-        module.to(other).register_forward_pre_hook(bring, with_kwargs=True)
-    return model
 
 
 @cache
