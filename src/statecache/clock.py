@@ -170,7 +170,7 @@ class Clock:
         counted: Tensor | None = None,
         tentative: bool = False,
     ) -> tuple[Step, Known | None]:
-        """Begin a pass of T `tokens` over some `rows`, of which the b-th takes in the first `count[b]`; changes nothing.
+        """Begin a pass of T `tokens` over some `rows`, the b-th of which takes in its first `count[b]`.
 
         `counted`: the count on the device, where it is there already. Returns the step, and what the host knows once
         it is closed; None in compiled or captured code, where it knows nothing.
@@ -272,7 +272,7 @@ class Clock:
         used[REACH].clamp_(min=used[LENGTH])
 
     def _clamp(self, step: Step, count: Tensor | None) -> None:
-        assert isinstance(step.start, Tensor)
+        assert isinstance(step.start, Tensor) and self.limit is not None
         end = step.start + (step.tokens if count is None else count)
         self.overflow.logical_or_((end > self.limit).any())
         end = end.clamp(max=self.limit)

@@ -1,9 +1,9 @@
 """How a recurrence rolls back: not by copies of its state, but by a log of what it consumed, and replay.
 
 A row's state stands after its last token, and every pass goes on from there. Behind it stands a second one, the *base*,
-and between the two the log has what the recurrence consumed of each token: two rings of twice the slack. To roll back is
-to run from the base over what is left of the log. The base moves only when the log is full, over half of it at once, so
-that a step pays for going back no more than writing down what it consumes.
+and between the two the log has what the recurrence consumed of each token: two rings of one and a half times the slack.
+To roll back is to run from the base over what is left of the log. The base moves only when the log is full, and then by
+half the slack at once, so that a step mostly pays for going back by no more than writing down what it consumes.
 
 A speculative round runs from the state and leaves it where it is; what is accepted is taken in from the log.
 
@@ -157,7 +157,8 @@ class Log:
         behind = [length - first for first, length in zip(bases, lengths, strict=True)]
         alike = len(set(bases)) == 1 and len(set(behind)) == 1
         device = self.state.device
-        first, count = bases[0], None
+        first: int | Tensor = bases[0]
+        count: Tensor | None = None
         if not alike:
             first, count = torch.tensor(bases, device=device), torch.tensor(behind, device=device)
         after = base.entry.clone()
@@ -212,7 +213,7 @@ def _parts(flat: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Parts:
     """Flat entries (R, n, W) as parts (R, n, *shape)."""
     widths = [math.prod(shape) for shape in shapes]
     pieces = (flat,) if len(widths) == 1 else flat.split_with_sizes(widths, -1)
-    return tuple(piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes, strict=True))
+    return tuple(torch.unflatten(piece, -1, shape) for piece, shape in zip(pieces, shapes, strict=True))
 
 
 def _advance(recurrence: Recurrence, taken: Parts, state: Tensor, count: Tensor | None) -> Tensor:

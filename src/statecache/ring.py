@@ -64,6 +64,7 @@ class Ring:
             self._put_runs(new.narrow(self.axis, dropped, n) if dropped else new, step, step.start + dropped)
             return
         step = step.on(new.device)
+        keep: Tensor | None
         if dropped and step.count is not None:
             index, keep, at = step.newest(self.capacity)
             shape = (*new.shape[: self.axis], n, *new.shape[self.axis + 1 :])

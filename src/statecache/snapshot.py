@@ -40,13 +40,13 @@ class Marks:
 
     def __init__(self) -> None:
         self._held: weakref.WeakSet[Mark] = weakref.WeakSet()
-        self._longest: list[int] = []
+        self.longest: list[int] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_held": None, "_longest": []}  # marks are of one cache: its copies have none
+        return {"_held": None, "longest": []}  # marks are of one cache: its copies have none
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self._held, self._longest = weakref.WeakSet(), []
+        self._held, self.longest = weakref.WeakSet(), []
 
     def __iter__(self) -> Iterator[Mark]:
         return (mark for mark in list(self._held) if mark.stale is None)
@@ -62,7 +62,7 @@ class Marks:
         rows: those that are, None for all; taken: how many tokens each of them takes in, nothing for some.
         Said before a pass, since not every pass is closed: some are interrupted, and a round may keep nothing.
         """
-        if not self._longest or not any(map(operator.lt, lengths, self._longest)):
+        if not self.longest or not any(map(operator.lt, lengths, self.longest)):
             return
         chosen = range(len(lengths)) if rows is None else rows
         writing = [row for row, n in zip(chosen, taken or [1] * len(chosen), strict=True) if n]
@@ -85,7 +85,7 @@ class Marks:
     def _measure(self) -> None:
         lengths = [mark.lengths for mark in self]
         rows = max(map(len, lengths), default=0)
-        self._longest = [max(held[row] for held in lengths if row < len(held)) for row in range(rows)]
+        self.longest = [max(held[row] for held in lengths if row < len(held)) for row in range(rows)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -250,8 +250,7 @@ class States:
 
     def bind(self, operators: Operators) -> None:
         """Know what steps the logged states. Does not keep it alive."""
-        if self._bound() is not operators:
-            self._operators = weakref.ref(operators)
+        self._operators = weakref.ref(operators)
 
     def _bound(self) -> Operators | None:
         return None if self._operators is None else self._operators()
@@ -304,12 +303,12 @@ class States:
         """The first write of the pass that is open."""
         now, clock = self._pass, self.clock
         assert now is not None and clock is not None
-        now.writing = True
-        if now.after is not None:
+        now.step.pending, now.writing = None, True
+        if now.after is not None and self.marks.longest:
             self.marks.written(clock.known.lengths, now.rows, now.taken)
-        if self.capacity is None and now.step.end is not None:
+        if self.capacity is None and now.step.end is not None and now.step.end > self._room:
             self._reserve(now.step.end)
-        if now.operators is not None:
+        if now.operators is not None and (self._operators is None or self._operators() is not now.operators):
             self.bind(now.operators)
         if self._behind:
             self._catch_up()
@@ -384,11 +383,11 @@ class States:
                 self.marks.written(self.clock.known.lengths)
 
     def _reserve(self, end: int) -> None:
-        if end > self._room:
-            for state in self.held.values():
-                state.reserve(end)
-            growing = [s.capacity for s in self.held.values() if isinstance(s, Ring) and s.capacity != s.limit]
-            self._room = min(growing) if growing else sys.maxsize
+        """Make room for rows of this length."""
+        for state in self.held.values():
+            state.reserve(end)
+        growing = [s.capacity for s in self.held.values() if isinstance(s, Ring) and s.capacity != s.limit]
+        self._room = min(growing) if growing else sys.maxsize
 
     # ---- a speculative round
 
@@ -404,7 +403,7 @@ class States:
         self.tentative = max_tokens
 
     def end_round(self, accepted: Tensor | Sequence[int] | int | None = None) -> None:
-        """Keep the first `accepted` tokens of the round's pass in each of its rows, one int for all; None keeps nothing.
+        """Keep the first `accepted` tokens of the round's pass in each of its rows, an int for all; None keeps nothing.
 
         Raises StepError without a pass, RowsError for counts that do not fit it; nothing is changed then.
         """
@@ -598,7 +597,7 @@ class States:
     # ---- one row as a value
 
     def snapshot(self, row: int, tokens: Sequence[int] | None = None) -> Snapshot:
-        """This row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
+        """Take one row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
 
         Raises RowsError for a row that does not exist, or another number of tokens.
         """
@@ -616,7 +615,7 @@ class States:
     def admit(self, row: int, snapshot: Snapshot) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
 
-        Raises ConfigError for a snapshot of another model, CapacityError for one that is too long, RowsError, StepError.
+        Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError, StepError.
         """
         self.settle()
         allow(self._refuse_empty("there are no rows before the first forward: make the cache with rows="))

@@ -60,7 +60,8 @@ class Step:
 
     shift: how logs get room for it, if they must.
 
-    The first write into a ring or a lease calls what is `pending`: until then the step has changed nothing, and can be dropped.
+    The first write into a ring or a lease calls what is `pending`: until then nothing is changed, and the step can be
+    dropped.
     """
 
     def __init__(
@@ -90,8 +91,7 @@ class Step:
     def write(self) -> None:
         """Say that states are about to change."""
         if self.pending is not None:
-            begin, self.pending = self.pending, None
-            begin()
+            self.pending()
 
     def on(self, device: torch.device) -> Step:
         """The same step for states on another device than the clock's."""
@@ -181,7 +181,7 @@ class Step:
         return made
 
     def reach(self, window: int, capacity: int) -> tuple[Slots, Tensor]:
-        """What T tokens look at through a window: the slots of window - 1 entries, and (R or 1, window - 1 + T) indices.
+        """What tokens see through a window: the slots of window - 1 entries, and indices (R or 1, window - 1 + T).
 
         The indices put these entries and the new ones behind them in order of position, from `offset(start)` on.
         """

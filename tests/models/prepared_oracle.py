@@ -1,6 +1,7 @@
-"""Rows of token ids as the oracle of prepared models, and an interpreter that runs a schedule on both side by side.
+"""Rows of token ids as the oracle of a model's cache, and an interpreter that runs a schedule on both side by side.
 
-The logits of every token have to be those of one full forward of the unprepared model on its row alone, in float64.
+The logits of every token have to be those of one full forward of the unprepared model on its row alone, in float64. The
+model that fills the cache is a prepared one; or the unprepared model itself, as far as its own code goes.
 
 B rows, T new tokens, V words.
 """
@@ -15,13 +16,16 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
+import attempts
 import families
 import tiny_models
 import torch
+from held import Held
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import statecache as sc
+from interruption import Interruption
 from statecache import errors
 
 ROWS, CAPACITY, V = 3, 24, 61
@@ -50,6 +54,10 @@ MODELS: dict[str, dict[str, Any]] = {  # one of every operator, and attention th
 }
 
 
+UNMODIFIED = ("mamba", "mamba2", "qwen3_5", "lfm2", "falcon_h1", "zamba", "gemma3_text")  # minimax takes its own cache
+TOKEN_BY_TOKEN = ("mamba", "zamba")  # what their own code takes on a filled cache
+
+
 class Precise(TorchFunctionMode):
     """Compute in float64 also where a model's own code asks for float32."""
 
@@ -62,16 +70,18 @@ class Precise(TorchFunctionMode):
 
 @dataclass
 class Models:
-    """One model as it is, and one that is prepared."""
+    """One model as it is, and the one that fills the cache."""
 
     plain: Any
-    prepared: Any
+    filling: Any
     cache_name: str
+    prepared: bool = True  # else all rows are fed, and go back, alike
+    token_by_token: bool = False  # on a filled cache
 
     def __post_init__(self) -> None:
         self.full = lru_cache(4096)(self._full)
         self.layers = next(
-            m.layers for m in self.prepared.modules() if isinstance(vars(m)["_modules"].get("layers"), nn.ModuleList)
+            m.layers for m in self.filling.modules() if isinstance(vars(m)["_modules"].get("layers"), nn.ModuleList)
         )
 
     def _full(self, ids: tuple[int, ...]) -> Tensor:
@@ -80,9 +90,9 @@ class Models:
             return self.plain(torch.tensor([ids]), use_cache=False).logits[0]
 
     def feed(self, cache: sc.StateCache, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits (B, T, V) of the prepared model."""
+        """Logits (B, T, V) of the model that fills the cache."""
         with torch.no_grad(), Precise():
-            return self.prepared(ids, attention_mask=mask, use_cache=True, **{self.cache_name: cache}).logits
+            return self.filling(ids, attention_mask=mask, use_cache=True, **{self.cache_name: cache}).logits
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -105,6 +115,13 @@ def build(name: str) -> Models:
     return Models(plain, sc.prepare(copy.deepcopy(plain)), families.cache_arg(plain))
 
 
+@cache
+def build_unmodified(name: str) -> Models:
+    """The same with the unprepared model on both sides."""
+    plain = build(name).plain
+    return Models(plain, plain, families.cache_arg(plain), prepared=False, token_by_token=name in TOKEN_BY_TOKEN)
+
+
 def precise(model: Any) -> Any:
     """The model in float64, with what it made in float32 made again."""
     for module in model.double().modules():
@@ -115,77 +132,156 @@ def precise(model: Any) -> Any:
     return model
 
 
-class Interruption(Exception):
-    pass
-
-
 def _interrupt(*_: Any) -> None:
     raise Interruption
 
 
 @dataclass
 class Mark:
+    """A mark, and what was held when it was taken."""
+
     mark: Any
-    rows: list[list[int]]
-    floor: list[int]
+    held: Held
     stale: bool = False
+    doubtful: bool = False  # whether it may be refused as stale, if what it gives back is exact where it is not
+
+    def overwritten(self) -> None:
+        """What it stands for is gone; of an empty cache nothing was there."""
+        if any(self.held.rows):
+            self.stale = True
+        self.doubtful = True
+
+
+@dataclass(frozen=True)
+class Batch:
+    """New ids of each row, and where they stand among pads: `columns` by row, ids (B, T), and the mask or None."""
+
+    new: list[list[int]]
+    columns: list[list[int]]
+    ids: Tensor
+    mask: Tensor | None
+
+    @property
+    def taken(self) -> list[int]:
+        return [len(ids) for ids in self.new]
 
 
 @dataclass
 class Subject:
-    """A cache under test, the ids that its rows hold, and how far each may go back."""
+    """A cache under test, what it should hold, and the marks taken of it."""
 
     models: Models
     cache: sc.StateCache
-    rows: list[list[int]]
-    floor: list[int]
+    held: Held
     marks: list[Mark] = field(default_factory=list)
     compiled: bool = False  # feed it in the form of compiled code, where the host knows no length
+    interruptions: int = 0  # operations that ended early
 
     @property
     def slack(self) -> int:
         return self.cache.slack
 
-    def empty(self, rows: int) -> None:
-        self.rows, self.floor = [[] for _ in range(rows)], [0] * rows
+    @property
+    def rows(self) -> list[list[int]]:
+        return self.held.rows
 
-    def stale(self) -> None:
-        for mark in self.marks:
-            mark.stale = True
+    @property
+    def copied(self) -> bool:
+        """Whether it goes back only to where a recurrence was copied."""
+        return not self.models.prepared and not self.cache.is_croppable
 
-    def overflows(self, taken: list[int]) -> bool:
+    def overflows(self, taken: list[int], held: Held | None = None) -> bool:
         limit = self.cache.spec.full_at(self.cache.capacity, self.slack)
-        return limit is not None and any(len(row) + n > limit for row, n in zip(self.rows, taken, strict=True))
+        lengths = (held or self.held).lengths()
+        return limit is not None and any(n + t > limit for n, t in zip(lengths, taken, strict=True))
+
+    def longer_marks(self, taken: list[int]) -> list[Mark]:
+        """Marks of more tokens than rows hold which now take some in: what they stand for is written over."""
+        lengths = self.held.lengths()
+        return [
+            mark
+            for mark in self.marks
+            if any(n < m and t for n, m, t in zip(lengths, mark.held.lengths(), taken, strict=False))
+        ]
 
     def opened(self, taken: list[int]) -> None:
-        """A pass has begun: states are folded no farther than the ends of their rows, and slots are written over."""
-        for b, (row, n) in enumerate(zip(self.rows, taken, strict=True)):
-            self.floor[b] = max(self.floor[b], min(len(row) + n - self.slack, len(row)))
+        """A pass has begun."""
+        for mark in self.longer_marks(taken):
+            mark.overwritten()
+        self.held = self.held.opened(taken, self.slack)
+
+    def overwrite_marks(self) -> None:
         for mark in self.marks:
-            mark.stale |= any(len(r) < len(m) and n for r, m, n in zip(self.rows, mark.rows, taken, strict=False))
+            mark.overwritten()
 
-    def keep(self, new: list[list[int]]) -> None:
-        for b, ids in enumerate(new):
-            self.rows[b] = self.rows[b] + ids
-            self.floor[b] = max(self.floor[b], len(self.rows[b]) - self.slack)
+    def number_of_rows(self, number: int) -> int:
+        """How many rows a pass is to bring: an empty cache that grows takes any number."""
+        if any(self.rows) or self.cache.capacity is not None:
+            return len(self.rows)
+        return 1 + number % 4 if number % 3 == 0 else len(self.rows) or ROWS
 
-    def feed(self, new: list[list[int]], width: int, rnd: random.Random, side: str) -> None:
-        """Feed each row its new ids, at most `width` of them, and compare every logit with the oracle's."""
-        at = [_columns(len(ids), width, side, rnd) for ids in new]
+    def take_rows(self, rows: int) -> None:
+        """A pass brings that many rows to an empty cache."""
+        if rows != len(self.rows):
+            self.overwrite_marks()
+            self.held = Held.nothing(rows)
+
+    def width(self, number: int, most: int) -> int:
+        """How many tokens a pass is to bring."""
+        return 1 if self.models.token_by_token and any(self.rows) else 1 + number % most
+
+    def batch(self, counts: list[int], width: int, rnd: random.Random, side: str) -> Batch:
+        """Draw so many ids for each row, among `width` columns."""
+        new = [[rnd.randrange(1, V) for _ in range(n)] for n in counts]
+        columns = [_columns(n, width, side, rnd) for n in counts]
         ids, mask = torch.full((len(new), width), JUNK), torch.zeros(len(new), width, dtype=torch.long)
-        for b, columns in enumerate(at):
-            ids[b, columns], mask[b, columns] = torch.tensor(new[b], dtype=torch.long), 1
-        whole = all(len(n) == width for n in new)
-        given = None if whole and rnd.random() < 0.7 else mask
-        if given is not None and rnd.random() < 0.5:  # as generate has it: a column for what came before, too
-            given = torch.cat([torch.ones(len(new), 3, dtype=torch.long), given], 1)
-        with _as_compiled(self.compiled and not self.overflows([len(n) for n in new])):
-            logits = self.models.feed(self.cache, ids, given)
-        for b, (columns, held) in enumerate(zip(at, self.rows, strict=True)):
+        for b, at in enumerate(columns):
+            ids[b, at], mask[b, at] = torch.tensor(new[b], dtype=torch.long), 1
+        if not self.models.prepared or (all(n == width for n in counts) and rnd.random() < 0.7):
+            return Batch(new, columns, ids, None)
+        if rnd.random() < 0.5:  # as generate has it: a column for what came before, too
+            mask = torch.cat([torch.ones(len(new), 3, dtype=torch.long), mask], 1)
+        return Batch(new, columns, ids, mask)
+
+    def logits(self, cache: sc.StateCache, batch: Batch) -> Tensor:
+        """Feed a batch to this cache, or to a fork of it, in the form of compiled code if it is to be: (B, T, V)."""
+        with _as_compiled(self.compiled):
+            return self.models.feed(cache, batch.ids, batch.mask)
+
+    def wrong(self, logits: Tensor, batch: Batch, held: Held) -> str | None:
+        """Which logits of the batch are not the oracle's, on top of what is `held`."""
+        for b, (columns, row) in enumerate(zip(batch.columns, held.rows, strict=True)):
             if columns:
-                want = self.models.full((*held, *new[b]))[len(held) :]
+                want = self.models.full((*row, *batch.new[b]))[len(row) :]
                 error = (logits[b, columns] - want).abs().max().item() / max(1.0, want.abs().max().item())
-                assert error < TOLERANCE, f"row {b}: {len(new[b])} tokens after {len(held)} are off by {error:.1e}"
+                if not error < TOLERANCE:
+                    return f"row {b}: {len(columns)} tokens after {len(row)} are off by {error:.1e}"
+        return None
+
+    def feed(self, batch: Batch) -> None:
+        """Feed a batch and compare every logit."""
+        wrong = self.wrong(self.logits(self.cache, batch), batch, self.held)
+        assert wrong is None, wrong
+
+    def agree(self) -> None:
+        """Assert that the lengths do. How many rows an empty cache has that grows is for the cache to say."""
+        lengths = self.cache.lengths.tolist()
+        if self.cache.capacity is None and not any(self.rows) and not any(lengths):
+            self.held = Held.nothing(len(lengths))
+        assert lengths == self.held.lengths(), f"lengths {lengths} are not {self.held.lengths()}"
+
+    def come_back(self, mark: Mark) -> None:
+        """Restore a mark; one that may be stale must be exact or say so."""
+        if mark.stale:
+            refused(errors.StaleMarkError, self.cache.restore, mark.mark)
+            return
+        try:
+            self.cache.restore(mark.mark)
+        except errors.StaleMarkError:
+            assert mark.doubtful, f"a mark at {mark.held.lengths()} is said to be stale, and nothing wrote over it"
+            mark.stale = True
+        else:
+            self.held = mark.held if mark.held.rows else Held.nothing(len(self.cache.lengths))
 
 
 def _columns(n: int, width: int, side: str, rnd: random.Random) -> list[int]:
@@ -206,81 +302,102 @@ def _as_compiled(on: bool) -> Iterator[None]:
         torch.compiler.is_compiling = compiling
 
 
-def run(models: Models, schedule: list[Op], *, slack: int, room: str) -> None:
-    """Run a schedule, and assert after every operation that the cache agrees with lists. `room`: a key of ROOMS."""
-    fixed = room != "growing"
-    rnd = random.Random(0)
-    allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
-    first = sc.StateCache(models.plain.config, slack=slack, **allocated)
+def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int = 0) -> int:
+    """Run a schedule, and assert after every operation that the cache agrees with lists. `room`: one of ROOMS.
+
+    How many operations ended early.
+    """
+    subjects = [begun(models, slack=slack, room=room)]
+    first, rnd = subjects[0].cache, random.Random(seed)
     addresses: list[int] = []
-    subjects = [Subject(models, first, [], [], compiled=room == "compiled")]
-    subjects[0].empty(ROWS)
-    if not fixed:
-        schedule = [("feed", 2, (1,)), *schedule]  # rows are unknown before
-    for what, number, each in schedule:
+    for done, (what, number, each) in enumerate(schedule):
         s = subjects[number % len(subjects)]
-        per_row = [each[b % len(each)] for b in range(len(s.rows))]
-        if what == "fork":
-            if len(subjects) < ROWS:
-                other = Subject(models, s.cache.fork(), copy.deepcopy(s.rows), list(s.floor), compiled=s.compiled)
-                subjects.append(other)
-        elif what == "gather":
-            most = ROWS if fixed else ROWS + 2
-            index = [n % len(s.rows) for n in (*per_row, *per_row)[: 1 + number % most]]
-            s.cache.gather(torch.tensor(index))
-            s.rows, s.floor = [list(s.rows[i]) for i in index], [s.floor[i] for i in index]
-            s.stale()
-        else:
-            OPERATIONS[what](s, number, per_row, rnd)
-        for other in subjects:
-            assert other.cache.lengths.tolist() == [len(row) for row in other.rows]
-        if not addresses and any(subjects[0].rows):  # once a prepared model has filled it
+        try:
+            if what == "fork":
+                if len(subjects) < ROWS:
+                    subjects.append(Subject(models, s.cache.fork(), s.held, compiled=s.compiled))
+            else:
+                OPERATIONS[what](s, number, each, rnd)
+            for other in subjects:
+                other.agree()
+        except BaseException as error:
+            error.add_note(f"slack={slack}, room={room!r}, seed={seed}, in operation {done} of {schedule!r}")
+            raise
+        if not addresses and any(subjects[0].rows):  # once a model has filled it
             addresses = [b.data_ptr() for b in first.buffers()]
-    if fixed and addresses:
+    if first.capacity is not None and addresses:
         assert addresses == [b.data_ptr() for b in first.buffers()], "a fixed buffer moved"
+    return sum(s.interruptions for s in subjects)
+
+
+def begun(models: Models, *, slack: int, room: str) -> Subject:
+    """An empty cache."""
+    fixed = room != "growing"
+    allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
+    made = sc.StateCache(models.plain.config, slack=slack, **allocated)
+    return Subject(models, made, Held.nothing(ROWS) if fixed else Held(), compiled=room == "compiled")
+
+
+def started(models: Models, schedule: list[Op], *, slack: int, room: str) -> Subject:
+    """A cache after a schedule without forks."""
+    s, rnd = begun(models, slack=slack, room=room), random.Random(0)
+    for what, number, each in schedule:
+        OPERATIONS[what](s, number, each, rnd)
+    return s
 
 
 ROOMS = ("growing", "fixed", "compiled")
+SIDES = ("left", "right", "inside")
 
 
-def _draw(counts: list[int], rnd: random.Random) -> list[list[int]]:
-    return [[rnd.randrange(1, V) for _ in range(n)] for n in counts]
+def per_row(s: Subject, each: tuple[int, ...]) -> list[int]:
+    """A number a row; the same for all of an unmodified model."""
+    return [each[b % len(each) if s.models.prepared else 0] for b in range(len(s.rows))]
 
 
-def _feed(s: Subject, number: int, per_row: list[int], rnd: random.Random, ragged: bool = False) -> None:
-    width = 1 + number % 12
-    if not any(s.rows) and s.cache.capacity is None and number % 3 == 0:
-        rows = 1 + number % 4  # an empty cache that grows takes any number of rows
-        if rows != len(s.rows):
-            s.stale()
-        s.empty(rows)
-        per_row = (per_row * rows)[:rows]
-    taken = [min(n, width) if ragged else width for n in per_row]
-    new, side = _draw(taken, rnd), ("left", "right", "inside")[number // 12 % 3]
-    if s.overflows(taken):
-        refused(errors.CapacityError, s.feed, new, width, rnd, side)
+def _feed(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random, ragged: bool = False) -> None:
+    width = s.width(number, 12)
+    s.take_rows(s.number_of_rows(number))
+    ragged &= s.models.prepared
+    batch = s.batch([min(n, width) if ragged else width for n in per_row(s, each)], width, rnd, SIDES[number // 12 % 3])
+    if s.overflows(batch.taken):
+        with _as_host(s):
+            refused(errors.CapacityError, s.feed, batch)
         return
-    s.feed(new, width, rnd, side)
-    s.opened(taken)
-    s.keep(new)
+    s.feed(batch)
+    s.opened(batch.taken)
+    s.held = s.held.fed(batch.new, s.slack)
 
 
-def _ragged(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
-    _feed(s, number, per_row, rnd, ragged=True)
+@contextmanager
+def _as_host(s: Subject) -> Iterator[None]:
+    """What compiled code drops without a word is refused where the host knows."""
+    compiled, s.compiled = s.compiled, False
+    try:
+        yield
+    finally:
+        s.compiled = compiled
 
 
-def _speculate(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
+def _ragged(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    _feed(s, number, each, rnd, ragged=True)
+
+
+def _speculate(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    if not s.models.prepared:
+        return
     if not s.slack:
         refused(errors.SlackError, s.cache.speculate, 1)
         return
     width = 1 + number % s.slack
-    taken = [min(n, width) if number % 2 else width for n in per_row]
-    new, side = _draw(taken, rnd), rnd.choice(["left", "right", "inside"])
-    accepted = [rnd.randint(0, n) for n in taken]
+    s.take_rows(s.number_of_rows(number))
+    counts = [min(n, width) if number % 2 else width for n in per_row(s, each)]
+    batch = s.batch(counts, width, rnd, rnd.choice(SIDES))
+    accepted = [rnd.randint(0, n) for n in counts]
     ending = rnd.choice(["commit", "commit", "commit", "nothing", "before", "inside", "after"])
-    if s.overflows(taken):
-        with s.cache.speculate(width):
-            refused(errors.CapacityError, s.feed, new, width, rnd, side)
+    if s.overflows(counts):
+        with s.cache.speculate(width), _as_host(s):
+            refused(errors.CapacityError, s.feed, batch)
         return
     try:
         with s.cache.speculate(s.slack if number % 3 else width) as draft:
@@ -288,10 +405,10 @@ def _speculate(s: Subject, number: int, per_row: list[int], rnd: random.Random) 
                 raise Interruption
             if ending == "inside":
                 with s.models.interrupted():
-                    s.feed(new, width, rnd, side)
-            s.feed(new, width, rnd, side)
+                    s.feed(batch)
+            s.feed(batch)
             refused(errors.StepError, s.cache.checkpoint)
-            refused(errors.RowsError, draft.commit, torch.tensor([n + 1 for n in taken]))
+            refused(errors.RowsError, draft.commit, torch.tensor([n + 1 for n in counts]))
             if ending == "after":
                 raise Interruption
             if ending == "commit":
@@ -299,59 +416,71 @@ def _speculate(s: Subject, number: int, per_row: list[int], rnd: random.Random) 
     except Interruption:
         pass
     if ending != "before":
-        s.opened(taken)
+        s.opened(counts)
     if ending == "commit":
-        s.keep([ids[:n] for ids, n in zip(new, accepted, strict=True)])
+        s.held = s.held.fed([ids[:n] for ids, n in zip(batch.new, accepted, strict=True)], s.slack)
 
 
-def _rollback(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
-    forget = [min(n % (s.slack + 2), len(row)) for n, row in zip(per_row, s.rows, strict=True)]
-    left = [len(row) - n for n, row in zip(forget, s.rows, strict=True)]
-    if all(not n or (s.slack and to >= least) for n, to, least in zip(forget, left, s.floor, strict=True)):
+def _rollback(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    if not s.rows:
+        refused(errors.RowsError, s.cache.rollback, 1)
+        return
+    forget = [min(n % (s.slack + 2), len(row)) for n, row in zip(per_row(s, each), s.rows, strict=True)]
+    if s.held.may_forget(forget, s.copied):
         s.cache.rollback(torch.tensor(forget))
-        s.rows = [row[:to] for row, to in zip(s.rows, left, strict=True)]
+        s.held = s.held.without(forget)
     else:
         refused(errors.RollbackError, s.cache.rollback, torch.tensor(forget))
 
 
-def _checkpoint(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
-    s.marks.append(Mark(s.cache.checkpoint(), list(s.rows), list(s.floor)))
-
-
-def _restore(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
-    if not s.marks:
+def _gather(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    if not s.rows:
+        refused(errors.RowsError, s.cache.gather, [0])
         return
-    mark = s.marks[sum(per_row) % len(s.marks)]
-    if mark.stale:
-        refused(errors.StaleMarkError, s.cache.restore, mark.mark)
-    else:
-        s.cache.restore(mark.mark)
-        s.rows, s.floor = list(mark.rows), list(mark.floor)
+    index = rows_to_keep(s, number, each)
+    s.cache.gather(torch.tensor(index))
+    s.held = s.held.of(index)
+    s.overwrite_marks()
 
 
-def _reset(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
+def rows_to_keep(s: Subject, number: int, each: tuple[int, ...]) -> list[int]:
+    most = ROWS if s.cache.capacity is not None else ROWS + 2
+    return [each[b % len(each)] % len(s.rows) for b in range(1 + number % most)]
+
+
+def _checkpoint(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    s.marks.append(Mark(s.cache.checkpoint(), s.held))
+
+
+def _restore(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    if s.marks:
+        s.come_back(s.marks[sum(each) % len(s.marks)])
+
+
+def _reset(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
     s.cache.reset()
-    s.empty(len(s.rows) if s.cache.capacity is None else ROWS)
-    s.stale()
+    s.held = Held.nothing(len(s.rows) if s.cache.capacity is None else ROWS)
+    s.overwrite_marks()
 
 
-def _interrupted(s: Subject, number: int, per_row: list[int], rnd: random.Random) -> None:
-    """A pass that gives up half-way: nothing goes on but a restore or a reset."""
-    width = 1 + number % 4
-    new = _draw([width] * len(s.rows), rnd)
-    if s.overflows([width] * len(s.rows)):
+def _given_up(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    """A pass that gives up in front of the last layer: nothing goes on but a restore or a reset."""
+    width = s.width(number, 4)
+    s.take_rows(s.number_of_rows(number))
+    batch = s.batch([width] * len(s.rows), width, rnd, "right")
+    if s.overflows(batch.taken):
         return
     with s.models.interrupted():
-        refused(Interruption, s.feed, new, width, rnd, "right")
-    s.opened([width] * len(s.rows))
-    refused(errors.StepError, s.feed, new, width, rnd, "right")
+        refused(Interruption, s.feed, batch)
+    s.opened(batch.taken)
+    refused(errors.StepError, s.feed, batch)
     for operation in (s.cache.checkpoint, s.cache.fork):
         refused(errors.StepError, operation)
     refused(errors.StepError, s.cache.rollback, 0)
-    mark = s.marks[sum(per_row) % len(s.marks)] if s.marks else None
-    _restore(s, number, per_row, rnd)
+    mark = s.marks[sum(each) % len(s.marks)] if s.marks else None
+    _restore(s, number, each, rnd)
     if mark is None or mark.stale:
-        _reset(s, number, per_row, rnd)
+        _reset(s, number, each, rnd)
 
 
 OPERATIONS = {
@@ -359,14 +488,15 @@ OPERATIONS = {
     "ragged": _ragged,
     "speculate": _speculate,
     "rollback": _rollback,
+    "gather": _gather,
     "checkpoint": _checkpoint,
     "restore": _restore,
     "reset": _reset,
-    "interrupted": _interrupted,
-}
+    "given up": _given_up,
+} | {f"interrupted {kind}": attempts.interrupted(kind) for kind in attempts.KINDS}
 
 
-def refused(error: type[Exception], call: Any, *args: Any) -> None:
+def refused(error: type[BaseException], call: Any, *args: Any) -> None:
     try:
         call(*args)
     except error:

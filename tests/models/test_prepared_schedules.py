@@ -14,7 +14,7 @@ WHAT = (
     + ["ragged"] * 3
     + ["rollback"] * 4
     + ["speculate"] * 4
-    + ["checkpoint", "restore", "restore", "gather", "reset", "fork", "interrupted"]
+    + ["checkpoint", "restore", "restore", "gather", "reset", "fork", "given up"]
 )
 
 

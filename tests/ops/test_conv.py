@@ -78,6 +78,26 @@ def test_the_result_has_the_dtype_of_x_and_the_window_that_of_past() -> None:
             assert conv.window(x.to(dtype), None, 4, count).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_autocast_does_not_reach_in(tokens: int, dtype: torch.dtype) -> None:
+    given = tuple(x.to(dtype) for x in draw(tokens, 4))
+    x, weight, *_ = given
+
+    def forms() -> list[torch.Tensor]:
+        return [
+            conv.chunk(*given, True),
+            conv.chunk(x, weight, None, None, False),
+            *conv.step(x[:, :1], *given[1:], True),
+        ]
+
+    expected = forms()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = forms()
+    assert all(map(torch.equal, got, expected))
+    assert [y.dtype for y in got] == [dtype] * 4
+
+
 @pytest.mark.parametrize("tokens", [2, 40, 300])
 def test_gradients_are_those_of_the_convolution(tokens: int) -> None:
     leaves = [x.requires_grad_() for x in draw(tokens, 4)]

@@ -219,6 +219,32 @@ def test_forms_that_write_in_place_refuse_gradients(recurrence: Recurrence) -> N
     assert not y.requires_grad and not torch.equal(state, before)
 
 
+def test_autocast_does_not_reach_in(recurrence: Recurrence) -> None:
+    inputs, state = draw(recurrence, 70)
+    inputs, state = tuple(x.float() for x in inputs), state.float()
+    token, record = recurrence.cut(inputs, 0), [inputs[i] for i in recurrence.record]
+    count, at = torch.tensor([0, 70, 33]), torch.tensor([[0, 70], [64, 5], [1, 2]])
+
+    def forms() -> list[torch.Tensor]:
+        stepped, folded = state.clone(), state.clone()
+        out = recurrence.module.step(*token, stepped)
+        recurrence.module.fold(*record, folded, count)
+        return [out, stepped, folded, *recurrence.module.chunk(*inputs, state, count, at)]
+
+    expected = forms()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = forms()
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16  # it is on, and still
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_tensor_without_data_has_the_shapes_of_one_with_data(recurrence: Recurrence) -> None:
+    inputs, state = draw(recurrence, 5)
+    meta = [x.to("meta") for x in (*inputs, state)]
+    for got, expected in zip(recurrence.module.chunk(*meta)[:2], recurrence.module.chunk(*inputs, state), strict=False):
+        assert got.is_meta and got.shape == expected.shape
+
+
 def test_chunk_step_and_fold_are_one_graph(recurrence: Recurrence) -> None:
     inputs, state = draw(recurrence, 70)
     count, at = torch.tensor([0, 70, 33]), torch.tensor([[0, 70], [64, 5], [1, 2]])

@@ -28,7 +28,7 @@ from statecache.round import Round
 from statecache.snapshot import Mark, Snapshot
 from statecache.spec import ModelSpec, Sizes
 from statecache.states import Capability, States
-from statecache.step import Step, offset
+from statecache.step import offset
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,10 @@ class StateCache(Cache):
         Nothing is kept without a commit. Raises SlackError for more tokens than the slack, StepError in another round.
         """
         self.writer.finish()
-        return Round(self.states, max_tokens, lambda: self.writer.moved())
+        return Round(self.states, max_tokens, self._committed)
+
+    def _committed(self) -> None:
+        self.writer.moved()
 
     def snapshot(self, row: int, tokens: Sequence[int] | None = None) -> Snapshot:
         """One row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
@@ -234,7 +237,7 @@ class StateCache(Cache):
     def admit(self, row: int, snapshot: Snapshot) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
 
-        Raises ConfigError for a snapshot of another model, CapacityError for one that is too long, RowsError, StepError.
+        Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError, StepError.
         """
         with self._between():
             self.states.admit(row, snapshot)
@@ -242,7 +245,7 @@ class StateCache(Cache):
     # ---- the pass of a prepared model
 
     def expect(self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None) -> None:
-        """Say what the next forward of a prepared model brings: the b-th row takes in the first `count[b]` of its tokens.
+        """Say what the next forward of a prepared model brings: the b-th row takes in its first `count[b]` tokens.
 
         Without an attention mask then. `rows`: of the cache, that the forward is over; None for all. `counted`: the
         count (R,) long on the model's device, if it is there already. Said once, it holds for one forward.
@@ -258,24 +261,17 @@ class StateCache(Cache):
         *,
         counted: Tensor | None = None,
         operators: Operators,
-    ) -> Step:
-        """Open a pass over T `tokens` for as many rows as `like` has, on its device. See `States.open`.
+    ) -> Prepared:
+        """Open a pass over T `tokens` for as many rows as `like` has, on its device: see `States.open`. Its writer.
 
         From here on recurrences roll back by replay, if there is slack; only prepared models can go on then.
         """
         writer = self.writer = self.writer.adopt(like, tokens, count, rows)
-        return writer.begin(like, tokens, count, rows, counted, operators)
-
-    def end(self) -> None:
-        """Close the pass."""
-        self.writer.end()
-
-    def give_up(self) -> None:
-        """The pass was left by an exception."""
-        self.writer.give_up()
+        writer.begin(like, tokens, count, rows, counted, operators)
+        return writer
 
     def take_expected(self, rows: int, mask: Tensor | None) -> Expected | None:
-        """What `expect` said of a forward over this many rows, once. Raises RowsError, StepError where it does not fit."""
+        """What `expect` said of a forward over this many rows, once. Raises RowsError, StepError if it does not fit."""
         expected, self.expected = self.expected, None
         if expected is None:
             return None

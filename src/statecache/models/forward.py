@@ -1,4 +1,4 @@
-"""What stands in for the decoder's `forward` in a prepared model: where a pass begins and ends, and padding is dealt with.
+"""What stands in for the `forward` of a prepared model's decoder: there a pass begins and ends, and padding is handled.
 
 Behind it each row's new tokens stand on the left, counted, with positions and masks of their own; nothing downstream
 sees a pad. It stands in front of the decoder, so that a pass is opened and closed whoever calls.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from statecache.clock import capturing
-from statecache.errors import ConfigError, RaggedError, RowsError, ShapeError, StepError
+from statecache.errors import ConfigError, RaggedError, ShapeError, StepError
 from statecache.models.cache import Expected, StateCache
 from statecache.models.masks import check_form, masks
 from statecache.models.table import model_spec
@@ -88,7 +88,9 @@ class Forward:
         )
         if self.positioned:
             check_form(self.config, cache, width, ragged=expected is not None)
-        step = cache.begin(tokens, width, count, rows, counted=counted, operators=self.operators)
+        writer = cache.begin(tokens, width, count, rows, counted=counted, operators=self.operators)
+        step = writer.step
+        assert step is not None
         if self.positioned:
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = _positions(step, tokens)
@@ -98,9 +100,9 @@ class Forward:
         try:
             out = self.unmodified(**kwargs)
         except BaseException:
-            cache.give_up()
+            writer.give_up()
             raise
-        cache.end()
+        writer.end()
         return out
 
     def _checkpoints(self) -> bool:

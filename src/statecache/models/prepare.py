@@ -16,9 +16,9 @@ from torch import nn
 from statecache.errors import StepError, UnknownLayerError
 from statecache.models.forward import Forward, stands_in
 from statecache.models.generation import EitherName, Generation
-from statecache.models.mixers import MIXERS, Mixer
-from statecache.replay import Operators
+from statecache.models.mixers import MIXERS, Mixer, Recurrent
 from statecache.models.table import GROUPED_QUERY, KINDS, layer_types
+from statecache.replay import Operators
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +35,7 @@ def prepare(model: Model) -> Model:
         mixers = _mixers(decoder)
         for mixer in mixers.values():
             _stand_in(mixer.module, mixer.forward)
-        operators = Operators({f"{layer}.recurrent": mixer.flat for layer, mixer in mixers.items() if _recurs(mixer)})
+        operators = Operators({f"{n}.recurrent": mixer for n, mixer in mixers.items() if isinstance(mixer, Recurrent)})
         _stand_in(decoder, Forward(decoder, _own(decoder), operators).forward)
     for module in model.modules():
         generates = hasattr(module, "_prepare_cache_for_generation") and hasattr(
@@ -144,10 +144,6 @@ def _mixers(decoder: nn.Module) -> dict[int, Mixer]:
 def _owner(value: Any) -> Any:
     """What a method is bound to; else the value itself."""
     return getattr(value, "__self__", value)
-
-
-def _recurs(mixer: Mixer) -> bool:
-    return type(mixer).fold is not Mixer.fold
 
 
 # accelerate keeps the forward that its hooks surround under another name

@@ -6,7 +6,7 @@ B rows, T new tokens, C channels, K width of a convolution. Time is axis 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,12 +65,6 @@ class Prepared:
     def give_up(self) -> None:
         """The pass was left by an exception."""
         self.step = None
-
-    def layer(self, index: int) -> LayerState:
-        """The states of a layer in the pass that is open."""
-        if self.step is None:
-            raise _alone(index)
-        return self.layers[index]
 
     # ---- what layers and transformers call
 
@@ -157,10 +151,18 @@ class Prepared:
         return self.step
 
 
+class Writer(Protocol):
+    """What a layer's states ask of the writer; without a step they refuse."""
+
+    states: States
+    registry: Registry
+    step: Step | None
+
+
 class LayerState:
     """The states of one layer: its convolution's inputs, its recurrent state, and the log of what that consumed."""
 
-    def __init__(self, writer: Prepared, index: int) -> None:
+    def __init__(self, writer: Writer, index: int) -> None:
         self.writer, self.index = writer, index
         self.forget()
 
@@ -172,14 +174,18 @@ class LayerState:
         self._consumed: Any = None  # the same of the recurrence
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-        """Convolve x (B, T, C) causally with weight (C, K) behind the inputs before it, and keep it: (B, T, C)."""
+        """Convolve x (B, T, C) causally with weight (C, K) behind the inputs before it, and keep it: (B, T, C).
+
+        Raises StepError outside of a pass.
+        """
         step = self.writer.step
-        assert step is not None
+        if step is None:
+            raise _alone(self.index)
         held = None if torch.compiler.is_compiling() else self._conv  # compiled code is guarded by what it reads
         if held is None or self._convolved != (x.shape, x.dtype, x.device):
             held = self._find_conv(x)
         if step.pending is not None:
-            step.write()
+            step.pending()
         if isinstance(held, Ring):
             past: Tensor | None = held.past(weight.shape[-1] - 1, step)
         else:
@@ -204,16 +210,17 @@ class LayerState:
         return no_gradient(y, x) if x.requires_grad else y
 
     def recur(self, recurrence: Recurrence, taken: Parts, query: Tensor) -> Tensor:
-        """Take the parts (B, T, *shape) of T tokens into the state; what the recurrence says to `query`: (B, T, ...)."""
+        """Take the parts (B, T, *shape) of T tokens into the state; the outputs for `query` (B, T, ...)."""
         step = self.writer.step
-        assert step is not None
+        if step is None:
+            raise _alone(self.index)
         first = taken[0]
         found = None if torch.compiler.is_compiling() else self._found
         if found is None or self._consumed != (first.shape, first.dtype, first.device):
             found = self._find_state(recurrence, taken)
         state, log = found
         if step.pending is not None:
-            step.write()
+            step.pending()
         log = log if step.tentative or self.writer.states.back else None
         with torch.no_grad():
             if step.plain and log is None and state.shown is not None:

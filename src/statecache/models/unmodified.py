@@ -20,7 +20,7 @@ from statecache.clock import capturing
 from statecache.errors import ConfigError, ShapeError, StepError
 from statecache.lease import Lease
 from statecache.models.checks import no_gradient
-from statecache.models.prepared import Prepared
+from statecache.models.prepared import LayerState, Prepared
 from statecache.models.registry import Registry
 from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE
 from statecache.spec import ModelSpec, StateSpec
@@ -33,9 +33,15 @@ class Unmodified:
 
     def __init__(self, states: States) -> None:
         self.states, self.registry = states, Registry(states)
+        self.step: Step | None = None  # of a prepared model: none
         self.fed = False  # whether any row holds a token: the models ask whether there is a previous state
         self._pass = Boundaries(states.spec)
         self._owed: dict[str, int | None] = {}  # states that the last layer has yet to overwrite, and their versions
+
+    @property
+    def layers(self) -> list[LayerState]:
+        """What the mixers of a prepared model find, where its decoder has not opened a pass: they refuse."""
+        return [LayerState(self, layer.index) for layer in self.states.spec.layers]
 
     # ---- what layers call
 

@@ -5,7 +5,7 @@ Letters: B rows, T new tokens, M chunks, Q tokens of a chunk, n marks of a row (
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,18 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+def uncast(compute: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run `compute` without autocast, in the dtypes that it chooses itself; a tensor comes first."""
+
+    @functools.wraps(compute)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return _uncast(compute, args, kwargs)
+
+    return run
+
+
 def forward_only(update: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run `update` without autograd: it writes its state in place.
+    """Run `update` without autograd, since it writes its state in place, and without autocast; a tensor comes first.
 
     Raises RuntimeError where a gradient was asked for; unseen while torch.compile traces.
     """
@@ -25,7 +35,7 @@ def forward_only(update: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(update)
     def forward(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.is_grad_enabled():
-            return update(*args, **kwargs)
+            return _uncast(update, args, kwargs)
         if not torch.compiler.is_compiling():
             given = (*args, *kwargs.values())
             if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given):
@@ -33,9 +43,23 @@ def forward_only(update: Callable[_P, _R]) -> Callable[_P, _R]:
                     f"{name}: writes its state in place, an input requires grad; use chunk for gradients"
                 )
         with torch.no_grad():
-            return update(*args, **kwargs)
+            return _uncast(update, args, kwargs)
 
     return forward
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where `x` is."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # of meta, torch does not answer
+
+
+def _uncast(compute: Callable[..., _R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _R:
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if not autocasts(first):
+        return compute(*args, **kwargs)
+    with torch.autocast(first.device.type, enabled=False):
+        return compute(*args, **kwargs)
 
 
 def working(x: Tensor, state: Tensor | None) -> torch.dtype:

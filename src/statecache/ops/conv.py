@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statecache.ops import chunks
+
 EXACTNESS = {"step": "bitwise", "window": "bitwise", "chunk": "reassociated"}
 
 
+@chunks.uncast
 def chunk(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
     """Convolve T tokens: x (B, T, C), weight (C, W), bias (C), past (B, C, W-1) or None for zeros; (B, T, C)."""
     if not x.shape[1]:
@@ -36,7 +39,7 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, silu: boo
     """Convolve one token: x (B, 1, C), past (B, C, W-1) of its dtype; y (B, 1, C), and past with x (B, W, C)."""
     # time before channels: a sum over four neighbours is several times slower on a processor
     wide = torch.cat([past.mT, x], 1)
-    y = (wide * weight.mT.to(x.dtype)).sum(1, keepdim=True)
+    y = (wide * weight.mT.to(x.dtype)).sum(1, keepdim=True, dtype=x.dtype)  # said: else autocast on CUDA widens it
     if bias is not None:
         y = y + bias.to(x.dtype)
     return F.silu(y) if silu else y, wide

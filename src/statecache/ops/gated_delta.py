@@ -21,6 +21,7 @@ EXACTNESS = {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
 MOST = 64  # tokens of a chunk
 
 
+@chunks.uncast
 def chunk(
     q: Tensor,
     k: Tensor,

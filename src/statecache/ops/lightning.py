@@ -15,6 +15,7 @@ from statecache.ops import chunks, ssd
 EXACTNESS = {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
 
 
+@chunks.uncast
 def chunk(
     q: Tensor,
     k: Tensor,

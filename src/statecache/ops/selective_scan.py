@@ -17,6 +17,7 @@ EXACTNESS = {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
 FEW = 16  # so many tokens are one chunk
 
 
+@chunks.uncast
 def chunk(
     x: Tensor,
     dt: Tensor,

@@ -17,6 +17,7 @@ EXACTNESS = {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
 MOST = 64  # tokens of a chunk
 
 
+@chunks.uncast
 def chunk(
     x: Tensor,
     dt: Tensor,

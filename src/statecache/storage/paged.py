@@ -1,4 +1,4 @@
-"""Entries in pages of a few slots, each found through a table. Rows move by their pages' numbers, not by their bytes."""
+"""Entries in pages of a few slots, each found through a table. Rows move by the numbers of their pages."""
 
 from __future__ import annotations
 

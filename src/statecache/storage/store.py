@@ -22,7 +22,7 @@ class Store(Protocol):
     shows: bool  # whether what `read` gives of a slice is the entries themselves, to be overwritten in place
 
     def read(self, at: Slots) -> Tensor:
-        """The entries at these slots, (B, n, *D), or (R, n, *D) where rows are named. A view, where there can be one."""
+        """The entries at these slots, (B, n, *D), or (R, n, *D) where rows are named. A view if possible."""
         ...
 
     def write(self, at: Slots, entries: Tensor) -> None:

@@ -1,0 +1,191 @@
+"""What mixers share: they stand in for a module's forward, and bind an operator of `ops` to the module's weights.
+
+A mixer holds the module that it stands in for, and uses its weights, norms and projections as they are, called as
+modules, so that hooks, quantised layers and sharded weights keep working. What never changes it reads once, when it is
+made; weights may change at any time.
+
+B rows, T new tokens, n entries of a log, E the model's width, *D a recurrence's state. Time is axis 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from statecache.errors import StepError
+from statecache.models.cache import StateCache
+from statecache.models.prepared import STATELESS, LayerState, Stateless
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Mixer:
+    """Stands in for `module.forward`. `unmodified` is what it replaced, for caches of another kind."""
+
+    convolution: ClassVar[str] = "conv1d"  # the submodule whose weights are used without a call; "" for none
+
+    def __init__(self, module: nn.Module, unmodified: Any) -> None:
+        self.module, self.unmodified = module, unmodified
+        self.layer = int(module.layer_idx)  # type: ignore[arg-type]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Mix hidden_states (B, T, E) along time."""
+        cache = None
+        for given in (kwargs.get("past_key_values"), kwargs.get("cache_params"), *args):
+            if isinstance(given, Cache):
+                cache = given
+                break
+        if cache is not None and not isinstance(cache, StateCache):
+            return self.unmodified(hidden_states, *args, **kwargs)
+        for packed in ("seq_idx", "cu_seq_lens_q"):
+            if kwargs.get(packed) is not None:
+                raise StepError(f"layer {self.layer}: prepared models take no packed sequences ({packed}=)")
+        states = STATELESS if cache is None else cache.writer.layers[self.layer]
+        conv = getattr(self.module, self.convolution) if self.convolution else None
+        if conv is None or "_hf_hook" not in vars(conv):
+            return self.mix(hidden_states, states)
+        with awake(conv):
+            return self.mix(hidden_states, states)
+
+    def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Any:
+        """From hidden_states (B, T, E) to what the module returns."""
+        raise NotImplementedError
+
+
+class Recurrent(Mixer):
+    """A mixer with a recurrence: `advance` runs it, and the cache steps it over its log. See `statecache.replay`."""
+
+    operator: ClassVar[Operator]
+    inputs: Shapes  # of what the operator takes of one token, part by part, in the order of `operator.taken`
+    query: tuple[int, ...]  # what it asks of the state
+    gates: Shapes  # the last of these: where all gates are 0 there is no token
+    constant: Derived | None = None  # what the operator needs of the weights
+
+    def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
+        """Take in T tokens: from what the projections made of them, (B, T, ...) each, to what the gate takes (B, T, W).
+
+        The one seam for kernels: here is all that new tokens bring, with both states of the layer. By default the
+        states convolve, then recur; a fused kernel replaces this, for one token or a few, and nothing else.
+        """
+        raise NotImplementedError
+
+    def chunk(
+        self,
+        taken: tuple[Tensor, ...],
+        query: Tensor,
+        state: Tensor | None,
+        count: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run over `taken`, the inputs and gates (B, T, *shape), and `query` (B, T, ...) from `state` (B, *D) on.
+
+        Returns the outputs (B, T, ...), the state after `count` (B,) tokens, and those after `at` (B, m): (B, m, *D).
+        """
+        arguments = self._arguments(taken, anew=True)
+        arguments[self.operator.query] = query
+        return self.operator.module.chunk(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
+
+    def step(self, taken: tuple[Tensor, ...], query: Tensor, state: Tensor) -> Tensor:
+        """Take one token into `state` (B, *D) in place: `taken` (B, *shape), `query` (B, ...); the output (B, ...).
+
+        Without gradients, which is not checked here.
+        """
+        arguments = self._arguments(taken)
+        arguments[self.operator.query] = query
+        step, device = self.operator.module.step, state.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            step = step.__wrapped__  # its guard, against gradients and autocast, would cost a call a token
+        return step(**arguments, state=state)  # type: ignore[no-any-return]
+
+    def fold(self, taken: tuple[Tensor, ...], state: Tensor, count: Tensor | None) -> None:
+        """Step `state` (B, *D) in place over the first `count` (B,) of n entries `taken` (B, n, *shape), None for all.
+
+        Runs outside of a forward too: brings an offloaded module's weights.
+        """
+        with torch.no_grad(), awake(self.module):
+            self.operator.module.fold(**self._arguments(taken), state=state, count=count)
+
+    def _arguments(self, taken: tuple[Tensor, ...], anew: bool = False) -> dict[str, Tensor]:
+        arguments = dict(zip(self.operator.taken, taken, strict=True))
+        if self.constant is not None:
+            arguments[self.operator.constant] = self.constant(self.module, anew)
+        return arguments
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A module of `statecache.ops` with chunk, step and fold, and what these call their arguments.
+
+    `taken`: the inputs and gates of a token, in the order of the log; `constant`: what all tokens share, or "".
+    """
+
+    module: ModuleType
+    taken: tuple[str, ...]
+    query: str
+    constant: str = ""
+
+
+class Derived:
+    """What an operator needs of one weight, as A of A_log: computed when the weight has changed, not for every token.
+
+    It has changed where it is another tensor, lies elsewhere, or was written to, as autograd counts. A write that
+    autograd does not count, through `.data` or by a fused optimizer, is seen at the next pass of several tokens.
+    Nothing is kept where a gradient is wanted, of a module whose weights come and go, or in a graph.
+    """
+
+    def __init__(self, name: str, compute: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.compute = name, compute
+        self._kept: tuple[Tensor, tuple[Any, ...], Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy belongs to a copy of the weight
+        return type(self), (self.name, self.compute)
+
+    def __call__(self, module: nn.Module, anew: bool = False) -> Tensor:
+        """The tensor for this module's weight. `anew`: computed in any case."""
+        weight: Tensor = getattr(module, self.name)
+        if torch.compiler.is_compiling():
+            return self.compute(weight)
+        if (
+            type(weight) is not nn.Parameter  # a subclass may have no memory to compare
+            or weight.is_inference()  # which counts no writes
+            or (weight.requires_grad and torch.is_grad_enabled())
+            or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+            or "_hf_hook" in vars(module)
+        ):
+            self._kept = None
+            return self.compute(weight)
+        place = torch.cuda.current_stream(weight.device) if weight.is_cuda else weight.device
+        key = weight._version, weight.data_ptr(), weight.dtype, place
+        kept = self._kept
+        if kept is not None and not anew and kept[0] is weight and kept[1] == key:
+            return kept[2]
+        with torch.inference_mode(False), torch.no_grad():
+            value = self.compute(weight)
+        self._kept = weight, key, value, weight.detach()  # the last: lest its memory is given to another
+        return value
+
+
+def decay(A_log: Tensor) -> Tensor:
+    """A < 0 of the recurrences, in float32 at least."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def awake(module: nn.Module) -> AbstractContextManager[None]:
+    """With an offloaded module's weights, which accelerate brings only where the module itself is called."""
+    return _awake(module) if "_hf_hook" in vars(module) else nullcontext()
+
+
+@contextmanager
+def _awake(module: Any) -> Iterator[None]:
+    module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        module._hf_hook.post_forward(module, ())

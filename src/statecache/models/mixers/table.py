@@ -1,0 +1,41 @@
+"""The table of mixers: which one stands in for a module, by its class name, and what is particular to its family.
+
+How to add a row: docs/adding_a_layer.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from statecache.models.mixers.base import Mixer
+from statecache.models.mixers.delta import Delta, interleaved, separate
+from statecache.models.mixers.lightning import Lightning
+from statecache.models.mixers.scan import Scan
+from statecache.models.mixers.short_conv import ShortConv
+from statecache.models.mixers.ssd import SSD
+
+MIXERS: dict[str, Callable[[nn.Module, Any], Mixer]] = {
+    "MambaMixer": Scan,
+    "FalconMambaMixer": partial(Scan, normed=True),
+    "JambaMambaMixer": partial(Scan, normed=True),
+    "ZambaMambaMixer": partial(Scan, groups="n_mamba_heads"),
+    "Mamba2Mixer": SSD,
+    "BambaMixer": SSD,
+    "FalconH1Mixer": partial(SSD, scaled=True, normed="mamba_rms_norm"),
+    "GraniteMoeHybridMambaLayer": SSD,
+    "NemotronHMamba2Mixer": SSD,
+    "Zamba2MambaMixer": SSD,
+    "Qwen3NextGatedDeltaNet": partial(Delta, projections=interleaved),
+    "Qwen3_5GatedDeltaNet": Delta,
+    "Qwen3_5MoeGatedDeltaNet": Delta,
+    "OlmoHybridGatedDeltaNet": partial(
+        Delta, projections=separate, norm="o_norm", out="o_proj", doubled="allow_neg_eigval"
+    ),
+    "Lfm2ShortConv": ShortConv,
+    "Lfm2MoeShortConv": ShortConv,
+    "MiniMaxLightningAttention": Lightning,
+}
