@@ -195,7 +195,7 @@ class Rings:
             self.clock.close(step)
             self._tips = step.tip is not None
         else:
-            self._draft.step = step
+            self._draft.step, self._draft.taken = step, self.clock.taking()
             self.clock.drop()
         self._step = None
 

@@ -43,6 +43,7 @@ class Clock:
         self.ragged = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
         self.overflowed = False
         self.captured = False  # once part of a CUDA graph, replays go unseen: always ask the device
+        self.told: list[int] | None = None  # the count of the open pass, as the host was told it
         self._seen = self._version
         self._after: list[int] | None = None  # the host's lengths once the open step is closed
         self._bases: list[int] | None = None  # the host's floors once the logs are folded for it
@@ -118,7 +119,7 @@ class Clock:
                 count = torch.full_like(self.lengths, tokens)
             return Step(tokens, self.lengths[:1].clone() if count is None else self.lengths.clone(), count)
         host = self.sync()
-        taken = [tokens] * len(host) if count is None else count.tolist()
+        taken = self.told or ([tokens] * len(host) if count is None else count.tolist())
         for row, (length, n) in enumerate(zip(host, taken, strict=True)):
             if self.limit is not None and length + n > self.limit:
                 raise CapacityError(
@@ -162,7 +163,7 @@ class Clock:
         if isinstance(step.start, int) and len(set(self.floors)) == 1:
             return Replay(self.floors[0], folds[0], folds[0], lag, ends[0] - self.host[0] + lag if moves else None)
         device = self.length.device
-        fold = torch.tensor(folds, device=device)
+        fold = self.lengths - self.floor[: self.rows] if lasting else torch.tensor(folds, device=device)
         takes = [end - length + lag for end, length in zip(ends, self.host, strict=True)]
         at = torch.tensor(takes, device=device) if moves else None
         return Replay(self.floor[: self.rows].clone(), fold, max(folds), lag, at)
@@ -251,6 +252,12 @@ class Clock:
         self.kept.zero_()
         self.columns.zero_()
         self.overflow.zero_()
+        self._read()
+
+    def empty(self, rows: list[int]) -> None:
+        """These rows hold nothing."""
+        for held in (self.length, self.floor, self.kept):
+            held[rows] = 0
         self._read()
 
     def take(self, rows: Tensor) -> None:

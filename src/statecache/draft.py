@@ -5,6 +5,7 @@ B rows, T new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -27,6 +28,7 @@ class Draft:
     def __init__(self, cache: Rings, tokens: int) -> None:
         self.cache, self.tokens = cache, tokens
         self.step: Step | None = None  # of the pass, once it has run
+        self.taken: list[int] = []  # tokens of it in each row
         self._over = False
 
     def __enter__(self) -> Self:
@@ -50,7 +52,7 @@ class Draft:
                 "up to the cache's slack="
             )
 
-    def commit(self, accepted: Tensor | int) -> None:
+    def commit(self, accepted: Tensor | Sequence[int] | int) -> None:
         """Keep the first `accepted` tokens of the pass in each row: (B,) long, or one int for every row; each 0..T.
 
         Ends the round. Raises StepError without a pass, RowsError for counts that do not fit it; nothing is kept then.
@@ -61,14 +63,11 @@ class Draft:
             raise StepError("this speculative round is over: begin another with speculate()")
         if clock is None or step is None:
             raise StepError("nothing to commit: the round had no whole forward pass")
-        most = [step.tokens] * clock.rows if step.count is None else step.count.tolist()
-        given = torch.as_tensor([accepted] * clock.rows if isinstance(accepted, int) else accepted)
-        if given.is_floating_point() or given.dtype == torch.bool or given.shape != (clock.rows,):
-            raise RowsError(
-                f"accepted tokens are a long tensor ({clock.rows},), one number a row, "
-                f"not {given.dtype} {tuple(given.shape)}"
-            )
-        keep = [int(n) for n in given.tolist()]
+        most = self.taken or ([step.tokens] * clock.rows if step.count is None else step.count.tolist())
+        if isinstance(accepted, Sequence):
+            keep = list(accepted)
+        else:
+            keep = self._listed(accepted, clock.rows)
         for row, (n, of) in enumerate(zip(keep, most, strict=True)):
             if not 0 <= n <= of:
                 raise RowsError(f"row {row} cannot keep {n} tokens: the pass brought it {of}")
@@ -76,6 +75,16 @@ class Draft:
         self._end()
         clock.accept(step, keep)
         self.cache._committed()
+
+    @staticmethod
+    def _listed(accepted: Tensor | int, rows: int) -> list[int]:
+        given = torch.as_tensor([accepted] * rows if isinstance(accepted, int) else accepted)
+        if given.is_floating_point() or given.dtype == torch.bool or given.shape != (rows,):
+            raise RowsError(
+                f"accepted tokens are a long tensor ({rows},), one number a row, "
+                f"not {given.dtype} {tuple(given.shape)}"
+            )
+        return [int(n) for n in given.tolist()]
 
     def _end(self) -> None:
         self.cache._announce(self.step or self.cache._step)

@@ -7,7 +7,7 @@ B rows, T new tokens, H heads, D head size, K width of a convolution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +74,7 @@ class StateCache(Rings, Cache):
         self._passed: dict[str, tuple[Any, ...]] = {}  # what each state's last tensor was, once it has been checked
         self._prepared = False  # whether a prepared model fills it: then a pass is opened and closed by its door
         self._written = False  # whether a layer has, in that pass
+        self._expected: tuple[list[int], Tensor | None] | None = None
 
     def __repr__(self) -> str:
         held = "empty" if self.clock is None else f"{self.clock.rows} rows, {self.nbytes()}"
@@ -406,6 +407,10 @@ class StateCache(Rings, Cache):
         if self._step is not None and not self._torn():
             self._drop_step()
         clock = self._clock_for(like)
+        expected, self._expected, clock.told = self._expected, None, None
+        if expected is not None:
+            clock.told, counted = expected
+            count = torch.tensor(clock.told, device=clock.length.device) if counted is None else counted
         if count is None and capturing(clock.length):  # a graph is replayed when rows differ, too
             count = torch.full_like(clock.lengths, tokens)
         if not self._prepared:
@@ -416,6 +421,27 @@ class StateCache(Rings, Cache):
             self._adopt()
         self._writes(False)
         return self.open(tokens, count, folds or {})
+
+    def expect(
+        self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None
+    ) -> None:
+        """Say that the next pass brings row b its first `count[b]` tokens. `counted`: the same, (B,) on the device."""
+        if rows is not None:
+            raise NotImplementedError
+        self._expected = list(count), counted
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty some rows in place, or all."""
+        if rows is None:
+            super().reset()
+            return
+        self._settle()
+        assert self.clock is not None
+        self.clock.empty(list(rows))
+        for state in self.states.values():
+            for buffer in state.buffers():
+                buffer[list(rows)] = 0
+        self._between()
 
     def end(self, step: Step) -> None:
         """Close the pass."""
