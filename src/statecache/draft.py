@@ -64,10 +64,7 @@ class Draft:
         if clock is None or step is None:
             raise StepError("nothing to commit: the round had no whole forward pass")
         most = self.taken or ([step.tokens] * clock.rows if step.count is None else step.count.tolist())
-        if isinstance(accepted, Sequence):
-            keep = list(accepted)
-        else:
-            keep = self._listed(accepted, clock.rows)
+        keep = list(accepted) if isinstance(accepted, Sequence) else self._listed(accepted, clock.rows)
         for row, (n, of) in enumerate(zip(keep, most, strict=True)):
             if not 0 <= n <= of:
                 raise RowsError(f"row {row} cannot keep {n} tokens: the pass brought it {of}")

@@ -11,7 +11,7 @@ from full_forwards import argmax_loop
 from transformers import AddedToken
 
 import statecache as sc
-from statecache.decode.options import MOST
+from statecache.decode.limits import MOST_DRAFTS
 from statecache.decode.text import Text, special_tokens
 from statecache.models.prepare import is_prepared
 
@@ -154,8 +154,8 @@ def test_rows_end_at_the_end_token_and_are_filled_up(monkeypatch, tiny, eos, pad
 def test_longest_round_fits_the_cache_made_for_it(tiny, always_drafts):
     reports = []
     sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=20, assistant=tiny, report=reports.append)
-    assert reports[0].drafted > MOST  # by itself, as many as there is room for
-    assert reports[0].forwards == 1 + -(-19 // (MOST + 1))
+    assert reports[0].drafted > MOST_DRAFTS  # by itself, as many as there is room for
+    assert reports[0].forwards == 1 + -(-19 // (MOST_DRAFTS + 1))
     assert reports[0].tokens_per_forward == 20 / reports[0].forwards
 
 

@@ -55,7 +55,7 @@ def test_nonsense_is_refused_before_anything_is_computed(tokenizer, monkeypatch)
         ),
         (errors.OptionError, "temperature=-1: give 0", {"temperature": -1}),
         (errors.OptionError, "top_p=0: give a probability", {"top_p": 0}),
-        (errors.OptionError, "top_k=-2: give the number of words", {"top_k": -2}),
+        (errors.OptionError, "top_k=-2: give the number of tokens", {"top_k": -2}),
         (errors.OptionError, "max_new_tokens=0: give an integer of at least 1", {"max_new_tokens": 0}),
         (errors.OptionError, "lookup=-1: give an integer of at least 0", {"lookup": -1}),
         (
@@ -64,7 +64,7 @@ def test_nonsense_is_refused_before_anything_is_computed(tokenizer, monkeypatch)
             {"lookup": 2, "assistant": other},
         ),
         (errors.OptionError, "assistant: came a str, expected a transformers model", {"assistant": "other"}),
-        (errors.ConfigError, "the assistant has 50 words, the model 101: give one with", {"assistant": words}),
+        (errors.ConfigError, "the assistant has 50 tokens, the model 101: give one with", {"assistant": words}),
         (errors.OptionError, "stop='.': to find a string among ids takes their tokenizer", {"stop": "."}),
         (errors.OptionError, "stop='': give token ids, or strings that are not empty", {"stop": ""}),
         (errors.OptionError, "stop=[1.5]: give token ids, or strings", {"stop": [1.5]}),

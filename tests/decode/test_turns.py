@@ -111,7 +111,7 @@ def test_failed_stream_takes_nothing_more_in(story, tokenizer, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("statecache.decode.rounds.Rounds._round", fail)
+    monkeypatch.setattr("statecache.decode.batch.Batch.round", fail)
     with pytest.raises(ZeroDivisionError):
         next(stream)
     assert cache.lengths.tolist() == held
