@@ -171,7 +171,10 @@ class Clock:
     def folded(self, replay: Replay) -> None:
         """The logged states stand where `replay` folds them to."""
         floor = self.floor[: self.rows]
-        floor.copy_(torch.as_tensor(replay.base, device=floor.device).expand_as(floor))
+        if isinstance(replay.base, int):
+            floor.fill_(replay.base)
+        else:
+            floor.copy_(replay.base.expand_as(floor))
         if self._after is not None and self._bases is not None:
             self.floors, self._seen = self._bases, self._version
 
