@@ -149,7 +149,9 @@ class Door:
             if short or "flash" in form:
                 return None
         device = tokens.device
-        starts = torch.full((1,), start, device=device) if uniform else torch.as_tensor(start, device=device)
+        starts = (
+            torch.full((1,), start, device=device) if isinstance(start, int) else torch.as_tensor(start, device=device)
+        )
         query = starts[:, None] + torch.arange(width, device=device)
         spec = next(s for layer in cache.spec.layers for s in layer.states if s.name == "key" and s.window == window)
         if window is None or spec.holds_all(cache.capacity, cache.slack):
