@@ -482,7 +482,7 @@ def test_chat_goes_on_after_ctrl_c(checkpoint, monkeypatch):
         if len(pieces) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(chat, "_show", press_ctrl_c)
+    monkeypatch.setattr(chat, "show", press_ctrl_c)
     talk.say("Once upon a time")
     with Stop() as stop:
         written = talk.answer({"max_new_tokens": 500}, stop)
@@ -503,7 +503,7 @@ def test_chat_goes_on_after_an_interrupt_within_a_forward(checkpoint, monkeypatc
 
     talk.say("Once")
     with Stop() as stop, monkeypatch.context() as patch:
-        patch.setattr(chat, "_show", interrupt)
+        patch.setattr(chat, "show", interrupt)
         assert talk.answer({"max_new_tokens": 5}, stop) is None
     assert talk.held() == 0
     talk.say("upon")

@@ -78,8 +78,7 @@ class Draft:
         given = torch.as_tensor([accepted] * rows if isinstance(accepted, int) else accepted)
         if given.is_floating_point() or given.dtype == torch.bool or given.shape != (rows,):
             raise RowsError(
-                f"accepted tokens are a long tensor ({rows},), one number a row, "
-                f"not {given.dtype} {tuple(given.shape)}"
+                f"accepted tokens are a long tensor ({rows},), one number a row, not {given.dtype} {tuple(given.shape)}"
             )
         return [int(n) for n in given.tolist()]
 

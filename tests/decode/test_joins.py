@@ -25,7 +25,7 @@ def requests(n: int = 7) -> list[Request]:
     ways = [{}, {"temperature": 1.0}, {"temperature": 1.5, "top_k": 20}, {"temperature": 0.8, "top_p": 0.9}]
     made = []
     for row in range(n):
-        run = [luck.randrange(1, 90) for _ in range(luck.choice((2, 2, 5)))]
+        run = [luck.randrange(1, 90) for _ in range(luck.choice((2, 3, 5)))]
         made.append(Request(run * 2 + run[:1], luck.randint(1, 14), seed=row, **ways[row % 4]))
     return made
 
@@ -56,7 +56,7 @@ class Knowing:
         drafted = []
         for row, limit in zip(rows, most, strict=True):
             text = next(text for text in self.texts if text[: len(row)] == row)
-            drafted.append([t ^ (self.luck.random() < 0.2) for t in text[len(row) :][: min(4, limit)]])
+            drafted.append([(t + (self.luck.random() < 0.2)) % 101 for t in text[len(row) :][: min(4, limit)]])
         return Drafts(drafted, list(map(len, drafted))) if any(drafted) else None
 
     def learn(self, accepted): ...
@@ -84,7 +84,7 @@ def test_rows_that_join_late_write_what_each_writes_alone(family, way, rows, alw
     luck, coming, written = random.Random(5), requests(), []
     while coming or batch.running:
         room = (rows or 4) - len(batch.live) - len(batch.waiting)
-        n = min(luck.randint(0, 2), len(coming), room)
+        n = min(luck.randint(0, 3), len(coming), room)
         written += batch.join(coming[:n])
         coming = coming[n:]
         if batch.running:

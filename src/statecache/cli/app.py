@@ -140,7 +140,8 @@ def generate(
 ) -> None:
     """Go on with a text, and say what it cost. Without a prompt, a pipe is read.
 
-    With --lookup or --draft several tokens are checked in one forward pass. Greedy text stays the same.
+    With --lookup or --draft several tokens are checked in one forward pass. Greedy text stays the same, and with
+    --lookup drawn text, too.
     """
     text = _one_prompt(prompt, prompt_option, file)
     if lookup and draft:

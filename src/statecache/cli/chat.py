@@ -8,7 +8,7 @@ from typing import Any
 import statecache as sc
 from statecache.cli.failure import CommandError
 from statecache.cli.model import Loaded, Settings, load, options
-from statecache.cli.report import byte_rows, console, two_columns
+from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
 
 COMMANDS = "/stats shows what the cache holds, /reset starts anew, /exit or Ctrl-D leaves"
@@ -47,7 +47,7 @@ def _turn(talk: "Conversation", line: str, how: dict[str, Any]) -> str:
     read = len(talk.ids) - reused
     with Stop() as stop:
         written = talk.answer(how, stop)
-    _show("\n")
+    show("\n")
     count, speed = (len(written.tokens), written.tokens_per_second) if written else (0, 0.0)
     note = f"{reused} tokens reused, {read} read, {count} written, {speed:.1f} tokens/s"
     return f"{note}; stopped" if stop.requested else note
@@ -102,7 +102,7 @@ class Conversation:
         `how`: options of `sc.generate`.
         """
         try:
-            written = write_on(self.loaded, self.ids, self.cache, how, stop, _show)
+            written = write_on(self.loaded, self.ids, self.cache, how, stop, show)
         except KeyboardInterrupt:
             self.cache = sc.StateCache(self.loaded.model.config)
             return None
@@ -121,12 +121,7 @@ def _next_line() -> str | None:
         try:
             return input("> ")
         except EOFError:
-            _show("\n")
+            show("\n")
             return None
         except KeyboardInterrupt:
-            _show("\n")
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            show("\n")

@@ -1,13 +1,12 @@
 """`statecache generate`: go on with a text, and say what it cost."""
 
 import json as json_format
-import sys
 from typing import Any
 
 import statecache as sc
 from statecache.cli.failure import CommandError
 from statecache.cli.model import Loaded, Settings, load, options
-from statecache.cli.report import byte_rows, console, two_columns
+from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
 from statecache.decode.limits import MOST_DRAFTS
 
@@ -22,12 +21,12 @@ def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool
     drafts = settings.lookup > 0 or loaded.assistant is not None
     cache = sc.StateCache(loaded.model.config, slack=1 + MOST_DRAFTS if drafts else 0)
     with Stop() as stop:
-        written = write_on(loaded, ids, cache, how, stop, _ignore if json else _show, prompt)
+        written = write_on(loaded, ids, cache, how, stop, _ignore if json else show, prompt)
     if json:
         result = _as_json(loaded, prompt, ids, written, cache, how, stop)
         result["speculation"] = _gain(settings, written) if drafts else None
-        _show(json_format.dumps(result))
-    _show("\n")
+        show(json_format.dumps(result))
+    show("\n")
     if not (json or quiet):
         rows = [
             ("prompt tokens", f"{len(ids)}"),
@@ -81,11 +80,6 @@ def _as_json(
             **{name: how[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")},
         },
     }
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _ignore(text: str) -> None:

@@ -1,6 +1,6 @@
 """Who proposes the tokens that a round checks: the row's own past, or a smaller model.
 
-B rows, K drafted tokens, T new tokens, V words.
+B rows, K drafted tokens, T new tokens, V tokens of the model.
 """
 
 from __future__ import annotations

@@ -422,9 +422,7 @@ class StateCache(Rings, Cache):
         self._writes(False)
         return self.open(tokens, count, folds or {})
 
-    def expect(
-        self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None
-    ) -> None:
+    def expect(self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None) -> None:
         """Say that the next pass brings row b its first `count[b]` tokens. `counted`: the same, (B,) on the device."""
         if rows is not None:
             raise NotImplementedError
