@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import statecache as sc
 import statecache.tiny
 from shapes import cpu_name, figure, table, versions
-from statecache.decode.pace import Pace
+from statecache.decode.draft_length import DraftLength
 from statecache.decode.report import Report
 
 TINY = Path(statecache.tiny.__file__).parent
@@ -87,13 +87,13 @@ class Cell:
 @contextmanager
 def fixed(length: int | None) -> Iterator[None]:
     """Always draft this many tokens, if not None."""
-    follows = Pace.length
+    follows = DraftLength.length
     if length is not None:
-        Pace.length = lambda pace: min(length, pace.most)  # type: ignore[method-assign]
+        DraftLength.length = lambda drafts: min(length, drafts.most)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Pace.length = follows  # type: ignore[method-assign]
+        DraftLength.length = follows  # type: ignore[method-assign]
 
 
 def variants(draft: Any, lengths: list[int]) -> dict[str, tuple[dict[str, Any], int | None]]:

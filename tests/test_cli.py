@@ -1,5 +1,6 @@
 """The command line, on tiny random checkpoints: what is printed where, exit codes, Ctrl-C, and that chat reads once."""
 
+import contextlib
 import inspect
 import io
 import json
@@ -19,10 +20,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerFast
 
-from statecache.cli import app, chat, main
-from statecache.cli.model import PROCESSORS, WARPERS, Settings, drawing, load, sampling
-from statecache.cli.writing import Stop, TextWriter
-from statecache.decode.drafters import LONGEST
+import statecache as sc
+from statecache.cli import chat, main
+from statecache.cli.model import PROCESSORS, WARPERS, Settings, drawing, load
+from statecache.cli.writing import Stop, write_on
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -256,10 +257,6 @@ def test_drafts_leave_the_text_and_say_what_they_gained(statecache, how):
     assert report["bytes"]["log"] > 0
 
 
-def test_lookup_on_the_command_line_ends_where_the_library_ends():
-    assert app.LONGEST_LOOKUP == LONGEST
-
-
 def test_passes_of_the_draft_model_are_told_where_there_is_one(statecache):
     args = ("generate", "The cat sat. The cat sat. The", "-n", "20", "--temperature", "0")
     assert "draft passes" in statecache(*args, "--draft", "tiny")[2]
@@ -268,18 +265,19 @@ def test_passes_of_the_draft_model_are_told_where_there_is_one(statecache):
 
 @pytest.mark.parametrize("config", [{}, {"top_k": 7}, {"top_p": 0.3, "temperature": 0.5}, {"top_k": 0}])
 @pytest.mark.parametrize("settings", [Settings(temperature=1.5), Settings(top_p=0.9)])
-def test_drafts_are_drawn_with_the_values_that_transformers_takes(checkpoint, config, settings):
+def test_tokens_are_drawn_with_the_values_that_transformers_takes(checkpoint, config, settings):
     model = load(Settings(checkpoint, device="cpu")).model
     model.generation_config = GenerationConfig(**config)
-    options = sampling(model.generation_config, settings)
-    whole, _ = model._prepare_generation_config(None, **options)
-    got = drawing(model.generation_config, options)
+    given = {name: getattr(settings, name) for name in ("temperature", "top_p")}
+    typed = {name: x for name, x in given.items() if x is not None}
+    whole, _ = model._prepare_generation_config(None, do_sample=True, **typed)
+    got = drawing(model.generation_config, settings)
     assert got == {name: getattr(whole, name) for name in ("temperature", "top_p", "top_k")}
 
 
 def test_unset_values_are_neutral_where_transformers_does_not_tell():
-    config = SimpleNamespace(temperature=0.5, top_p=None, top_k=None)
-    assert drawing(config, {"do_sample": True}) == {"temperature": 0.5, "top_p": 1.0, "top_k": 0}
+    config = SimpleNamespace(do_sample=True, temperature=0.5, top_p=None, top_k=None)
+    assert drawing(config, Settings()) == {"temperature": 0.5, "top_p": 1.0, "top_k": 0}
 
 
 def test_json_shows_the_values_used_with_and_without_drafts(statecache):
@@ -299,22 +297,37 @@ def test_json_shows_the_values_used_with_and_without_drafts(statecache):
         ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0}, "1", None),
     ],
 )
-def test_drafts_are_refused_where_they_would_not_heed_the_checkpoint(
+def test_checkpoint_that_asks_for_processors_is_refused_unless_they_are_ignored(
     statecache, checkpoint, tmp_path, config, temperature, named
 ):
     shutil.copytree(checkpoint, tmp_path / "model")
     Path(tmp_path, "model", "generation_config.json").write_text(json.dumps(config))
-    args = ("generate", "Once", "-m", str(tmp_path / "model"), "-n", "2", "-q", "--temperature", temperature)
-    code, out, err = statecache(*args, "--lookup", "2")
-    if named is None:
-        assert (code, err) == (0, "")
-    else:
-        assert (code, out) == (1, "")
-        assert err == (
-            f"statecache: the checkpoint's generation_config sets {named}, which drafts would not heed: leave --lookup "
-            "and --draft out\n"
-        )
-    assert statecache(*args)[0] == 0
+    for args in (
+        ("generate", "Once", "-m", str(tmp_path / "model"), "-n", "2", "-q", "--temperature", temperature),
+        (
+            "generate",
+            "Once",
+            "-m",
+            str(tmp_path / "model"),
+            "-n",
+            "2",
+            "-q",
+            "--temperature",
+            temperature,
+            "--lookup=2",
+        ),
+        ("chat", "-m", str(tmp_path / "model"), "-n", "2", "--temperature", temperature),
+    ):
+        code, out, err = statecache(*args)
+        if named is None:
+            assert code == 0
+        else:
+            assert (code, out) == (1, "")
+            assert err == (
+                f"statecache: the checkpoint's generation_config sets {named}, which statecache does not apply: write "
+                "without with --ignore-processors\n"
+            )
+        assert statecache(*args, "--ignore-processors")[0] == 0
 
 
 def test_every_field_that_changes_logits_is_known():
@@ -357,16 +370,26 @@ def test_embedded_model_is_the_default(statecache):
     assert min(report["bytes"][kind] for kind in ("conv", "recurrent", "attention")) > 0
 
 
-def test_text_comes_in_whole_characters(checkpoint):
-    tokenizer, pieces = load(Settings(checkpoint, device="cpu")).tokenizer, []
-    writer = TextWriter(tokenizer, tokenizer("Once").input_ids, pieces.append)
-    writer.put(torch.tensor([tokenizer("Once").input_ids]))
-    for token in tokenizer("a\N{LATIN SMALL LETTER E WITH ACUTE} \N{FOX FACE}<|end|>b").input_ids:
-        writer.put(torch.tensor([token]))
-    writer.put(torch.tensor(tokenizer("\N{FOX FACE}").input_ids[:2]))
-    writer.end()
-    assert pieces == ["a", "\N{LATIN SMALL LETTER E WITH ACUTE}", " ", "\N{FOX FACE}", "b", "\N{REPLACEMENT CHARACTER}"]
-    assert writer.text == "".join(pieces)
+def test_text_comes_in_whole_characters(checkpoint, monkeypatch):
+    loaded, pieces = load(Settings(checkpoint, device="cpu")), []
+    tokens = loaded.tokenizer("a\N{LATIN SMALL LETTER E WITH ACUTE} \N{FOX FACE}<|end|>b").input_ids
+    tokens += loaded.tokenizer("\N{FOX FACE}").input_ids[:2]
+
+    class Stream(list, contextlib.AbstractContextManager):
+        def __exit__(self, *_): ...
+
+    def generate(*_, report, **__):
+        report("the report of a run")
+        return Stream([n] for n in tokens)
+
+    monkeypatch.setattr(sc, "generate", generate)
+    cache = sc.StateCache(loaded.model.config)
+    written = write_on(loaded, loaded.tokenizer("Once").input_ids, cache, {}, Stop(), pieces.append, "Once")
+    assert pieces == [
+        *("Once", "a", "\N{LATIN SMALL LETTER E WITH ACUTE}", " ", "\N{FOX FACE}", "b", "\N{REPLACEMENT CHARACTER}")
+    ]
+    assert written.text == "".join(pieces[1:])
+    assert written.tokens == tokens
 
 
 # ---- Ctrl-C
@@ -437,7 +460,7 @@ def stepwise(talk: chat.Conversation, fed: list[int], written: list[int]) -> Non
 @pytest.mark.parametrize("family", ["qwen3_5", "mamba", "mamba2", "jamba", "bamba"])
 def test_chat_never_reads_a_token_twice(tmp_path, family, template):
     talk = chat.Conversation(load(Settings(save_checkpoint(family, tmp_path, template), device="cpu")))
-    options = {"max_new_tokens": 7, "do_sample": False}
+    options = {"max_new_tokens": 7}
     for turn, line in enumerate(("Once upon a time", "there was a fox", "and it ran")):
         held, before = talk.held(), list(talk.ids)
         assert held == max(len(before) - 1, 0)
@@ -459,17 +482,17 @@ def test_chat_goes_on_after_ctrl_c(checkpoint, monkeypatch):
         if len(pieces) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(chat, "_show", press_ctrl_c)
+    monkeypatch.setattr(chat, "show", press_ctrl_c)
     talk.say("Once upon a time")
     with Stop() as stop:
-        written = talk.answer({"max_new_tokens": 500, "do_sample": False}, stop)
+        written = talk.answer({"max_new_tokens": 500}, stop)
     assert stop.requested
     assert 3 <= len(written.tokens) < 500
     assert talk.held() == len(talk.ids) - 1
     talk.say("and then")
     fed = list(talk.ids)
     with Stop() as stop:
-        stepwise(talk, fed, talk.answer({"max_new_tokens": 5, "do_sample": False}, stop).tokens)
+        stepwise(talk, fed, talk.answer({"max_new_tokens": 5}, stop).tokens)
 
 
 def test_chat_goes_on_after_an_interrupt_within_a_forward(checkpoint, monkeypatch):
@@ -480,13 +503,13 @@ def test_chat_goes_on_after_an_interrupt_within_a_forward(checkpoint, monkeypatc
 
     talk.say("Once")
     with Stop() as stop, monkeypatch.context() as patch:
-        patch.setattr(chat, "_show", interrupt)
-        assert talk.answer({"max_new_tokens": 5, "do_sample": False}, stop).tokens == []
+        patch.setattr(chat, "show", interrupt)
+        assert talk.answer({"max_new_tokens": 5}, stop) is None
     assert talk.held() == 0
     talk.say("upon")
     fed = list(talk.ids)
     with Stop() as stop:
-        stepwise(talk, fed, talk.answer({"max_new_tokens": 5, "do_sample": False}, stop).tokens)
+        stepwise(talk, fed, talk.answer({"max_new_tokens": 5}, stop).tokens)
 
 
 def test_chat_command_reports_reuse_and_obeys(statecache, checkpoint):

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import statecache.tiny
-from statecache.decode.pace import Pace
+from statecache.decode.draft_length import DraftLength
 
 TINY = Path(statecache.tiny.__file__).parent
 
@@ -53,4 +53,4 @@ def marked(tokenizer: Any) -> Any:
 @pytest.fixture
 def always_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many drafts as there is room for, whether they pay or not."""
-    monkeypatch.setattr(Pace, "length", lambda pace: pace.most)
+    monkeypatch.setattr(DraftLength, "length", lambda length: length.most)

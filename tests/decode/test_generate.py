@@ -11,7 +11,8 @@ from full_forwards import argmax_loop
 from transformers import AddedToken
 
 import statecache as sc
-from statecache.decode.options import MOST
+from statecache.decode.limits import MOST_DRAFTS
+from statecache.decode.request import row_seed
 from statecache.decode.text import Text, special_tokens
 from statecache.models.prepare import is_prepared
 
@@ -154,8 +155,8 @@ def test_rows_end_at_the_end_token_and_are_filled_up(monkeypatch, tiny, eos, pad
 def test_longest_round_fits_the_cache_made_for_it(tiny, always_drafts):
     reports = []
     sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=20, assistant=tiny, report=reports.append)
-    assert reports[0].drafted > MOST  # by itself, as many as there is room for
-    assert reports[0].forwards == 1 + -(-19 // (MOST + 1))
+    assert reports[0].drafted > MOST_DRAFTS  # by itself, as many as there is room for
+    assert reports[0].forwards == 1 + -(-19 // (MOST_DRAFTS + 1))
     assert reports[0].tokens_per_forward == 20 / reports[0].forwards
 
 
@@ -171,6 +172,44 @@ def test_same_seed_draws_the_same_and_leaves_the_common_generator_alone(tiny, ot
     once = sc.generate(tiny, rows, max_new_tokens=9, temperature=1.0)
     torch.manual_seed(4)
     assert torch.equal(sc.generate(tiny, rows, max_new_tokens=9, temperature=1.0), once)
+
+
+def test_one_seed_gives_each_row_its_own(tiny):
+    rows, options = ids_of([5, 6, 7]).expand(3, -1), {"max_new_tokens": 12, "temperature": 1.5}
+    got = sc.generate(tiny, rows, seed=9, **options)
+    assert len({tuple(row) for row in got.tolist()}) == 3
+    seeds = [row_seed(9, row) for row in range(3)]
+    assert torch.equal(sc.generate(tiny, rows, seed=seeds, **options), got)
+    for row in range(3):
+        assert torch.equal(sc.generate(tiny, rows[0], seed=seeds[row], **options), got[row])
+    assert torch.equal(sc.generate(tiny, rows[:2], seed=9, **options), got[:2])
+
+
+def test_every_row_may_draw_in_its_own_way(tiny):
+    rows = ids_of([5, 6, 7], [8, 9, 10], [5, 6, 7], [11, 12, 13])
+    ways = {
+        "temperature": [0.0, 1.0, 1.5, 2.0],
+        "top_p": (1.0, 0.9, 0.5, 1.0),
+        "top_k": [0, 0, 30, 4],
+        "seed": [1, 2, 3, 4],
+    }
+    got = sc.generate(tiny, rows, max_new_tokens=12, **ways)
+    for row in range(4):
+        alone = {name: values[row] for name, values in ways.items()}
+        assert torch.equal(sc.generate(tiny, rows[row], max_new_tokens=12, **alone), got[row])
+
+
+def test_lookup_changes_no_token_that_is_drawn(story, tokenizer, always_drafts):
+    options = {"max_new_tokens": 40, "temperature": 0.8, "top_p": 0.95, "seed": 3}
+    plain, reports = sc.generate(story, [ONCE, TWICE], tokenizer, **options), []
+    assert sc.generate(story, [ONCE, TWICE], tokenizer, lookup=2, report=reports.append, **options) == plain
+    assert 0 < reports[0].accepted < reports[0].drafted
+
+
+def test_greedy_rows_leave_the_common_generator_alone(tiny):
+    state = torch.random.get_rng_state()
+    sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 # ---- stops

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import families
 import pytest
 import torch
 from full_forwards import argmax_loop
 
 import statecache as sc
+from statecache.models.prepare import is_prepared
 
 ONCE = "Once upon a time"
 TWICE = "The cat sat. The dog ran. The cat sat. The dog ran. The cat"
@@ -102,6 +105,55 @@ def test_stream_of_text_closed_half_way_leaves_the_cache_with_all_that_was_shown
     assert text == tokenizer.decode(free[: int(cache.lengths[0])])
 
 
+@pytest.mark.parametrize("lookup", [0, 2])
+@pytest.mark.parametrize("kind", ["text", "ids", "row of ids"])
+def test_dropped_stream_runs_nothing_and_leaves_all_but_the_last_token(story, tokenizer, monkeypatch, kind, lookup):
+    ids = torch.tensor([tokenizer(TWICE)["input_ids"]])
+    prompt = {"text": TWICE, "ids": ids, "row of ids": ids[0]}[kind]
+    cache, reports = sc.StateCache(story.config, slack=9), []
+    options = {"max_new_tokens": 30, "cache": cache, "lookup": lookup, "report": reports.append}
+    stream = sc.generate(story, prompt, tokenizer, stream=True, **options)
+    got = [next(stream) for _ in range(4)]
+    assert is_prepared(story)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(story), "forward", None)  # whoever calls it fails
+        del stream
+        gc.collect()
+    assert not is_prepared(story)
+    assert not reports
+    free = argmax_loop(story, ids, 30)[0].tolist()
+    held = int(cache.lengths[0])
+    if kind == "text":
+        assert TWICE + "".join(got) == tokenizer.decode(free[: held + 1])
+    else:
+        assert ids.shape[1] + sum(len(new if kind == "row of ids" else new[0]) for new in got) == held + 1
+    rest = sc.generate(story, torch.tensor(free[held : held + 1]), max_new_tokens=5, cache=cache)
+    assert rest.tolist() == free[held : held + 6]
+
+
+def test_stream_is_a_context_that_closes_it(story, tokenizer):
+    cache = sc.StateCache(story.config)
+    with sc.generate(story, ONCE, tokenizer, max_new_tokens=30, cache=cache, stream=True) as stream:
+        text = ONCE + next(stream) + next(stream)
+    assert text == tokenizer.decode(
+        argmax_loop(story, torch.tensor([tokenizer(ONCE)["input_ids"]]), 30)[0].tolist()[:6]
+    )
+    assert cache.lengths.tolist() == [6]
+    assert not is_prepared(story)
+    assert list(stream) == []
+    stream.close()
+    assert cache.lengths.tolist() == [6]
+
+
+def test_stream_that_was_never_begun_does_nothing(story, tokenizer):
+    cache, reports = sc.StateCache(story.config), []
+    options = {"max_new_tokens": 9, "cache": cache, "stream": True, "report": reports.append}
+    stream = sc.generate(story, ONCE, tokenizer, **options)
+    assert not is_prepared(story)
+    stream.close()
+    assert (list(stream), cache.lengths.tolist(), reports) == ([], [], [])
+
+
 def test_failed_stream_takes_nothing_more_in(story, tokenizer, monkeypatch):
     cache = sc.StateCache(story.config)
     stream = sc.generate(story, ONCE, tokenizer, max_new_tokens=9, cache=cache, stream=True)
@@ -111,7 +163,7 @@ def test_failed_stream_takes_nothing_more_in(story, tokenizer, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("statecache.decode.rounds.Rounds._round", fail)
+    monkeypatch.setattr("statecache.decode.batch.Batch.round", fail)
     with pytest.raises(ZeroDivisionError):
         next(stream)
     assert cache.lengths.tolist() == held

@@ -11,11 +11,11 @@ import typer
 
 from statecache.cli.failure import CommandError
 from statecache.cli.report import spinner
+from statecache.decode.limits import LONGEST_RUN
 from statecache.errors import StateCacheError
 
 INTERRUPTED = 130
-LONGEST_LOOKUP = 64  # as in statecache.decode.drafters, which takes PyTorch to import
-COOLEST = 1e-6  # the lowest temperature: far below it logits over temperature are no numbers any more
+COOLEST = 1e-6  # the lowest temperature that can be typed: below it is likely a slip, and draws what 0 takes
 
 app = typer.Typer(
     add_completion=False,
@@ -42,13 +42,13 @@ def _temperature(value: float | None) -> float | None:
 
 def _top_p(value: float | None) -> float | None:
     if value is not None and not 0 < value <= 1:
-        raise typer.BadParameter(f"{value}: give a probability above 0, up to 1 for all words")
+        raise typer.BadParameter(f"{value}: give a probability above 0, up to 1 for all tokens")
     return value
 
 
 def _lookup(n: int | None) -> int | None:
-    if n is not None and not 1 <= n <= LONGEST_LOOKUP:
-        raise typer.BadParameter(f"{n}: give 1 to {LONGEST_LOOKUP}, or leave it out to draft nothing")
+    if n is not None and not 1 <= n <= LONGEST_RUN:
+        raise typer.BadParameter(f"{n}: give 1 to {LONGEST_RUN}, or leave it out to draft nothing")
     return n
 
 
@@ -83,7 +83,7 @@ LookupOption = Annotated[
         "--lookup",
         metavar="N",
         callback=_lookup,
-        help=f"Draft what once followed the last N tokens, or fewer; 1 to {LONGEST_LOOKUP}. Left out: no drafts.",
+        help=f"Draft what once followed the last N tokens, or fewer; 1 to {LONGEST_RUN}. Left out: no drafts.",
     ),
 ]
 DraftOption = Annotated[
@@ -92,6 +92,13 @@ DraftOption = Annotated[
         metavar="tiny|FOLDER|NAME",
         callback=_named,
         help="Draft with this smaller model; tiny goes with the embedded one.",
+    ),
+]
+IgnoreOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-processors",
+        help="Write without the penalties and other processors that the checkpoint's generation_config asks for.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -125,6 +132,7 @@ def generate(
     seed: SeedOption = None,
     lookup: LookupOption = None,
     draft: DraftOption = None,
+    ignore_processors: IgnoreOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
@@ -132,7 +140,8 @@ def generate(
 ) -> None:
     """Go on with a text, and say what it cost. Without a prompt, a pipe is read.
 
-    With --lookup or --draft several tokens are checked in one forward pass. Greedy text stays the same.
+    With --lookup or --draft several tokens are checked in one forward pass. Greedy text stays the same, and with
+    --lookup drawn text, too.
     """
     text = _one_prompt(prompt, prompt_option, file)
     if lookup and draft:
@@ -140,7 +149,9 @@ def generate(
     with spinner("starting PyTorch", show=not quiet):
         from statecache.cli.generate import generate_command
         from statecache.cli.model import Settings
-    settings = Settings(model, device, dtype, max_new_tokens, temperature, top_p, seed, lookup or 0, draft)
+    settings = Settings(
+        model, device, dtype, max_new_tokens, temperature, top_p, seed, lookup or 0, draft, ignore_processors
+    )
     if generate_command(text, settings, json=json, quiet=quiet):
         raise typer.Exit(INTERRUPTED)
 
@@ -152,6 +163,7 @@ def chat(
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
+    ignore_processors: IgnoreOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -162,7 +174,9 @@ def chat(
     with spinner("starting PyTorch"):
         from statecache.cli.chat import chat_command
         from statecache.cli.model import Settings
-    chat_command(Settings(model, device, dtype, max_new_tokens, temperature, top_p, seed))
+    chat_command(
+        Settings(model, device, dtype, max_new_tokens, temperature, top_p, seed, ignore_processors=ignore_processors)
+    )
 
 
 @app.command(epilog="Example: statecache inspect --rows 8 --length 32768")

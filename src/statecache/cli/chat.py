@@ -1,19 +1,15 @@
 """`statecache chat`: turn after turn on one cache, which never reads a token twice."""
 
-import inspect
 import sys
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
-
 import statecache as sc
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, sampling, seeded
-from statecache.cli.report import byte_rows, console, two_columns
+from statecache.cli.model import Loaded, Settings, load, options
+from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
-from statecache.models.table import DROPS_STATE
 
 COMMANDS = "/stats shows what the cache holds, /reset starts anew, /exit or Ctrl-D leaves"
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
@@ -22,8 +18,7 @@ ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}
 def chat_command(settings: Settings) -> None:
     """Read what the user says, line by line, until there is no more."""
     loaded = load(settings)
-    seeded(settings)
-    options = {"max_new_tokens": settings.max_new_tokens, **sampling(loaded.model.generation_config, settings)}
+    how = options(loaded.model.generation_config, settings)
     talk = Conversation(loaded)
     note = partial(console().print, style="dim", markup=False, soft_wrap=True)
     note(f"{COMMANDS}; Ctrl-C stops an answer.")
@@ -43,18 +38,18 @@ def chat_command(settings: Settings) -> None:
             case text if text.startswith("/"):
                 note(f"No command {text}: {COMMANDS}.")
             case _:
-                note(_turn(talk, line.rstrip("\n"), options))
+                note(_turn(talk, line.rstrip("\n"), how))
 
 
-def _turn(talk: "Conversation", line: str, options: dict[str, Any]) -> str:
+def _turn(talk: "Conversation", line: str, how: dict[str, Any]) -> str:
     reused = talk.held()
     talk.say(line)
     read = len(talk.ids) - reused
     with Stop() as stop:
-        written = talk.answer(options, stop)
-    _show("\n")
-    note = f"{reused} tokens reused, {read} read, {len(written.tokens)} written"
-    note += f", {written.tokens_per_second:.1f} tokens/s"
+        written = talk.answer(how, stop)
+    show("\n")
+    count, speed = (len(written.tokens), written.tokens_per_second) if written else (0, 0.0)
+    note = f"{reused} tokens reused, {read} read, {count} written, {speed:.1f} tokens/s"
     return f"{note}; stopped" if stop.requested else note
 
 
@@ -101,32 +96,18 @@ class Conversation:
             new = new[1:]  # the model has closed its answer itself
         self.ids += new
 
-    def answer(self, options: dict[str, Any], stop: Stop) -> Written:
-        """Let the model answer, onto standard output. Interrupted within a forward, the cache starts again empty."""
+    def answer(self, how: dict[str, Any], stop: Stop) -> Written | None:
+        """Let the model answer, onto standard output; None if it is interrupted within: the cache is then anew.
+
+        `how`: options of `sc.generate`.
+        """
         try:
-            self._take_in_all_but_one(stop)
-            if stop.requested:
-                return Written([], "", 0.0)
-            written = write_on(self.loaded, self.ids, self.cache, options, stop, _show)
+            written = write_on(self.loaded, self.ids, self.cache, how, stop, show)
         except KeyboardInterrupt:
             self.cache = sc.StateCache(self.loaded.model.config)
-            return Written([], "", 0.0)
+            return None
         self.ids += written.tokens
         return written
-
-    def _take_in_all_but_one(self, stop: Stop) -> None:
-        """Feed one token at a time where the model would drop its state over several."""
-        model = self.loaded.model
-        if not self.held() or model.config.model_type not in DROPS_STATE:
-            return
-        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        for position in range(self.held(), len(self.ids) - 1):
-            if stop.requested:
-                return
-            at = {"position_ids": torch.tensor([[position]], device=model.device)} if takes_positions else {}
-            token = torch.tensor([[self.ids[position]]], device=model.device)
-            with torch.no_grad():
-                model(token, use_cache=True, **{self.loaded.cache_argument: self.cache}, **at)
 
 
 def _next_line() -> str | None:
@@ -140,12 +121,7 @@ def _next_line() -> str | None:
         try:
             return input("> ")
         except EOFError:
-            _show("\n")
+            show("\n")
             return None
         except KeyboardInterrupt:
-            _show("\n")
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            show("\n")

@@ -54,16 +54,16 @@ class Settings:
     seed: int | None = None
     lookup: int = 0
     draft: str | None = None
+    ignore_processors: bool = False
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer, the name of the argument that takes its cache, and a model that drafts for it."""
+    """A model with its tokenizer, and a model that drafts for it."""
 
     name: str
     model: Any
     tokenizer: Any
-    cache_argument: str
     assistant: Any = None
 
 
@@ -76,9 +76,8 @@ def load(settings: Settings, show: bool = True) -> Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
         model = model.to(device).eval()
-    argument = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
     assistant = None if settings.draft is None else _load_draft(settings.draft, model)
-    return Loaded(settings.model or "embedded", model, tokenizer, argument, assistant)
+    return Loaded(settings.model or "embedded", model, tokenizer, assistant)
 
 
 def _load_draft(draft: str, model: Any) -> Any:
@@ -137,43 +136,36 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def sampling(config: Any, settings: Settings) -> dict[str, Any]:
-    """What `generate` is told about drawing tokens."""
-    if settings.temperature is None:
-        draw = bool(config.do_sample) or settings.top_p is not None
-    else:
-        draw = settings.temperature > 0
-    if not draw:
-        return {"do_sample": False}
-    given = {"temperature": settings.temperature, "top_p": settings.top_p}
-    return {"do_sample": True, **{name: x for name, x in given.items() if x is not None}}
+def options(config: Any, settings: Settings) -> dict[str, Any]:
+    """What `sc.generate` is told: what was typed, else what the model's generation configuration asks for.
+
+    Raises CommandError where that asks for changes to logits that `sc.generate` does not make.
+    """
+    drawn = drawing(config, settings)
+    if not settings.ignore_processors:
+        _check_processors(config, draws=drawn["temperature"] > 0)
+    seed = torch.seed() % 2**31 if settings.seed is None else settings.seed
+    return {"max_new_tokens": settings.max_new_tokens, "lookup": settings.lookup, "seed": seed, **drawn}
 
 
-def drawing(config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The same for `statecache.generate`, which reads nothing of this in the model's configuration itself."""
-    if not options["do_sample"]:
-        return {"temperature": 0.0}
+def drawing(config: Any, settings: Settings) -> dict[str, Any]:
+    """How tokens are drawn: temperature, top_p and top_k."""
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    draws = config.do_sample or settings.top_p is not None if settings.temperature is None else settings.temperature > 0
+    if not draws:
+        return {**neutral, "temperature": 0.0}
     # what transformers takes for a value that is set nowhere; it keeps that to itself, so there may be nothing to ask
     unset: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    asked = {name: options.get(name, getattr(config, name)) for name in neutral}
+    typed = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": None}
+    asked = {name: getattr(config, name) if x is None else x for name, x in typed.items()}
     return {name: unset.get(name, neutral[name]) if x is None else x for name, x in asked.items()}
 
 
-def check_draftable(config: Any, options: dict[str, Any]) -> None:
-    """Raise CommandError where transformers would change logits in ways that `statecache.generate` does not know."""
-    names = PROCESSORS + (WARPERS if options["do_sample"] else ())
-    told = {name: getattr(config, name, None) for name in names}
+def _check_processors(config: Any, draws: bool) -> None:
+    told = {name: getattr(config, name, None) for name in PROCESSORS + (WARPERS if draws else ())}
     effective = [name for name, x in told.items() if x and not (name in NEUTRAL_AT_ONE and x == 1)]
     if effective:
         raise CommandError(
-            f"the checkpoint's generation_config sets {', '.join(effective)}, which drafts would not heed: leave "
-            "--lookup and --draft out"
+            f"the checkpoint's generation_config sets {', '.join(effective)}, which statecache does not apply: write "
+            "without with --ignore-processors"
         )
-
-
-def seeded(settings: Settings) -> int:
-    """Start the generators from the seed asked for, else from a fresh one; returns it."""
-    seed = torch.seed() % 2**31 if settings.seed is None else settings.seed
-    torch.manual_seed(seed)
-    return seed

@@ -1,5 +1,6 @@
-"""What a person sees beside the text: a spinner, tables, units. All of it on standard error."""
+"""What a person sees: the text on standard output; beside it, on standard error, a spinner, tables, units."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -55,3 +56,9 @@ def two_columns(rows: list[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def show(text: str) -> None:
+    """Put text onto standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

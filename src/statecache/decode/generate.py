@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from statecache.decode.batch import Batch, Row
 from statecache.decode.drafters import Assistant, Drafter, Lookup
 from statecache.decode.options import (
     check_counts,
@@ -21,12 +22,11 @@ from statecache.decode.options import (
 )
 from statecache.decode.prompt import rows_of, stops_of, texts_of
 from statecache.decode.report import Report
-from statecache.decode.rounds import Rounds
-from statecache.decode.sampling import Sampler, generator_of
-from statecache.decode.text import Ending, Text, special_tokens
+from statecache.decode.request import Request, check_seed, row_seed
+from statecache.decode.stream import Run, Stream
+from statecache.decode.text import Text, special_tokens
 from statecache.errors import OptionError
 from statecache.models.cache import StateCache
-from statecache.models.prepare import borrowed
 
 
 def generate(
@@ -35,10 +35,10 @@ def generate(
     tokenizer: Any = None,
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
+    temperature: float | Sequence[float] = 0.0,
+    top_p: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | None = None,
     stop: str | int | Sequence[str | int] | None = None,
     stream: bool = False,
     cache: Any = None,
@@ -51,22 +51,28 @@ def generate(
     A row ends after `max_new_tokens`, with an end token of `model.generation_config`, or with one of `stop`: ids, or
     strings, at which its text is cut; a special token may go by its name. Ids of rows that end early are filled up with
     the pad token (else the end token, else 0). Nothing else of that configuration is heeded: no penalties, no other
-    processors. Rows of ids hold no padding; texts may differ in length. Temperature 0 takes the likeliest token. Draws
-    with the same `seed` repeat themselves; without one they come from torch's own generator.
+    processors. Rows of ids hold no padding; texts may differ in length.
+
+    Temperature 0 takes the likeliest token. What is drawn depends on the row's seed, on the position of the token and
+    on the model, never on the rows beside it. One `seed` gives each row one of its own, `row_seed(seed, row)`; without
+    one, they come from torch's own generator. `temperature`, `top_p`, `top_k` and `seed` may be lists, one for each
+    row.
 
     `stream=True` returns an iterator: for one text, of pieces of new text; for ids, of lists of ids, what each round
-    adds to each row, empty where the row has ended.
+    adds to each row, empty where the row has ended. It has a `close()`, and is a context.
 
     `lookup=n`, at most 64, drafts what once followed a row's last n tokens, or fewer, in this call's prompt and text,
-    not in what a `cache` holds already; `assistant` drafts with a smaller model of the same words. Drafts change the
-    time, not the result: greedy tokens are the same, drawn ones have the same distribution. Not to the bit: a round's
-    logits are rounded otherwise than a step's, so in bfloat16 and float16 greedy texts may part where two words are
-    that close (in float32 the tests find 500 tokens the same). How many are drafted follows what was accepted of late.
+    not in what a `cache` holds already; `assistant` drafts with a smaller model of the same tokens. Drafts change the
+    time, not the result: tokens are the same, but that with an assistant drawn ones are others of the same
+    distribution. Not to the bit: a round's logits are rounded otherwise than a step's, so in bfloat16 and float16
+    texts may part where two tokens are that close (in float32 the tests find 500 tokens the same). How many are drafted
+    follows what was accepted of late.
     `report` is called once, when all is over.
 
     `cache` is a StateCache to go on from: the prompt is what comes after the tokens that it holds. Afterwards it holds
     each row's tokens but the last, with which the next prompt begins; of texts every token that they show, so that the
-    next prompt is new text alone, after a stream that was closed early too. Texts show neither special tokens nor the
+    next prompt is new text alone, after a stream that was closed early too; after one that was dropped, unclosed, it
+    holds all but the last token. Texts show neither special tokens nor the
     configuration's end tokens: such a last token stays out. Drafts need a slack of at least 2 there, and use all of
     it. Only prepared models can go on with that cache.
 
@@ -78,57 +84,101 @@ def generate(
     check_counts(max_new_tokens, lookup, assistant)
     given = prompt if isinstance(prompt, Tensor) else texts_of(prompt)
     special = special_tokens(tokenizer)
-    words, ends = stops_of(stop, model, tokenizer, special)
-    rows = rows_of(given, model, tokenizer, first=cache is None or not any(cache.lengths.tolist()))
+    stops, ends = stops_of(stop, model, tokenizer, special)
+    held = [] if cache is None else cache.lengths.tolist()
+    rows = rows_of(given, model, tokenizer, first=not any(held))
     if stream and not isinstance(given, Tensor) and len(rows) > 1:
         raise OptionError(f"stream=True with {len(rows)} texts: their pieces would mix; give one text, or ids")
     if cache is not None:
-        check_room(cache, rows, max_new_tokens - isinstance(given, Tensor))
+        check_room(cache, held, rows, max_new_tokens - isinstance(given, Tensor))
     most = most_drafts(cache, lookup, assistant)
-    device = next(model.parameters()).device
-    sampler = Sampler(temperature, top_p, top_k, generator_of(seed, device))
+    config = getattr(model, "generation_config", None)
+    requests = _requests(
+        rows,
+        held if any(held) else [0] * len(rows),
+        max_new_tokens,
+        frozenset(ends | end_ids(config)),
+        {"temperature": temperature, "top_p": top_p, "top_k": top_k},
+        seed,
+    )
+    hidden = frozenset(end_ids(config) | set(special.values()))
+    texts: list[Text | None] = [None] * len(rows)
+    if stops or not isinstance(given, Tensor):
+        texts = [Text(tokenizer, row, stops, hidden) for row in rows]
     drafter: Drafter | None = None
     if lookup:
-        drafter = Lookup(lookup, most, device)
+        drafter = Lookup(lookup, most)
     elif assistant is not None:
-        drafter = Assistant(assistant, sampler, most, relative_cost(assistant, model), device)
-
-    config = getattr(model, "generation_config", None)
-    hidden = end_ids(config) | set(special.values())
-    texts = [Text(tokenizer, row, words) for row in rows] if words or not isinstance(given, Tensor) else []
-    own = cache
-    if own is None:
+        drafter = Assistant(assistant, most, relative_cost(assistant, model), next(model.parameters()).device)
+    if cache is None:
         own = StateCache(model.config, slack=1 + most if most else 0, back=False)
-    ending = Ending(frozenset(ends | end_ids(config)), texts, frozenset(hidden))
-    rounds = Rounds(model, own, rows, max_new_tokens, sampler, ending, drafter, keep_rows=cache is not None)
+        batch = Batch(model, own, drafter)
+        written = batch.join(requests, texts)
+    else:
+        batch = Batch(model, cache, drafter, keep_rows=True)
+        written = batch.join(requests, texts, goes_on=True)
 
-    def finish() -> None:
-        if cache is not None and not isinstance(given, Tensor):
-            rounds.take_in([[t for t in row[-1:] if t not in hidden] for row in rounds.rows])
+    def shown() -> list[Row]:
+        """The rows whose last tokens the next turn of texts takes for granted."""
+        return [row for row in written if row.tokens[-1] not in hidden] if keeps_all else []
 
-    def run() -> Generator[list[list[int]]]:
-        with borrowed(model), nullcontext() if assistant is None else borrowed(assistant):
-            try:
-                yield from rounds
-            except GeneratorExit:
-                finish()
-                raise
-            else:
-                finish()
-            finally:
-                if report is not None:
-                    report(rounds.report())
-
+    keeps_all = cache is not None and not isinstance(given, Tensor)
+    models = [model] if assistant is None else [model, assistant]
+    run = Run(batch, written, models, shown, report)
     if stream:
         if isinstance(given, Tensor):
-            return run() if given.dim() == 2 else _only(run())
-        return _pieces(run(), texts[0])
-    for _ in run():
-        pass
+            return Stream(run, run if given.dim() == 2 else _only(run))
+        return Stream(run, _pieces(run, written[0]))
+    try:
+        for _ in run:
+            pass
+    finally:
+        run.forget()
     if isinstance(given, Tensor):
-        return _as_ids(rounds.rows, given, pad_id(config))
-    whole = [before + _end(text) for before, text in zip(given, texts, strict=True)]
+        return _as_ids([row.tokens for row in written], given, pad_id(config))
+    whole = [before + _end(row) for before, row in zip(given, written, strict=True)]
     return whole[0] if isinstance(prompt, str) else whole
+
+
+# ---- what goes in
+
+
+def _requests(
+    prompts: list[list[int]],
+    before: list[int],
+    limit: int,
+    ends: frozenset[int],
+    drawing: dict[str, Any],
+    seed: Any,
+) -> list[Request]:
+    """A request for each row. `drawing`: by option, a value for each row or one for all."""
+    n = len(prompts)
+    options = {name: _each(name, value, n) for name, value in drawing.items()}
+    requests = [
+        Request(prompt, limit, ends, **{name: values[row] for name, values in options.items()}, before=before[row])
+        for row, prompt in enumerate(prompts)
+    ]
+    return [replace(request, seed=s) for request, s in zip(requests, _seeds(seed, requests), strict=True)]
+
+
+def _each(name: str, value: Any, n: int) -> list[Any]:
+    """A value for each row, of one for all or of a list of them."""
+    if not isinstance(value, list | tuple):
+        return [value] * n
+    if len(value) != n:
+        raise OptionError(f"{name}={value!r}: {len(value)} values came for {n} rows; give one for each, or one for all")
+    return list(value)
+
+
+def _seeds(seed: Any, requests: list[Request]) -> list[int]:
+    """A seed for each row; of torch's own generator only if a row draws."""
+    if isinstance(seed, list | tuple):
+        return _each("seed", seed, len(requests))
+    if seed is None:
+        draws = any(request.temperature for request in requests)
+        return torch.randint(2**63 - 1, (len(requests),)).tolist() if draws else [0] * len(requests)
+    check_seed(seed)
+    return [row_seed(seed, row) for row in range(len(requests))]
 
 
 # ---- what goes out
@@ -140,24 +190,24 @@ def _as_ids(rows: list[list[int]], prompt: Tensor, pad: int) -> Tensor:
     return ids if prompt.dim() == 2 else ids[0]
 
 
-def _only(rounds: Generator[list[list[int]]]) -> Iterator[list[int]]:
+def _only(run: Run) -> Iterator[list[int]]:
     """What the rounds add to the one row there is."""
-    with closing(rounds):
-        for new in rounds:
-            yield new[0]
+    for new in run:
+        yield new[0]
 
 
-def _pieces(rounds: Generator[list[list[int]]], text: Text) -> Iterator[str]:
+def _pieces(run: Run, row: Row) -> Iterator[str]:
     """The text in pieces, as the rounds bring it."""
-    with closing(rounds):
-        for _ in rounds:
-            if piece := text.take():
-                yield piece
-    text.end()
-    if piece := text.take():
+    assert row.text is not None
+    for _ in run:
+        if piece := row.text.take():
+            yield piece
+    row.text.end()
+    if piece := row.text.take():
         yield piece
 
 
-def _end(text: Text) -> str:
-    text.end()
-    return text.text
+def _end(row: Row) -> str:
+    assert row.text is not None
+    row.text.end()
+    return row.text.text

@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from statecache.decode.drafters import LONGEST
+from statecache.decode.limits import LONGEST_RUN, MOST_DRAFTS
 from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, SlackError
 from statecache.models.cache import StateCache
-
-MOST = 8  # drafted tokens in one round
 
 
 def check_kinds(model: Any, tokenizer: Any, cache: Any, assistant: Any, report: Any) -> None:
@@ -42,18 +40,18 @@ def check_counts(max_new_tokens: int, lookup: int, assistant: Any) -> None:
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("lookup", lookup, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}: give an integer of at least {least}")
-    if lookup > LONGEST:
+    if lookup > LONGEST_RUN:
         raise OptionError(
             f"lookup={lookup}: every run of up to that many tokens is kept, in memory that grows with its square: give "
-            f"at most {LONGEST}"
+            f"at most {LONGEST_RUN}"
         )
     if lookup and assistant is not None:
         raise OptionError(f"lookup={lookup} and assistant= are two ways to draft: give one of them")
 
 
-def check_room(cache: Any, rows: list[list[int]], more: int) -> None:
-    """Whether a cache has a row for each of `rows`, and room for them and `more` tokens each."""
-    held = cache.lengths.tolist() or [0] * len(rows)
+def check_room(cache: Any, held: list[int], rows: list[list[int]], more: int) -> None:
+    """Whether a cache whose rows hold so many tokens has a row for each of `rows`, and room for `more` tokens each."""
+    held = held or [0] * len(rows)
     if any(held) and len(held) != len(rows):
         raise RowsError(
             f"{len(rows)} prompts came for a cache of {len(held)} rows: select or repeat them with gather()"
@@ -73,25 +71,25 @@ def most_drafts(cache: StateCache | None, lookup: int, assistant: Any) -> int:
     if not lookup and assistant is None:
         return 0
     if cache is None:
-        return MOST
+        return MOST_DRAFTS
     if cache.slack < 2:
         raise SlackError(
             f"a round feeds a token and its drafts, and takes back what is refused: the cache was made with "
-            f"slack={cache.slack}; make it with slack={1 + MOST}, or at least 2"
+            f"slack={cache.slack}; make it with slack={1 + MOST_DRAFTS}, or at least 2"
         )
     return cache.slack - 1
 
 
-def vocabulary(model: Any) -> int:
-    """How many words a model has."""
+def token_ids(model: Any) -> int:
+    """How many tokens a model can read and write: its ids are below that."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 def relative_cost(assistant: Any, model: Any) -> float:
     """What a forward pass of the assistant costs, as a part of one of the model."""
-    if vocabulary(assistant) != vocabulary(model):
+    if token_ids(assistant) != token_ids(model):
         raise ConfigError(
-            f"the assistant has {vocabulary(assistant)} words, the model {vocabulary(model)}: give one with the same "
+            f"the assistant has {token_ids(assistant)} tokens, the model {token_ids(model)}: give one with the same "
             "tokenizer"
         )
     pair: tuple[Any, Any] = assistant, model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statecache.decode.options import vocabulary
+from statecache.decode.options import token_ids
 from statecache.errors import OptionError
 
 
@@ -32,7 +32,7 @@ def texts_of(prompt: Any) -> list[str]:
 def rows_of(prompt: Tensor | list[str], model: Any, tokenizer: Any, first: bool) -> list[list[int]]:
     """The tokens of each row; of texts with the special ones that begin a text, if they are the `first` of a cache."""
     rows = _ids(prompt) if isinstance(prompt, Tensor) else _tokenize(prompt, tokenizer, first)
-    least, greatest, size = min(map(min, rows)), max(map(max, rows)), vocabulary(model)
+    least, greatest, size = min(map(min, rows)), max(map(max, rows)), token_ids(model)
     if least < 0 or greatest >= size:
         raise OptionError(
             f"prompt: ids {least}..{greatest}, and the model has ids 0..{size - 1}: is the tokenizer another model's?"
@@ -67,10 +67,10 @@ def stops_of(stop: Any, model: Any, tokenizer: Any, special: Mapping[str, int]) 
     for x in given:
         if isinstance(x, bool) or not isinstance(x, str | int) or x == "":
             raise OptionError(f"stop={stop!r}: give token ids, or strings that are not empty")
-    words = [x for x in given if isinstance(x, str) and x not in special]
+    stops = [x for x in given if isinstance(x, str) and x not in special]
     ids = {special[x] if isinstance(x, str) else x for x in given if not isinstance(x, str) or x in special}
-    if words and tokenizer is None:
+    if stops and tokenizer is None:
         raise OptionError(f"stop={stop!r}: to find a string among ids takes their tokenizer: give tokenizer=")
-    if ids and not 0 <= min(ids) <= max(ids) < vocabulary(model):
-        raise OptionError(f"stop={stop!r}: the model has ids 0..{vocabulary(model) - 1}: give one that it can write")
-    return words, ids
+    if ids and not 0 <= min(ids) <= max(ids) < token_ids(model):
+        raise OptionError(f"stop={stop!r}: the model has ids 0..{token_ids(model) - 1}: give one that it can write")
+    return stops, ids

@@ -1,129 +1,181 @@
-"""Drawing tokens: from logits to probabilities, and the rule that decides which drafted tokens stay.
+"""Drawing tokens, each row in its own way, and the rule that decides which drafted tokens stay.
 
-B rows, K drafted tokens, V words.
+B rows, K drafted tokens, T positions, V tokens of the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from statecache.errors import OptionError
+from statecache.decode.noise import Purpose, exponential, uniform
+from statecache.decode.request import Request
 
-# a temperature below it is 0, or has no inverse, in float32: of the likeliest word 0 / 0 would be left
+# a temperature below it is 0, or has no inverse, in float32: of the likeliest token 0 / 0 would be left
 TINIEST = torch.finfo(torch.float32).tiny
+
+
+Verdict = tuple[Tensor, Tensor]  # drafts that each row keeps (B,) long, and the token that follows them (B,) long
 
 
 @dataclass(frozen=True, eq=False)
 class Drafts:
-    """Tokens proposed to follow each row: (B, K) long, of which row b has the first `counts[b]`.
+    """Tokens proposed to follow each row, `counts[b]` of them to row b.
 
-    `probabilities`: (B, K, V) that they were drawn from; None where each was certain.
+    `tokens`: lists of so many, or (B, K) long on the model's device. `probabilities`: (B, K, V) that they were drawn
+    from; None where each was certain.
     """
 
-    tokens: Tensor
+    tokens: Sequence[list[int]] | Tensor
     counts: list[int]
     probabilities: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
 class Sampler:
-    """How tokens are drawn. Temperature 0 takes the likeliest; `top_k` 0 keeps all V words.
+    """How each of B rows draws. What one row asks for does not touch the bits of another.
 
-    Raises OptionError for values that make no sense.
+    Options become tensors on `device` once they are needed: those of greedy rows never do.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    generator: torch.Generator | None = None
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise OptionError(f"temperature={self.temperature!r}: give 0 for the likeliest token, or more to draw")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise OptionError(f"top_p={self.top_p!r}: give a probability above 0, up to 1 for all words")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise OptionError(f"top_k={self.top_k!r}: give the number of words to draw from, or 0 for all of them")
+    def __init__(self, requests: Sequence[Request], device: torch.device | str = "cpu") -> None:
+        self.requests, self.device = requests, device
+        self.draws = any(r.temperature for r in requests)
+        self._greedy_rows = not all(r.temperature for r in requests)
+        self._most = max((r.top_k for r in requests), default=0)
+        self._cuts = any(r.top_p < 1 for r in requests)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution (..., V) float32 that tokens are drawn from, of logits (..., V)."""
-        if not self.temperature:
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        """The distributions (B, T, V) float32 that tokens are drawn from, of logits (B, T, V)."""
+        best = logits.argmax(-1, keepdim=True)
+        certain = None
+        if self._greedy_rows:
+            certain = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
+            if not self.draws:
+                return certain
         logits = logits.float()
-        temperature = max(self.temperature, TINIEST)
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so nothing overflows but to -inf
-        if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, -1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, float("-inf"))
+        logits = (logits - logits.gather(-1, best)) / self._temperature  # at most 0: nothing overflows but to -inf
+        most = min(self._most, logits.shape[-1])
+        if most:
+            last = (self._top_k - 1).clamp(0, most - 1).expand(*logits.shape[:2], 1)
+            least = logits.topk(most, -1).values.gather(-1, last)
+            logits = logits.masked_fill((logits < least) & (self._top_k > 0), float("-inf"))
         p = logits.softmax(-1)
-        if self.top_p < 1:
-            falling, order = p.sort(stable=True, dim=-1, descending=True)
-            beyond = falling.cumsum(-1) - falling >= self.top_p  # the likelier words make it up already
-            p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-            p = p / p.sum(-1, keepdim=True)
-        return p
+        if self._cuts:
+            p = self._nucleus(p)
+        return p if certain is None else torch.where(self._greedy, certain, p)
 
-    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A token for each row (B,), of logits (B, V), and the distribution (B, V) it is from; None where certain."""
-        if not self.temperature:
-            return logits.argmax(-1), None
-        p = self.probabilities(logits)
-        return race(p, self.generator), p
+    def draw(self, logits: Tensor, lengths: Tensor, purpose: Purpose = Purpose.DRAW) -> tuple[Tensor, Tensor | None]:
+        """A token for each row (B,), and the distribution (B, V) that it is from; None where all are certain.
 
-    def verify(self, logits: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
-        """How many of its drafted tokens each row keeps (B,), and the token that follows them (B,).
-
-        logits: (B, 1 + K, V), column j after the row and its first j drafts. What is kept has the distribution that
-        `draw` would have given, whatever was drafted (Leviathan et al. 2023, appendix A.1).
+        logits: (B, V), `lengths`: (B,) long, tokens of each row before this one.
         """
-        counts = torch.tensor(drafts.counts, device=logits.device)
-        if not self.temperature:
-            best = logits.argmax(-1)
-            accepted = _leading(best[:, :-1] == drafts.tokens, counts)
-            return accepted, best.gather(1, accepted[:, None])[:, 0]
-        return accept(self.probabilities(logits), drafts, counts, self.generator)
+        if not self.draws:
+            return logits.argmax(-1), None
+        p = self.probabilities(logits[:, None])
+        return self._race(p, lengths[:, None], purpose)[:, 0], p[:, 0]
+
+    def verify(self, logits: Tensor, drafts: Drafts, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Verdict:
+        """How many of its drafted `tokens` (B, K) each row keeps, and the token that follows them.
+
+        logits: (B, 1 + K, V), column j after the row's `lengths` (B,) tokens and its first j drafts, of which there are
+        `counts` (B,). What is kept has the distribution that `draw` would have given, whatever was drafted. If drafts
+        are certain, it is the very tokens that `draw` would have given.
+        """
+        places = lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)
+        if drafts.probabilities is not None:
+            positions = self._positions(places)
+            return accept(self.probabilities(logits), drafts.probabilities, tokens, counts, self._seeds, positions)
+        if not self.draws:
+            return agree(logits.argmax(-1), tokens, counts)
+        return agree(self._race(self.probabilities(logits), places, Purpose.DRAW), tokens, counts)
+
+    def _race(self, p: Tensor, lengths: Tensor, purpose: Purpose) -> Tensor:
+        """Draw from p (B, T, V) after so many tokens (B, T): (B, T)."""
+        return race(p, exponential(self._seeds, self._positions(lengths), purpose, p.shape[-1]))
+
+    def _positions(self, lengths: Tensor) -> Tensor:
+        return lengths + self._before[:, None]
+
+    def _nucleus(self, p: Tensor) -> Tensor:
+        """Of p (B, T, V) the likeliest tokens that make up each row's top_p, scaled to 1."""
+        falling, order = p.sort(stable=True, dim=-1, descending=True)
+        total = falling.cumsum(-1)
+        beyond = total - falling >= self._top_p  # the likelier tokens make it up already
+        # the sum of what stays, from the same running sum: `sum` adds in an order that depends on the batch
+        kept = total.masked_fill(beyond, 0.0).amax(-1, keepdim=True)
+        cut = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        return torch.where(self._top_p > 1, p, cut / kept)
+
+    # ---- options, (B,) or (B, 1, 1)
+
+    def _column(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)[:, None, None]
+
+    @cached_property
+    def _temperature(self) -> Tensor:
+        # of a row that is greedy any will do
+        return self._column([max(r.temperature, TINIEST) if r.temperature else 1.0 for r in self.requests], torch.float)
+
+    @cached_property
+    def _greedy(self) -> Tensor:
+        return self._column([not r.temperature for r in self.requests], torch.bool)
+
+    @cached_property
+    def _top_p(self) -> Tensor:
+        # sums of probabilities may come to a little more than 1: without a limit, 2
+        return self._column([r.top_p if r.top_p < 1 else 2.0 for r in self.requests], torch.float)
+
+    @cached_property
+    def _top_k(self) -> Tensor:
+        return self._column([r.top_k for r in self.requests], torch.long)
+
+    @cached_property
+    def _seeds(self) -> Tensor:
+        words = [r.seed - 2**64 if r.seed >= 2**63 else r.seed for r in self.requests]
+        return torch.tensor(words, device=self.device)
+
+    @cached_property
+    def _before(self) -> Tensor:
+        return torch.tensor([r.before for r in self.requests], device=self.device)
 
 
-def generator_of(seed: int | None, device: torch.device) -> torch.Generator | None:
-    """A generator that starts from `seed`; None without one."""
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise OptionError(f"seed={seed!r}: give an integer from -2**63 to 2**64 - 1, or None")
-    return torch.Generator(device).manual_seed(seed)
+def agree(drawn: Tensor, tokens: Tensor, counts: Tensor) -> Verdict:
+    """Keep of the certain drafts `tokens` (B, K) what agrees with the tokens `drawn` (B, 1 + K) in their places.
+
+    So x is kept with probability p(x), and what follows a refusal has the distribution p without x: the rule of
+    `accept`, for a q of 1, with the same tokens as without drafts.
+    """
+    accepted = _leading(drawn[:, :-1] == tokens, counts)
+    return accepted, drawn.gather(1, accepted[:, None])[:, 0]
 
 
-def _is_number(x: object) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool)
-
-
-def accept(p: Tensor, drafts: Drafts, counts: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def accept(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, seeds: Tensor, positions: Tensor) -> Verdict:
     """Keep x with probability min(1, p(x) / q(x)); at the first that is not kept draw from the normalised (p - q)+.
 
-    p: (B, 1 + K, V) of the model, q: of the drafts. Returns how many are kept (B,) and the token that follows (B,).
+    p: (B, 1 + K, V) of the model, q: (B, K, V) of the drafts `tokens` (B, K). `seeds`: (B,), `positions`: (B, 1 + K)
+    (Leviathan et al. 2023, appendix A.1).
     """
-    tokens, q = drafts.tokens, drafts.probabilities
-    most = tokens.shape[1]
-    chance = p[:, :-1].gather(-1, tokens[..., None])[..., 0]
-    offered = torch.ones_like(chance) if q is None else q.gather(-1, tokens[..., None])[..., 0]
-    luck = torch.rand(tokens.shape, generator=generator, device=p.device)
+    at = tokens[..., None]
+    chance, offered = p[:, :-1].gather(-1, at)[..., 0], q.gather(-1, at)[..., 0]
+    luck = uniform(seeds, positions[:, :-1], Purpose.ACCEPT, 1)[..., 0]
     accepted = _leading(luck * offered < chance, counts)
     rows = torch.arange(len(p), device=p.device)
     after = p[rows, accepted]
-    at = accepted.clamp(max=most - 1)
-    rest = after.scatter(-1, tokens[rows, at][:, None], 0.0) if q is None else (after - q[rows, at]).clamp(min=0)
+    rest = (after - q[rows, accepted.clamp(max=q.shape[1] - 1)]).clamp(min=0)
     # nothing was refused where all drafts are kept; nothing is left where p and q differ by rounding alone
-    whole = (accepted >= counts) | (rest.sum(-1) <= 0)
-    return accepted, race(torch.where(whole[:, None], after, rest), generator)
+    whole = (accepted >= counts) | (rest.amax(-1) <= 0)
+    weights = torch.where(whole[:, None], after, rest)
+    place = positions.gather(1, accepted[:, None])
+    return accepted, race(weights, exponential(seeds, place, Purpose.DRAW, p.shape[-1])[:, 0])
 
 
-def race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw an index of the last axis in proportion to `weights` (..., V) >= 0, without waiting for the device."""
-    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+def race(weights: Tensor, times: Tensor) -> Tensor:
+    """Draw an index of the last axis in proportion to `weights` (..., V) >= 0, by `times` (..., V), exponential."""
+    return (weights / times).argmax(-1)
 
 
 def _leading(kept: Tensor, counts: Tensor) -> Tensor:

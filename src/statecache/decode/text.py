@@ -1,8 +1,8 @@
-"""From tokens to text as they come, and where a row ends."""
+"""From tokens to text, as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,17 +10,24 @@ CONTEXT = 8  # tokens that a tokenizer may look back to when it turns the next o
 
 
 class Text:
-    """The text of a row's new tokens, in whole characters. `before`: the tokens they follow."""
+    """The text of a row's new tokens, in whole characters.
 
-    def __init__(self, tokenizer: Any, before: Sequence[int], stop: Sequence[str] = ()) -> None:
+    `before`: the tokens they follow; `stops`: strings with which it ends; `hidden`: tokens that it does not show.
+    """
+
+    def __init__(
+        self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = (), hidden: Container[int] = ()
+    ) -> None:
         self.text = ""
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stops, self._hidden = tokenizer, stops, hidden
         self._tail = list(before[-CONTEXT:])
         self._shown = len(self._decode())  # characters of the tail that `text` or the prompt has
         self._taken = 0
 
     def push(self, token: int) -> bool:
         """Append a token; whether it completes a stop string, with which the text then ends."""
+        if token in self._hidden:
+            return False
         self._tail.append(token)
         text = self._decode()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character
@@ -43,7 +50,7 @@ class Text:
         before = len(self.text)
         self.text += text[self._shown :]
         self._shown = len(text)
-        found = [(self.text.find(stop, max(before - len(stop) + 1, 0)), len(stop)) for stop in self._stop]
+        found = [(self.text.find(stop, max(before - len(stop) + 1, 0)), len(stop)) for stop in self._stops]
         ends = [at + length for at, length in found if at >= 0]
         if ends:
             self.text = self.text[: min(ends)]
@@ -60,21 +67,3 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     with suppress(AttributeError, NotImplementedError):  # where a tokenizer does not tell, it has named them all
         special |= {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special
-
-
-class Ending:
-    """Where rows end: with one of the token `ids`, or the token that completes a stop string of their texts.
-
-    Texts do not show the tokens in `hidden`.
-    """
-
-    def __init__(self, ids: frozenset[int], texts: Sequence[Text] = (), hidden: frozenset[int] = frozenset()) -> None:
-        self.ids, self.texts, self.hidden = ids, texts, hidden
-
-    def cut(self, row: int, new: list[int]) -> tuple[list[int], bool]:
-        """The row's new tokens, up to its end, and whether it has come to one."""
-        for n, token in enumerate(new, 1):
-            stopped = bool(self.texts) and token not in self.hidden and self.texts[row].push(token)
-            if token in self.ids or stopped:
-                return new[:n], True
-        return new, False

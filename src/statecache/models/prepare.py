@@ -5,9 +5,11 @@ Nothing of the model is replaced but functions: instances get another `forward`,
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -28,9 +30,33 @@ def prepare(model: Model) -> Model:
 
     Raises UnknownLayerError for a mixer that statecache has no operator for, and changes nothing then.
     """
+    with _alone():
+        _prepare(model)
+    return model
+
+
+def unprepare(model: Model) -> Model:
+    """Take away what `prepare` gave, in place; return the model, which is then as it was.
+
+    Raises StepError while a stream of `generate` uses the model.
+    """
+    with _alone():
+        if any(module in _lent for module in model.modules()):
+            raise StepError("a stream of generate() still writes with this model: end or close it first")
+        _unprepare(model)
+    return model
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `model` has been prepared."""
+    with _alone():
+        return any(stands_in(module) for module in model.modules())
+
+
+def _prepare(model: nn.Module) -> None:
     decoder = _decoder(model)
-    if decoder in _loans:
-        _loans[decoder].prepared = True
+    if decoder in _lent:
+        _lent[decoder].prepared = True
     if not stands_in(decoder):
         mixers = _mixers(decoder)
         for mixer in mixers.values():
@@ -43,16 +69,9 @@ def prepare(model: Model) -> Model:
         )
         if generates and not any(isinstance(_owner(value), Generation) for value in vars(module).values()):
             Generation(module, decoder).install()
-    return model
 
 
-def unprepare(model: Model) -> Model:
-    """Take away what `prepare` gave, in place; return the model, which is then as it was.
-
-    Raises StepError while a stream of `generate` uses the model.
-    """
-    if any(module in _loans for module in model.modules()):
-        raise StepError("a stream of generate() still writes with this model: end or close it first")
+def _unprepare(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in list(vars(module).items()):
             owner = _owner(value)
@@ -60,16 +79,13 @@ def unprepare(model: Model) -> Model:
                 delattr(module, name)
             elif isinstance(owner, (Mixer, Forward)):
                 _restore(module, name, owner)
-    return model
 
 
-def is_prepared(model: nn.Module) -> bool:
-    """Whether `model` has been prepared."""
-    return any(stands_in(module) for module in model.modules())
+# ---- loans
 
 
 @dataclass
-class _Loan:
+class _Before:
     """What a model was before the first of the calls that use it now."""
 
     prepared: bool
@@ -77,32 +93,90 @@ class _Loan:
     users: int = 0
 
 
-_loans: WeakKeyDictionary[nn.Module, _Loan] = WeakKeyDictionary()  # by decoder
+class Loan:
+    """A model in use, from `lend` to `end`: prepared, and in eval mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module | None = model
+
+    def end(self) -> None:
+        """Give the model back, which is as it was once nobody else uses it. Idempotent; a finaliser may call it.
+
+        It then never waits: whoever changes models just now, this thread perhaps, does it when that is done.
+        """
+        _ending.append(self)
+        _settle()
+
+
+_lent: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()  # by decoder
+_lock = Lock()  # held by who changes models or loans; a finaliser could come in between where it were reentrant
+_ending: deque[Loan] = deque()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Have models and loans for this thread alone."""
+    _settle()
+    try:
+        with _lock:
+            yield
+    finally:
+        _settle()
+
+
+def _settle() -> None:
+    """End the loans that are to end, unless somebody holds the lock, who then does it afterwards."""
+    while _ending and _lock.acquire(blocking=False):
+        try:
+            while _ending:
+                _end(_ending.popleft())
+        finally:
+            _lock.release()
+
+
+def lend(model: nn.Module) -> Loan:
+    """Have `model` prepared and in eval mode until the loan's end. Calls that use one model may overlap.
+
+    What is prepared by its owner meanwhile stays so. Raises UnknownLayerError where `prepare` does.
+    """
+    with _alone():
+        decoder = _decoder(model)
+        before = _lent.get(decoder)
+        if before is None:
+            before = _Before(stands_in(decoder), [module for module in model.modules() if module.training])
+            _prepare(model)
+            model.eval()
+            _lent[decoder] = before
+        before.users += 1
+    return Loan(model)
+
+
+def _end(loan: Loan) -> None:
+    model, loan.model = loan.model, None
+    if model is None:
+        return
+    decoder = _decoder(model)
+    before = _lent[decoder]
+    before.users -= 1
+    if not before.users:
+        del _lent[decoder]
+        for module in before.training:
+            module.training = True
+        if not before.prepared:
+            _unprepare(model)
 
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Have `model` prepared and in eval mode within, and as it was afterwards.
-
-    Calls that use one model may overlap. What is prepared by its owner meanwhile stays so.
-    """
-    decoder = _decoder(model)
-    loan = _loans.get(decoder)
-    if loan is None:
-        loan = _Loan(stands_in(decoder), [module for module in model.modules() if module.training])
-        prepare(model).eval()
-        _loans[decoder] = loan
-    loan.users += 1
+    """Have `model` prepared and in eval mode within, and as it was afterwards. See `lend`."""
+    loan = lend(model)
     try:
         yield
     finally:
-        loan.users -= 1
-        if not loan.users:
-            del _loans[decoder]
-            for module in loan.training:
-                module.training = True
-            if not loan.prepared:
-                unprepare(model)
+        loan.end()
+
+
+# ---- parts of a model
 
 
 def _decoder(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ PROBE = 16  # rounds without a draft before one is tried again; every refusal in
 PATIENCE = 64  # up to so many
 
 
-class Pace:
+class DraftLength:
     """The draft length that the rate of acceptance makes the best of, 0..`most` tokens.
 
     With rate a, a round of k drafts yields (1 - a**(k + 1)) / (1 - a) tokens (Leviathan et al. 2023, eq. 1) and costs

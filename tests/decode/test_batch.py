@@ -10,10 +10,10 @@ import torch
 from full_forwards import argmax_loop
 
 import statecache as sc
+from statecache.decode.batch import Batch
 from statecache.decode.drafters import Assistant, Lookup
-from statecache.decode.rounds import Rounds
+from statecache.decode.request import Request
 from statecache.decode.sampling import Drafts, Sampler
-from statecache.decode.text import Ending
 
 FAMILIES = ["mamba", "mamba2", "qwen3_next", "lfm2", "minimax", "falcon_h1"]
 
@@ -58,13 +58,9 @@ class Forced:
     def __init__(self, what, most=5):
         self.what, self.most, self.forwards, self.told = what, most, 0, []
 
-    def propose(self, rows, most):
+    def propose(self, rows, most, sampler):
         drafted = [self.what(row)[: min(self.most, limit)] for row, limit in zip(rows, most, strict=True)]
-        counts = [len(tokens) for tokens in drafted]
-        if not any(counts):
-            return None
-        padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in drafted]
-        return Drafts(torch.tensor(padded), counts)
+        return Drafts(drafted, list(map(len, drafted))) if any(drafted) else None
 
     def learn(self, accepted):
         self.told += accepted
@@ -84,11 +80,11 @@ LONG = 500
 
 def write(model, drafter, n=LONG, rows=((2529, 828, 259, 522),), cache=None):
     """The rows, and the report."""
-    cache = cache or sc.StateCache(model.config, slack=6)
-    rounds = Rounds(model, cache, [list(row) for row in rows], n, Sampler(), Ending(frozenset()), drafter)
-    for _ in rounds:
-        pass
-    return rounds.rows, rounds.report()
+    batch = Batch(model, cache or sc.StateCache(model.config, slack=6), drafter)
+    written = batch.join([Request(row, n) for row in rows])
+    while batch.running:
+        batch.round()
+    return [row.tokens for row in written], batch.report()
 
 
 def oracle(texts):
@@ -103,7 +99,7 @@ class Each:
         self.kinds, self.most, self.forwards, self.kept = kinds, most, 0, [[] for _ in kinds]
         self.numbers = list(range(len(kinds)))
 
-    def propose(self, rows, most):
+    def propose(self, rows, most, sampler):
         what = zip(self.numbers, rows, most, strict=True)
         drafted = [self.kinds[n](row)[: min(self.most, limit)] for n, row, limit in what]
         counts = [len(tokens) for tokens in drafted]
@@ -158,7 +154,7 @@ def test_rows_at_their_own_pace_write_what_each_writes_alone(prepared_story):
 
 
 def test_commit_keeps_all_tokens_but_the_last(prepared_story):
-    for drafter in (None, Lookup(2, 5, torch.device("cpu")), Forced(lambda row: [1, 2, 3])):
+    for drafter in (None, Lookup(2, 5), Forced(lambda row: [1, 2, 3])):
         cache = sc.StateCache(prepared_story.config, slack=6)
         rows, _ = write(prepared_story, drafter, 30, cache=cache)
         assert cache.lengths.tolist() == [len(rows[0]) - 1]
@@ -167,16 +163,21 @@ def test_commit_keeps_all_tokens_but_the_last(prepared_story):
 # ---- drafters
 
 
+def greedy(rows):
+    return Sampler([Request(row) for row in rows])
+
+
 def follow(lookup, *rows, most=5):
-    drafts = lookup.propose([list(row) for row in rows], [most] * len(rows))
+    drafts = lookup.propose([list(row) for row in rows], [most] * len(rows), greedy(rows))
     if drafts is None:
         return [[] for _ in rows]
-    return [row[:n] for row, n in zip(drafts.tokens.tolist(), drafts.counts, strict=True)]
+    assert drafts.counts == list(map(len, drafts.tokens))
+    return drafts.tokens
 
 
 def test_lookup_drafts_what_followed_the_longest_run(always_drafts):
     def new():
-        return Lookup(3, 4, torch.device("cpu"))
+        return Lookup(3, 4)
 
     assert follow(new(), [1, 2, 3, 9, 5, 3, 8, 7, 1, 2, 3]) == [[9, 5, 3, 8]]  # 1 2 3, though 3 alone came later
     assert follow(new(), [3, 9, 3, 8, 4, 3]) == [[8, 4, 3, 8]]  # the newest 3, and beyond the end what repeats
@@ -185,7 +186,7 @@ def test_lookup_drafts_what_followed_the_longest_run(always_drafts):
 
 
 def test_lookup_learns_rows_as_they_grow_and_leave(always_drafts):
-    lookup = Lookup(2, 2, torch.device("cpu"))
+    lookup = Lookup(2, 2)
     assert follow(lookup, [1, 2], [3, 4]) == [[], []]
     lookup.keep([1])
     assert follow(lookup, [3, 4, 9, 3, 4]) == [[9, 3]]
@@ -197,17 +198,17 @@ def test_assistant_drafts_what_it_would_write_itself(story, draft, always_drafts
     sc.prepare(draft)
     starts = [[2529, 828, 259, 522], [300, 301, 302]]
     alone = write(draft, None, 30, starts)[0]
-    helper = Assistant(draft, Sampler(), 4, 0.1, torch.device("cpu"))
+    helper = Assistant(draft, 4, 0.1, torch.device("cpu"))
     with torch.no_grad():
         for accepted in ([0, 0], [4, 1], [3, 4], [2, 0]):
             for row, text in zip(starts, alone, strict=True):
                 assert text[: len(row)] == row
-            drafts = helper.propose(starts, [4, 4])
+            drafts = helper.propose(starts, [4, 4], greedy(starts))
             assert drafts.tokens.tolist() == [text[len(row) :][:4] for row, text in zip(starts, alone, strict=True)]
             helper.learn(accepted)
             starts = [t[: len(row) + n + 1] for t, row, n in zip(alone, starts, accepted, strict=True)]
         helper.keep([1])
-        drafts = helper.propose(starts[1:], [2])
+        drafts = helper.propose(starts[1:], [2], greedy(starts[1:]))
         assert drafts.counts == [2]
         assert drafts.tokens[0, :2].tolist() == alone[1][len(starts[1]) :][:2]
     sc.unprepare(draft)

@@ -1,0 +1,249 @@
+"""Rows that go on together: one forward pass a round, in which each checks its drafts and goes on at its own pace.
+
+B rows that have not ended, K drafted tokens, V tokens of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecache.decode.drafters import Drafter
+from statecache.decode.feed import advance, feed
+from statecache.decode.report import Report
+from statecache.decode.request import Request
+from statecache.decode.sampling import Drafts, Sampler
+from statecache.decode.text import Text
+from statecache.errors import RowsError
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way. `text`: of its new tokens, if a string of it may end the row, or if anybody reads it."""
+
+    request: Request
+    place: int  # of its row in the cache
+    text: Text | None = None
+    tokens: list[int] = field(init=False)  # of the prompt, and new ones
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def left(self) -> int:
+        """How many tokens it may still write."""
+        return self.request.max_new_tokens + len(self.request.prompt) - len(self.tokens)
+
+    def write(self, new: Sequence[int]) -> list[int]:
+        """Append tokens up to the row's end; return those."""
+        for n, token in enumerate(new, 1):
+            self.tokens.append(token)
+            stopped = self.text is not None and self.text.push(token)
+            if stopped or token in self.request.ends or not self.left:
+                self.over = True
+                return list(new[:n])
+        return list(new)
+
+
+class Batch:
+    """Rows that a prepared model writes side by side. Requests may join, and rows leave, between any two rounds.
+
+    After every round the cache holds each row's tokens but the last. Rows that have ended leave it; or with `keep_rows`
+    they stay where they are, taking nothing in, until a request joins in their place.
+    """
+
+    def __init__(self, model: Any, cache: Any, drafter: Drafter | None = None, *, keep_rows: bool = False) -> None:
+        self.model, self.cache, self.drafter, self.keep_rows = model, cache, drafter, keep_rows
+        self.waiting: list[Row] = []  # joined since the last round
+        self.live: list[Row] = []  # the others that have not ended
+        self.device = next(model.parameters()).device
+        self._sampler: Sampler | None = None  # of the live rows
+        self._goes_on = False  # whether those that wait are all rows of the cache
+        self._prompt = self._tokens = self._forwards = self._turns = 0
+        self._drafted = self._accepted = self._with_drafts = 0
+
+    def join(
+        self, requests: Sequence[Request], texts: Sequence[Text | None] = (), *, goes_on: bool = False
+    ) -> list[Row]:
+        """Add rows, which the next round reads, each onto an empty row of the cache.
+
+        `goes_on`: they are the first, and begin where the cache's rows stand, all of them, in order.
+        Raises RowsError where the cache has no room for so many; none joins then. May allocate, where the cache grows.
+        """
+        places = list(range(len(requests))) if goes_on else self._make_room(len(requests))
+        self._goes_on = goes_on
+        joined = [
+            Row(request, place, text)
+            for request, place, text in zip(requests, places, texts or [None] * len(requests), strict=True)
+        ]
+        self.waiting += joined
+        self._prompt += sum(len(request.prompt) for request in requests)
+        return joined
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a row that has not ended."""
+        return bool(self.waiting or self.live)
+
+    @torch.no_grad()
+    def round(self) -> dict[Row, list[int]]:
+        """Run one pass; return what it adds to the rows that took part, one token at least. Rows that end leave.
+
+        If rows have joined it gives them their first tokens, and the others wait. Waits for the device once.
+        """
+        new = self._read() if self.waiting else self._step()
+        self._forwards += 1
+        self._turns += len(new)
+        self._tokens += sum(map(len, new.values()))
+        self.leave([row for row in new if row.over])
+        return new
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Let rows go, whether they have ended or not. May allocate, where the cache grows."""
+        gone = set(rows)
+        if gone.isdisjoint([*self.live, *self.waiting]):
+            return
+        staying = [n for n, row in enumerate(self.live) if row not in gone]
+        if self.drafter is not None and len(staying) < len(self.live):
+            self.drafter.keep(staying)
+        self.live = [self.live[n] for n in staying]
+        self.waiting = [row for row in self.waiting if row not in gone]
+        self._sampler = None
+        if self.keep_rows or not self.running:
+            return
+        left = [*self.live, *self.waiting]
+        if self.cache.rows is not None:
+            self.cache.gather([row.place for row in left])
+        for place, row in enumerate(left):
+            row.place = place
+
+    @torch.no_grad()
+    def take_in(self, rows: Sequence[Row]) -> None:
+        """Feed the last token of these rows to the cache, for which they must have ended or left."""
+        if rows:
+            ids = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)
+            advance(self.model, self.cache, ids, None, self._places(rows))
+
+    def report(self) -> Report:
+        """What has been done so far."""
+        return Report(
+            prompt=self._prompt,
+            tokens=self._tokens,
+            forwards=self._forwards,
+            turns=self._turns,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            rounds=self._with_drafts,
+            assistant_forwards=0 if self.drafter is None else self.drafter.forwards,
+        )
+
+    # ---- a round
+
+    def _read(self) -> dict[Row, list[int]]:
+        """Take in the prompts of those that wait; their first tokens."""
+        rows = sorted(self.waiting, key=lambda row: row.place)
+        if self._goes_on or self._places(rows) is None:
+            logits = feed(self.model, self.cache, [row.tokens for row in rows])
+        else:  # rows of one length at a time need no padding
+            rows.sort(key=lambda row: len(row.tokens))
+            parts = [list(part) for _, part in groupby(rows, key=lambda row: len(row.tokens))]
+            self._forwards += len(parts) - 1
+            logits = torch.cat(
+                [feed(self.model, self.cache, [r.tokens for r in part], self._places(part)) for part in parts]
+            )
+        lengths = torch.tensor([len(row.tokens) for row in rows], device=self.device)
+        token, _ = Sampler([row.request for row in rows], self.device).draw(logits, lengths)
+        self.live, self.waiting, self._sampler = self.live + self.waiting, [], None
+        self._goes_on = False
+        return {row: row.write([n]) for row, n in zip(rows, token.tolist(), strict=True)}
+
+    def _step(self) -> dict[Row, list[int]]:
+        """One or more tokens of every live row."""
+        rows, drafts = self.live, None
+        if self._sampler is None:
+            self._sampler = Sampler([row.request for row in rows], self.device)
+        if self.drafter is not None:
+            # k drafts and the token that follows them are within the limit
+            drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], self._sampler)
+        if drafts is not None:
+            return self._check(self._sampler, drafts)
+        packed = torch.tensor([[row.tokens[-1], len(row.tokens)] for row in rows], device=self.device)
+        logits = advance(self.model, self.cache, packed[:, :1], None, self._places(rows))[:, -1]
+        token, _ = self._sampler.draw(logits, packed[:, 1])
+        return {row: row.write([n]) for row, n in zip(rows, token.tolist(), strict=True)}
+
+    def _check(self, sampler: Sampler, drafts: Drafts) -> dict[Row, list[int]]:
+        """Feed the last token of each row and its drafts; keep what the model would have written."""
+        assert self.drafter is not None
+        rows, places = self.live, self._places(self.live)
+        counts = [1 + n for n in drafts.counts]
+        ids, counted, lengths = self._upload(drafts, counts)
+        tokens = ids[:, 1:]
+        with self.cache.speculate(ids.shape[1]) as draft:
+            logits = advance(self.model, self.cache, ids, counts, places, counted)
+            verdict = sampler.verify(logits, drafts, tokens, counted - 1, lengths)
+            agreed, written = self._download(drafts, verdict)
+            new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
+            # of what was fed, the token before the drafts, and the new ones but the last: as many as are new
+            draft.commit([len(each) for each in new.values()])
+        self._with_drafts += sum(n > 0 for n in drafts.counts)
+        self._drafted += sum(drafts.counts)
+        self._accepted += sum(min(n, len(each)) for n, each in zip(agreed, new.values(), strict=True))
+        self.drafter.learn(agreed)
+        return new
+
+    def _upload(self, drafts: Drafts, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What is fed (B, 1 + K), how many of it (B,), and the rows' lengths (B,): all that goes to the device."""
+        ahead = [[len(row.tokens), n, row.tokens[-1]] for row, n in zip(self.live, counts, strict=True)]
+        if isinstance(drafts.tokens, Tensor):
+            packed = torch.tensor(ahead, device=self.device)
+            ids = torch.cat([packed[:, 2:], drafts.tokens], 1)
+        else:
+            pads = max(counts)
+            filled = [[*a, *d, *[0] * (pads - n)] for a, d, n in zip(ahead, drafts.tokens, counts, strict=True)]
+            packed = torch.tensor(filled, device=self.device)
+            ids = packed[:, 2:]
+        return ids, packed[:, 1], packed[:, 0]
+
+    def _download(self, drafts: Drafts, verdict: tuple[Tensor, Tensor]) -> tuple[list[int], list[list[int]]]:
+        """How many drafts each row keeps, and those with the token that follows them: all that comes back."""
+        back = torch.stack(verdict, 1)
+        if isinstance(drafts.tokens, Tensor):
+            told = torch.cat([back, drafts.tokens], 1).tolist()
+            return [n for n, *_ in told], [[*tokens[:n], token] for n, token, *tokens in told]
+        told = back.tolist()
+        pairs = zip(told, drafts.tokens, strict=True)
+        return [n for n, _ in told], [[*tokens[:n], token] for (n, token), tokens in pairs]
+
+    # ---- rows of the cache
+
+    def _places(self, rows: Sequence[Row]) -> list[int] | None:
+        """Where these rows are in the cache; None where they are all of it, in order."""
+        places = [row.place for row in rows]
+        whole = len(self.live) + len(self.waiting) if self.cache.rows is None else self.cache.rows
+        return None if places == list(range(whole)) else places
+
+    def _make_room(self, n: int) -> list[int]:
+        """Places of n empty rows."""
+        taken = {row.place for row in [*self.live, *self.waiting]}
+        there = self.cache.rows
+        if there is None:  # the first pass makes them
+            return list(range(len(taken), len(taken) + n))
+        if self.keep_rows:
+            free = [place for place in range(there) if place not in taken][:n]
+            if len(free) < n:
+                raise RowsError(
+                    f"{n} requests came, and {len(free)} of the cache's {there} rows are free: let rows end or leave "
+                    "first, or make the cache with more rows="
+                )
+        else:
+            free = list(range(len(taken), len(taken) + n))
+            self.cache.gather([*range(len(taken)), *[0] * n])
+        self.cache.reset(free)
+        return free
