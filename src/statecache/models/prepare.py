@@ -1,6 +1,7 @@
 """prepare and unprepare: exact state operators in a transformers model, and the model as it was.
 
-Nothing of the model is replaced but functions: instances get another `forward`, and lose it again.
+Nothing of the model is replaced but functions: instances get another `forward`, or are shown another way to attend, and
+lose it again.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from statecache.errors import StepError, UnknownLayerError
+from statecache.models.attention import Attending, attention
 from statecache.models.forward import Forward, stands_in
 from statecache.models.generation import EitherName, Generation
 from statecache.models.mixers import MIXERS, Mixer
-from statecache.replay import Operators
 from statecache.models.table import GROUPED_QUERY, KINDS, layer_types
+from statecache.replay import Operators
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +34,9 @@ def prepare(model: Model) -> Model:
     if decoder in _loans:
         _loans[decoder].prepared = True
     if not stands_in(decoder):
-        mixers = _mixers(decoder)
+        mixers, attending = _mixers(decoder), attention(decoder)
+        for module, config in attending:
+            vars(module)["config"] = config
         for mixer in mixers.values():
             _stand_in(mixer.module, mixer.forward)
         operators = Operators({f"{layer}.recurrent": mixer.flat for layer, mixer in mixers.items() if _recurs(mixer)})
@@ -58,6 +62,8 @@ def unprepare(model: Model) -> Model:
             owner = _owner(value)
             if isinstance(owner, (Generation, EitherName)):
                 delattr(module, name)
+            elif isinstance(value, Attending):
+                setattr(module, name, value.own)
             elif isinstance(owner, (Mixer, Forward)):
                 _restore(module, name, owner)
     return model
