@@ -604,9 +604,7 @@ def test_a_log_takes_a_hundredth_of_copies() -> None:
     sizes = {slack: spec.nbytes(1, 1024, torch.bfloat16, slack=slack) for slack in (0, 8)}
     copies = sizes[8].by_kind["recurrent"] - sizes[0].by_kind["recurrent"]
     logged = spec.with_logs().nbytes(1, 1024, torch.bfloat16, slack=8)
-    assert (
-        logged.by_kind["recurrent"] == 2 * sizes[0].by_kind["recurrent"]
-    )  # at the row's end and at its log's
+    assert logged.by_kind["recurrent"] == 2 * sizes[0].by_kind["recurrent"]  # at the row's end and at its log's
     assert copies >= 100 * logged.by_kind["log"]
 
 

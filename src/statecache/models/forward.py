@@ -1,7 +1,7 @@
-"""What stands in for the `forward` of a prepared model's decoder: there a pass begins and ends, and padding is handled.
+"""Stands in for the decoder's `forward` of a prepared model: where a pass begins and ends, and padding is dealt with.
 
-Behind it each row's new tokens stand on the left, counted, with positions and masks of their own; nothing downstream
-sees a pad. It stands in front of the decoder, so that a pass is opened and closed whoever calls.
+Behind it each row's new tokens stand on the left, counted, with positions of their own; nothing downstream sees a pad.
+It stands in front of the decoder, so that a pass is opened and closed whoever calls.
 
 B rows, T new tokens.
 """
@@ -18,8 +18,9 @@ from transformers import Cache
 
 from statecache.clock import capturing
 from statecache.errors import ConfigError, RaggedError, ShapeError, StepError
+from statecache.models.attention import ARGUMENT, AttentionPass
 from statecache.models.cache import Expected, StateCache
-from statecache.models.masks import check_form, masks
+from statecache.models.masks import check_form, unmasked
 from statecache.models.table import model_spec
 from statecache.replay import Operators
 from statecache.step import Step
@@ -37,7 +38,8 @@ class Forward:
         self.names = [name for name in inspect.signature(unmodified).parameters if name != "kwargs"]
         self.cache_name = next(name for name in CACHES if name in self.names)
         self.positioned = "position_ids" in self.names
-        self.made_for = model_spec(config).digest()
+        spec = model_spec(config)
+        self.made_for, self.unmasked = spec.digest(), unmasked(spec)
         self.owns_cache = config.model_type == "minimax"  # refuses others, where it is told to use a cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +96,8 @@ class Forward:
         if self.positioned:
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = _positions(step, tokens)
-            kwargs["attention_mask"] = masks(self.config, self.decoder.dtype, cache, step, tokens.device)
+            kwargs["attention_mask"] = self.unmasked
+            kwargs[ARGUMENT] = AttentionPass(cache.states, step)
         if self.owns_cache:
             kwargs["use_cache"] = False
         try:

@@ -1,6 +1,7 @@
 """prepare and unprepare: exact state operators in a transformers model, and the model as it was.
 
-Nothing of the model is replaced but functions: instances get another `forward`, and lose it again.
+Nothing of the model is replaced but functions: instances get another `forward`, or are shown another way to attend, and
+lose it again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from statecache.errors import StepError, UnknownLayerError
+from statecache.models.attention import Attending, attention
 from statecache.models.forward import Forward, stands_in
 from statecache.models.generation import EitherName, Generation
 from statecache.models.mixers import MIXERS, Mixer, Recurrent
@@ -58,7 +60,9 @@ def _prepare(model: nn.Module) -> None:
     if decoder in _lent:
         _lent[decoder].prepared = True
     if not stands_in(decoder):
-        mixers = _mixers(decoder)
+        mixers, attending = _mixers(decoder), attention(decoder)
+        for module, config in attending:
+            vars(module)["config"] = config
         for mixer in mixers.values():
             _stand_in(mixer.module, mixer.forward)
         operators = Operators({f"{n}.recurrent": mixer for n, mixer in mixers.items() if isinstance(mixer, Recurrent)})
@@ -77,6 +81,8 @@ def _unprepare(model: nn.Module) -> None:
             owner = _owner(value)
             if isinstance(owner, (Generation, EitherName)):
                 delattr(module, name)
+            elif isinstance(value, Attending):
+                setattr(module, name, value.own)
             elif isinstance(owner, (Mixer, Forward)):
                 _restore(module, name, owner)
 
