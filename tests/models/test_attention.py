@@ -97,8 +97,8 @@ def test_two_windows_in_one_model_are_exact_in_any_schedule(name: str, room: str
 @pytest.mark.parametrize("name", TWO_WINDOWS)
 def test_two_windows_are_exact_for_ragged_and_padded_rows(name: str, form: str, capacity: int | None) -> None:
     models, ids = two_windows(name), draw(2, 14) % oracle.V
-    models.prepared.set_attn_implementation(form)
-    cache = sc.StateCache(models.prepared.config, capacity=capacity)
+    models.filling.set_attn_implementation(form)
+    cache = sc.StateCache(models.filling.config, capacity=capacity)
     left = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
     got = [models.feed(cache, ids[:, :9], left)]
     got += [models.feed(cache, ids[:, 9:12], torch.tensor([[1, 1, 1], [1, 0, 0]]))]
@@ -121,7 +121,7 @@ def test_a_mask_is_made_once_a_window_and_pass(
 
     monkeypatch.setattr(attention, "mask", spy)
     models = two_windows(name)
-    cache = sc.StateCache(models.prepared.config, capacity=capacity)
+    cache = sc.StateCache(models.filling.config, capacity=capacity)
     for tokens in (7, 2, 1):
         made.clear()
         models.feed(cache, draw(2, tokens) % oracle.V, None)
