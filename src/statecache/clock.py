@@ -13,6 +13,7 @@ saw every step.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,12 +45,14 @@ class Known:
     ragged: bool = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
     overflowed: bool = False
 
-    def over(self, rows: Sequence[int] | None, taken: Sequence[int], columns: int) -> Known:
-        """The same after a step that took in `taken` tokens of each of these rows, None for all."""
-        lengths = list(self.lengths)
-        for row, n in zip(range(len(lengths)) if rows is None else rows, taken, strict=True):
-            lengths[row] += n
-        reach = [max(pair) for pair in zip(self.reach, lengths, strict=True)]
+    def over(self, rows: Sequence[int] | None, ends: list[int], columns: int) -> Known:
+        """The same after a step over these rows, None for all, which then hold `ends` tokens."""
+        lengths = ends
+        if rows is not None:
+            lengths = list(self.lengths)
+            for row, end in zip(rows, ends, strict=True):
+                lengths[row] = end
+        reach = list(map(max, self.reach, lengths))
         return replace(self, lengths=lengths, reach=reach, width=self.width + columns, ragged=differ(lengths))
 
 
@@ -186,21 +189,27 @@ class Clock:
             if captured:
                 self.captured = True
             return self._open_unseen(tokens, count, rows, captured, tentative), None
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+            raise StepError(f"a pass of {tokens!r} tokens: give how many it brings, as an integer from 0 on")
         known = self.sync()
         chosen = None if rows is None else self._chosen(rows)
         n = self.rows if chosen is None else len(chosen)
-        taken = [tokens] * n if count is None else self._counts(count, tokens, n)
+        taken = None if count is None else self._counts(count, tokens, n)
+        whole = taken is None or min(taken) == tokens
         lengths = known.lengths if chosen is None else [known.lengths[row] for row in chosen]
-        ends = [length + n for length, n in zip(lengths, taken, strict=True)]
-        if self.limit is not None and max(ends) > self.limit:
+        if taken is None or whole:
+            ends = [length + tokens for length in lengths]
+        else:
+            ends = list(map(operator.add, lengths, taken))
+        end = max(ends)
+        if self.limit is not None and end > self.limit:
             b = next(b for b, end in enumerate(ends) if end > self.limit)
             raise CapacityError(
-                f"row {b if chosen is None else chosen[b]} holds {lengths[b]} tokens and the step brings {taken[b]} "
-                f"more; the cache was made with capacity={self.limit}: give a larger capacity=, or leave it out for a "
-                "cache that grows"
+                f"row {b if chosen is None else chosen[b]} holds {lengths[b]} tokens and the step brings "
+                f"{ends[b] - lengths[b]} more; the cache was made with capacity={self.limit}: give a larger capacity=, "
+                "or leave it out for a cache that grows"
             )
-        after, end = known.over(chosen, taken, tokens), max(ends)
-        whole = all(n == tokens for n in taken)
+        after = known.over(chosen, ends, tokens)
         if chosen is None and whole and not known.ragged:
             return Step(tokens, lengths[0], end=end, tentative=tentative), after
         on_device = None
@@ -312,7 +321,8 @@ class Clock:
     def accept(self, step: Step, rows: Sequence[int] | None, accepted: list[int]) -> Tensor | None:
         """End a round: of its pass each row keeps its first `accepted` tokens. They on the device; None if all do."""
         known = self.sync()
-        after = known.over(rows, accepted, max(accepted))
+        held = known.lengths if rows is None else [known.lengths[row] for row in rows]
+        after = known.over(rows, list(map(operator.add, held, accepted)), max(accepted))
         count = None
         if step.rows is not None or any(n != accepted[0] for n in accepted):
             count = torch.tensor(accepted, device=self.data.device)

@@ -6,6 +6,7 @@ B rows, R of them in a step, T new tokens.
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import weakref
 from collections import Counter
@@ -61,11 +62,17 @@ class Pass:
     step: Step
     after: Known | None  # what the host knows once it is closed; None: nothing
     rows: list[int] | None
-    taken: list[int]  # tokens of each of its rows, as far as the host knows
     operators: Operators | None
     writing: bool = False
     whole: bool = False  # whether it was closed; a round's then waits for what is accepted
     shifting: bool = False  # whether the states behind logs are on their way
+
+    def taken(self, before: Known) -> list[int]:
+        """Tokens that each of its rows takes in, where it knows what the host will."""
+        assert self.after is not None
+        if self.rows is None:
+            return list(map(operator.sub, self.after.lengths, before.lengths))
+        return [self.after.lengths[row] - before.lengths[row] for row in self.rows]
 
 
 @final
@@ -291,8 +298,7 @@ class States:
             allow(self._refuse_overwritten())
         step, after = clock.open(tokens, count, rows, counted, self.tentative is not None)
         chosen = None if rows is None else [int(row) for row in rows]
-        taken = [] if after is None else _taken(clock.known.lengths, after.lengths, chosen)
-        self._pass = Pass(step, after, chosen, taken, operators)
+        self._pass = Pass(step, after, chosen, operators)
         return step.starts(self._begin)
 
     def check_pass(self, tokens: int) -> None:
@@ -305,7 +311,7 @@ class States:
         assert now is not None and clock is not None
         now.step.pending, now.writing = None, True
         if now.after is not None and self.marks.longest:
-            self.marks.written(clock.known.lengths, now.rows, now.taken)
+            self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))
         if self.capacity is None and now.step.end is not None and now.step.end > self._room:
             self._reserve(now.step.end)
         if now.operators is not None and (self._operators is None or self._operators() is not now.operators):
@@ -330,7 +336,7 @@ class States:
         else:
             chosen = list(range(clock.rows)) if now.rows is None else now.rows
             lengths, held = ([numbers[row] for row in chosen] for numbers in (known.lengths, known.base))
-            made = make_room(step, lengths, now.taken, held, bases, self.slack, log)
+            made = make_room(step, lengths, now.taken(known), held, bases, self.slack, log)
             if made is None:
                 return
             step.shift, then = made[0], list(known.base)
@@ -420,7 +426,10 @@ class States:
         step = now.step
         rows = clock.rows if now.rows is None else len(now.rows)
         keep = whole_numbers(accepted, rows, "accepted tokens")
-        most = now.taken or ([step.tokens] * rows if step.count is None else step.count.tolist())
+        if now.after is not None:
+            most = now.taken(clock.known)
+        else:
+            most = [step.tokens] * rows if step.count is None else step.count.tolist()
         for row, (n, of) in enumerate(zip(keep, most, strict=True)):
             if not 0 <= n <= of:
                 raise RowsError(f"row {row} cannot keep {n} tokens: the pass brought it {of}")
@@ -733,12 +742,6 @@ def _as_kept(entries: Tensor, state: Ring | Lease) -> Tensor:
 def allow(error: StateCacheError | None) -> None:
     if error is not None:
         raise error
-
-
-def _taken(before: list[int], after: list[int], rows: list[int] | None) -> list[int]:
-    """Tokens that each of these rows takes in."""
-    chosen = range(len(before)) if rows is None else rows
-    return [after[row] - before[row] for row in chosen]
 
 
 def _check_options(capacity: int | None, slack: int, rows: int | None, dtype: torch.dtype | None) -> None:
