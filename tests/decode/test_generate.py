@@ -274,6 +274,17 @@ def test_models_come_back_as_they_were(tiny, other, monkeypatch, way):
     assert [dict(vars(m)) for model in (tiny, other) for m in model.modules()] == before
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_model_comes_back_where_its_assistant_cannot_be_prepared(tiny, stream):
+    other, reports = families.build("mamba2", seed=1)[0], []
+    other.backbone.layers[1].mixer = torch.nn.Identity()
+    options = {"max_new_tokens": 3, "assistant": other, "stream": stream, "report": reports.append}
+    with pytest.raises(sc.errors.UnknownLayerError):
+        list(sc.generate(tiny, ids_of([5, 6, 7]), **options))
+    assert not is_prepared(tiny)
+    assert not reports
+
+
 def test_prepared_model_stays_prepared(tiny):
     sc.prepare(tiny)
     sc.generate(tiny, ids_of([5, 6, 7]), max_new_tokens=3)

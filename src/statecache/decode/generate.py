@@ -63,16 +63,15 @@ def generate(
 
     `lookup=n`, at most 64, drafts what once followed a row's last n tokens, or fewer, in this call's prompt and text,
     not in what a `cache` holds already; `assistant` drafts with a smaller model of the same tokens. Drafts change the
-    time, not the result: tokens are the same, but that with an assistant drawn ones are others of the same
+    time, not the result: tokens are the same, but that those drawn with an assistant are others of the same
     distribution. Not to the bit: a round's logits are rounded otherwise than a step's, so in bfloat16 and float16
     texts may part where two tokens are that close (in float32 the tests find 500 tokens the same). How many are drafted
-    follows what was accepted of late.
-    `report` is called once, when all is over.
+    follows what was accepted of late. `report` is called once, when all is over.
 
     `cache` is a StateCache to go on from: the prompt is what comes after the tokens that it holds. Afterwards it holds
     each row's tokens but the last, with which the next prompt begins; of texts every token that they show, so that the
-    next prompt is new text alone, after a stream that was closed early too; after one that was dropped, unclosed, it
-    holds all but the last token. Texts show neither special tokens nor the
+    next prompt is new text alone, after a stream that was closed early too. After one that was dropped, unclosed, it
+    holds all but the last: what a collector finds runs no forward pass. Texts show neither special tokens nor the
     configuration's end tokens: such a last token stays out. Drafts need a slack of at least 2 there, and use all of
     it. Only prepared models can go on with that cache.
 

@@ -31,7 +31,7 @@ class Run:
     ) -> None:
         self.batch, self.rows, self.models, self.shown, self.report = batch, rows, models, shown, report
         self._loans: list[Loan] = []
-        self._over = False
+        self._begun = self._over = False
 
     def __iter__(self) -> Self:
         return self
@@ -40,8 +40,10 @@ class Run:
         if self._over:
             raise StopIteration
         try:
-            if not self._loans:
-                self._loans += [lend(model) for model in self.models]
+            if not self._begun:
+                for model in self.models:
+                    self._loans.append(lend(model))
+                self._begun = True
             if self.batch.running:
                 new = self.batch.round()
                 return [new.get(row, []) for row in self.rows]
@@ -55,11 +57,9 @@ class Run:
         """Leave in the cache what is promised, and the models as they were. One forward pass at most."""
         if self._over:
             return
-        if not self._loans:  # nothing has been done
-            self._over = True
-            return
         try:
-            self.batch.take_in(self.shown())
+            if self._begun:
+                self.batch.take_in(self.shown())
         finally:
             self._end()
 
@@ -73,9 +73,8 @@ class Run:
         self.forget()
 
     def _end(self) -> None:
-        begun = bool(self._loans)
         self.forget()
-        if begun and self.report is not None:
+        if self._begun and self.report is not None:
             self.report(self.batch.report())
 
 
