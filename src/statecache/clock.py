@@ -353,6 +353,11 @@ class Clock:
             if n < 0 or target < 0:
                 return RollbackError(f"row {row} holds {length} tokens and cannot forget {n}")
             least = floors[row]
+            if n and not self.back:
+                return RollbackError(
+                    f"row {row} cannot forget {n} tokens: the cache was made with back=False, so that rows go back "
+                    "only by dropping a speculative round"
+                )
             if n and target < least:
                 return RollbackError(
                     f"row {row} holds {length} tokens and can go back to {least}, not to {target}: the cache was "

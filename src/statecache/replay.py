@@ -24,7 +24,7 @@ from statecache.lease import Lease
 from statecache.ring import Ring
 from statecache.step import Shift, Step
 
-FEW = 4  # tokens that are quicker stepped over one by one than as a chunk
+FEW = 8  # tokens that are quicker stepped over one by one than as a chunk
 
 Parts = tuple[Tensor, ...]
 

@@ -626,6 +626,7 @@ class States:
     def admit(self, row: int, snapshot: Snapshot) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
 
+        Entries of another dtype are rounded to that of the cache.
         Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError, StepError.
         """
         self.settle()
@@ -650,7 +651,7 @@ class States:
             for name, state in self.held.items():
                 state.reset(index[state.device])
                 if snapshot.length and name in snapshot.entries:
-                    entries = _as_kept(snapshot.entries[name].to(state.device), state)
+                    entries = _as_kept(snapshot.entries[name].to(state.device, state.dtype), state)
                     state.admit(row, entries, snapshot.length)
             clock.admit(row, snapshot.length)
 

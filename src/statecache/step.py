@@ -9,7 +9,7 @@ B rows, R of them in the step, T new tokens, C slots of a ring.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Shift:
     count: Tensor | None  # (R,) entries that each is; None: `most`
     at: int | Tensor | None  # of the pass's tokens, after how many they stand: (R,), negative where they stay
     base: int | Tensor  # where they stand then
+
+    def on(self, device: torch.device) -> Shift:
+        """The same for states on another device than the clock's."""
+        values = ((name, getattr(self, name)) for name in ("first", "count", "at", "base"))
+        return replace(self, **{name: x.to(device) for name, x in values if isinstance(x, Tensor)})
 
 
 class Step:
@@ -100,7 +105,7 @@ class Step:
         if device not in self._made:
             count, rows = (None if x is None else x.to(device) for x in (self.count, self.rows))
             moved = Step(self.tokens, self.start.to(device), count, self.end, rows, self.tentative, self.write)
-            moved.shift = self.shift
+            moved.shift = None if self.shift is None else self.shift.on(device)
             self._made[device] = moved
         step: Step = self._made[device]
         return step
