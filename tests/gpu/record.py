@@ -42,7 +42,19 @@ def tests(processes: int) -> dict[str, Any]:
     """Every test of this folder, with how it ended and how long it took."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = ["-m", "pytest", "-q", "tests/gpu", "-m", "gpu", "-p", "no:benchmark", "-n", str(processes), f"--junitxml={report}"]
+        command = [
+            "-m",
+            "pytest",
+            "-q",
+            "tests/gpu",
+            "-m",
+            "gpu",
+            "-p",
+            "no:benchmark",
+            "-n",
+            str(processes),
+            f"--junitxml={report}",
+        ]
         subprocess.run([sys.executable, *command], check=False, cwd=HERE.parents[1])
         cases = {
             f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}": {
