@@ -10,7 +10,7 @@ import operator
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -128,9 +128,16 @@ class States:
     def __len__(self) -> int:
         return len(self.held)
 
-    def items(self) -> Iterator[tuple[str, Ring | Lease]]:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def items(self) -> ItemsView[str, Ring | Lease]:
         """Every state that is allocated, with its name."""
-        return iter(self.held.items())
+        return self.held.items()
+
+    def values(self) -> ValuesView[Ring | Lease]:
+        """Every state that is allocated."""
+        return self.held.values()
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()

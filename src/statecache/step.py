@@ -9,7 +9,7 @@ B rows, R of them in the step, T new tokens, C slots of a ring.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +50,11 @@ class Shift:
 
     def on(self, device: torch.device) -> Shift:
         """The same for states on another device than the clock's."""
-        values = ((name, getattr(self, name)) for name in ("first", "count", "at", "base"))
-        return replace(self, **{name: x.to(device) for name, x in values if isinstance(x, Tensor)})
+
+        def there(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return Shift(there(self.first), self.most, there(self.count), there(self.at), there(self.base))
 
 
 class Step:

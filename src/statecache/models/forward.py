@@ -190,13 +190,14 @@ def _back(out: Any, place: Tensor, keys: bool) -> Any:
             return tuple(back(v) for v in value)
         if not isinstance(value, Tensor):
             return value
+        there = home.to(value.device)  # layers may lie on several devices
         if value.dim() == 3 and value.shape[:2] == (rows, width):
-            return _gather(value, home)
+            return _gather(value, there)
         if value.dim() == 2 and len(value) == rows * width:
-            return _gather(value.view(rows, width, -1), home).flatten(0, 1)
+            return _gather(value.view(rows, width, -1), there).flatten(0, 1)
         if value.dim() == 4 and (len(value), value.shape[2]) == (rows, width):
-            value = value.gather(2, home[:, None, :, None].expand_as(value))
-            return value.gather(3, home[:, None, None].expand_as(value)) if keys else value
+            value = value.gather(2, there[:, None, :, None].expand_as(value))
+            return value.gather(3, there[:, None, None].expand_as(value)) if keys else value
         return value
 
     if isinstance(out, tuple):

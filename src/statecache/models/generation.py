@@ -34,7 +34,7 @@ class Generation:
             setattr(self.model, name, EitherName(getattr(self.model, name)))
 
     def create_masks_for_generate(self, *, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """The mask of the new tokens, (B, T), for the door; None where `generate` feeds what it has just made."""
+        """The mask of the new tokens, (B, T), for `Forward`; None where `generate` feeds what it has just made."""
         if not isinstance(past_key_values, StateCache) or not stands_in(self.decoder):
             make = self.own["create_masks_for_generate"] or create_masks_for_generate
             return make(past_key_values=past_key_values, **kwargs)
