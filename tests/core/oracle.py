@@ -50,7 +50,8 @@ class Form:
     """What kind of cache runs a schedule.
 
     leased: a state of it is overwritten in place and copied. on_device: a step takes the form that compiled code has,
-    in which the host knows no length. lazy: nothing is allocated before the first write.
+    in which the host knows no length. lazy: nothing is allocated before the first write. attention: the window of its
+    widest layer, 0 for none: then rows can be longer than the capacity.
     """
 
     fixed: bool
@@ -59,7 +60,13 @@ class Form:
     back: bool = True
     lazy: bool = False
     store: str = "dense"
+    attention: int | None = None
     slack: int = SLACK
+
+    @property
+    def longest(self) -> float:
+        """The longest that a row can get."""
+        return CAPACITY if self.fixed and self.attention != 0 else float("inf")
 
     def beside(self) -> Form:
         """Another kind, which a row's states can move to."""
@@ -160,17 +167,19 @@ class Feed:
     kept: list[int] | None = None
 
 
-def model(core: SimpleNamespace, leased: bool) -> Any:
+def model(core: SimpleNamespace, form: Form) -> Any:
     """A model with every kind of state; the windows meet and miss powers of two."""
     spec = core.spec.StateSpec
     states = [
-        spec("key", "attention", (2, 1), None, axis=1),
         spec("short", "sliding", (2, 1), 2, axis=1),
         spec("key5", "sliding", (2,), WINDOW, axis=0),
         spec("conv", "conv", (2,), 3, axis=1),
         spec("copies", "recurrent", (1, 2), 1),
     ]
-    if leased:
+    if form.attention != 0:
+        kind = "attention" if form.attention is None else "sliding"
+        states.append(spec("key", kind, (2, 1), form.attention, axis=1))
+    if form.leased:
         states.append(spec("lease", "recurrent", (2, 2), 1, leased=True))
     logged = core.spec.LayerSpec(
         1,
@@ -288,7 +297,7 @@ def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
 def _subject(core: SimpleNamespace, form: Form) -> Subject:
     where = {} if form.lazy else {"rows": ROWS, "dtype": torch.float32, "device": "cpu"}
     states = core.states.States(
-        model(core, form.leased),
+        model(core, form),
         capacity=CAPACITY if form.fixed else None,
         slack=form.slack,
         back=form.back,
@@ -315,7 +324,7 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
         round_ = core.round.Round(states, tokens)
         round_.__enter__()
     compiled = s.form.on_device and s.form.fixed
-    over = s.form.fixed and any(len(row) + n > CAPACITY for row, n in zip(before, taken, strict=True))
+    over = any(len(row) + n > s.form.longest for row, n in zip(before, taken, strict=True))
     given = None if feed.count is None else torch.tensor(feed.count)
     if over and not (compiled and round_ is None):
         with_error(core.errors.CapacityError, states.open, tokens, given, feed.rows)
@@ -335,7 +344,7 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
     for b, n, each in zip(chosen, taken, kept, strict=True):
         written[b], entries[b] = n, each
     if over:
-        s.written(lengths, [min(n, CAPACITY - length) for n, length in zip(written, lengths, strict=True)])
+        s.written(lengths, [min(n, int(s.form.longest) - length) for n, length in zip(written, lengths, strict=True)])
         for refused in (states.checkpoint, lambda: states.open(1), lambda: states.gather([0])):
             with_error(core.errors.CapacityError, refused)
         _way_out(core, s, tokens)
@@ -353,7 +362,9 @@ def _layers(
     for b, entries in enumerate(new):
         ids[b, : len(entries)] = torch.tensor(entries)
     whole = [row + entries for row, entries in zip(before, new, strict=True)]
-    for name in ("key", "short", "key5"):
+    for name in ("short", "key", "key5"):
+        if name == "key" and s.form.attention == 0:
+            continue
         ring = s.state(f"0.{name}", step.tokens)
         window = ring.spec.window
         if window is None or not step.tokens:
@@ -465,7 +476,7 @@ def _admit(core: SimpleNamespace, source: Subject, row: int, into: Subject, plac
     into.states.clock_for(len(into.rows), torch.device("cpu"))
     snapshot, place = source.states.snapshot(row), place % len(into.rows)
     assert snapshot.length == len(source.rows[row])
-    if into.form.fixed and snapshot.length > CAPACITY:
+    if snapshot.length > into.form.longest:
         with_error(core.errors.CapacityError, into.states.admit, place, snapshot)
         return
     into.states.admit(place, snapshot)
@@ -490,10 +501,10 @@ def _interrupt(core: SimpleNamespace, s: Subject, number: int, each: tuple[int, 
             return
         finally:
             recurrence.fails = False
-    elif max(s.lists.lengths()) + tokens <= CAPACITY:
+    elif max(s.lists.lengths()) + tokens <= s.form.longest:
         with _as_compiled() if s.form.on_device and s.form.fixed else nullcontext():
             step = s.states.open(tokens)
-        ring = s.state("0.key", tokens)
+        ring = s.state("0.key5", tokens)
         ring.put(_spread(torch.full((len(s.rows), tokens), -9.0), ring), step)
         s.written(s.lists.lengths(), [tokens] * len(s.rows))
     else:
@@ -531,7 +542,13 @@ def _agree(core: SimpleNamespace, s: Subject) -> None:
     assert s.states.lengths.tolist() == s.lists.lengths()
     longest = max(s.lists.lengths())
     now = core.step.Step(0, s.states.clock.lengths, torch.zeros_like(s.states.clock.lengths))
-    for name, n in (("key", longest), ("short", 2), ("key5", WINDOW), ("conv", 3), ("copies", 1)):
+    for name, n in (
+        ("key", min(longest, s.form.attention or longest)),
+        ("short", 2),
+        ("key5", WINDOW),
+        ("conv", 3),
+        ("copies", 1),
+    ):
         ring = s.states.held.get(f"0.{name}")
         if ring is not None and n <= ring.capacity:
             assert _flat(ring.past(n, now), ring) == _last(s.rows, n), name

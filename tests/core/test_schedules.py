@@ -29,16 +29,18 @@ often = st.sampled_from([True, True, False])
 @pytest.mark.parametrize("leased", [False, True], ids=["put", "leased"])
 @pytest.mark.parametrize(("fixed", "on_device"), [(False, False), (True, False), (True, True)])
 @settings(max_examples=60, deadline=None)
-@given(schedule=schedules, back=often, lazy=st.booleans())
+@given(schedule=schedules, back=often, lazy=st.booleans(), attention=st.sampled_from([None, None, 23, 0]))
 @example(
     back=True,
     lazy=False,
+    attention=None,
     schedule=[("step", n, (0,)) for n in (9, 1, 1, 1)]
     + [("rollback", 0, (2,)), ("step", 3, (0,)), ("rollback", 0, (2,))],
 )
 @example(
     back=True,
     lazy=False,
+    attention=None,
     schedule=[
         ("step", 4, (0,)),
         ("checkpoint", 0, (0,)),
@@ -50,6 +52,7 @@ often = st.sampled_from([True, True, False])
 @example(
     back=True,
     lazy=False,
+    attention=None,
     schedule=[
         ("step", 9, (0,)),
         ("checkpoint", 0, (0,)),
@@ -58,8 +61,17 @@ often = st.sampled_from([True, True, False])
         ("restore", 0, (0,)),
     ],
 )
-@example(back=True, lazy=True, schedule=[("checkpoint", 0, (0,)), ("step", 9, (0,)), ("restore", 0, (0,))])
+@example(
+    back=True, lazy=True, attention=None, schedule=[("checkpoint", 0, (0,)), ("step", 9, (0,)), ("restore", 0, (0,))]
+)
 def test_any_schedule_equals_lists(
-    fixed: bool, on_device: bool, leased: bool, store: str, back: bool, lazy: bool, schedule: list[oracle.Op]
+    fixed: bool,
+    on_device: bool,
+    leased: bool,
+    store: str,
+    back: bool,
+    lazy: bool,
+    attention: int | None,
+    schedule: list[oracle.Op],
 ) -> None:
-    oracle.run(CORE, schedule, Form(fixed, leased, on_device, back, lazy, store))
+    oracle.run(CORE, schedule, Form(fixed, leased, on_device, back, lazy, store, attention))
