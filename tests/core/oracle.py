@@ -367,11 +367,14 @@ def _layers(
             continue
         ring = s.state(f"0.{name}", step.tokens)
         window = ring.spec.window
-        if window is None or not step.tokens:
+        if not step.tokens:
             ring.put(_spread(ids, ring), step)
             continue
         seen = _flat(ring.extend(_spread(ids, ring), step), ring)
         for b, row in enumerate(before if not over else ()):
+            if window is None:
+                assert seen[b][: len(whole[b])] == whole[b], (name, b)
+                continue
             first = 0 if not ring.wraps else max(0, len(row) - window + 1)
             for position in range(len(row), len(whole[b])):
                 for q in range(max(0, position - window + 1), position + 1):
@@ -573,11 +576,13 @@ def _sound(s: Subject) -> None:
     assert all(0 <= b <= f <= n <= r for b, f, n, r in zip(base, floors, lengths, reach, strict=True))
     for name, state in s.states.items():
         assert state.store.rows == clock.rows, name
+        limit = None if state.spec.leased else state.spec.limit(s.states.capacity, s.form.slack)
+        assert limit is None or state.store.slots <= limit, name
         if state.spec.window is None:
             assert state.store.slots >= max(lengths), name
         if state.spec.kind == "log" and s.form.back:
             held = [min(n, m + s.form.slack) - b for n, m, b in zip(reach, lengths, base, strict=True)]
-            assert max(held) <= state.spec.limit(s.states.capacity, s.form.slack), name
+            assert limit is not None and max(held) <= limit, name
 
 
 # ---- entries as numbers
