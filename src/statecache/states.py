@@ -389,8 +389,8 @@ class States:
 
     def _drop(self) -> None:
         """Forget a round's pass, whose writes lie past the ends of its rows."""
-        now, self._pass = self._pass, None
-        if now is not None and now.writing and self.clock is not None:
+        wrote, now, self._pass = self.torn, self._pass, None
+        if wrote and now is not None and self.clock is not None:
             self.clock.wrote_ahead(now.step, now.after)
             if now.after is None:
                 self.marks.written(self.clock.known.lengths)

@@ -1,0 +1,814 @@
+"""Mutants of the core: what is wrong with each, and the line that makes it so."""
+
+from __future__ import annotations
+
+# module: what is wrong: (what stands there once, what stands there instead)
+MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "spec": {
+        "a ring has no slots for its slack": (
+            "self.window + slack\n",
+            "self.window\n",
+        ),
+        "a log has fewer slots than the slack": (
+            "slack + (slack + 1) // 2",
+            "slack - 1",
+        ),
+        "rings of a window never hold all": (
+            "and self.window + slack > capacity)",
+            "and self.window > capacity)",
+        ),
+    },
+    "storage.dense": {
+        "growth forgets the last slot": (
+            "wider.narrow(self.axis, 0, self.slots).copy_(self.data)",
+            "wider.narrow(self.axis, 0, self.slots - 1).copy_(self.data.narrow(self.axis, 0, self.slots - 1))",
+        ),
+        "rows are taken in the order they have": (
+            "self.data.index_select(0, rows)",
+            "self.data[: len(rows)]",
+        ),
+        "rows move in place one after the other": (
+            "held[: len(rows)] = held.index_select(0, rows)",
+            "for place, row in enumerate(rows.tolist()):\n            held[place] = held[row]",
+        ),
+        "one slot too few moves along": (
+            "self.data.narrow(self.axis, 0, used)",
+            "self.data.narrow(self.axis, 0, used - 1)",
+        ),
+        "clearing some rows clears the first ones": (
+            "self.data.index_fill_(0, rows, 0)",
+            "self.data[: len(rows)] = 0",
+        ),
+    },
+    "storage.paged": {
+        "growth forgets the last slot": (
+            "wider.write(slice(0, self.slots), held)",
+            "wider.write(slice(0, self.slots - 1), held.narrow(self.axis, 0, self.slots - 1))",
+        ),
+        "a slot is looked up in the next row's pages": (
+            "self.table[rows, slot",
+            "self.table[(rows + 1) % self.rows, slot",
+        ),
+        "every slot is looked up in the first page": (
+            "slot // self.size]",
+            "slot * 0]",
+        ),
+        "a repeated row shares its pages": (
+            "row if row not in chosen[:place] else left.pop()",
+            "row",
+        ),
+        "a repeated row gets pages and not what is in them": (
+            "        self.pages[table[: len(rows)]] = self.pages[source]\n",
+            "",
+        ),
+        "pages of rows that were dropped are lost": (
+            "self.table.copy_(table)\n        self.rows",
+            "self.table[: len(rows)] = table[: len(rows)]\n        self.rows",
+        ),
+        "a moved row leaves its pages behind": (
+            "        self.table.copy_(table)\n        self.rows",
+            "        self.rows",
+        ),
+        "copied rows keep the table they had": (
+            "table = torch.arange(len(pages), device=pages.device).view(len(rows), -1)",
+            "table = self.table[rows] % len(pages)",
+        ),
+        "clearing some rows clears the first pages": (
+            "self.pages[self.table[rows].flatten()] = 0",
+            "self.pages[: len(rows)] = 0",
+        ),
+    },
+    "step": {
+        "the window begins one too late": (
+            "(start - window + 1).clamp(min=0)",
+            "(start - window + 2).clamp(min=0)",
+        ),
+        "the second run of slots starts at one": (
+            "slice(0, slot + n - capacity)",
+            "slice(1, slot + n - capacity + 1)",
+        ),
+        "positions below zero read what the slot holds": (
+            "self.positions(-n, n) >= 0",
+            "self.positions(-n, n) >= -9",
+        ),
+        "a row that takes nothing in writes its padding": (
+            "device=self.count.device) < self.count[:, None]",
+            "device=self.count.device) <= self.count[:, None]",
+        ),
+        "a row that takes less than a ring in writes before its end": (
+            "t >= 0, at",
+            "t >= -9, at",
+        ),
+        "the newest tokens are the first": (
+            "t = self.count[:, None] + torch",
+            "t = capacity + 0 * self.count[:, None] + torch",
+        ),
+        "what does not fit is written over the first slots": (
+            "if self.end is not None:",
+            "if True:",
+        ),
+        "one row's slots serve every row": (
+            " and self.count is None and self.rows is None\n",
+            " and self.count is None\n",
+        ),
+        "some rows are taken for the first ones": (
+            "device=slot.device) if self.rows is None else self.rows",
+            "device=slot.device)",
+        ),
+        "slots are shared by rings of other sizes": (
+            "self._made[first, n, capacity] = self._at(",
+            "self._made[first, n, 0] = self._made[first, n, capacity] = self._at(",
+            "self._made.get((first, n, capacity))",
+            "self._made.get((first, n, 0))",
+        ),
+        "the newest are shared by rings of other sizes": (
+            'self._made["newest", capacity] = t',
+            'self._made["newest", 0] = t',
+            'self._made.get(("newest", capacity))',
+            'self._made.get(("newest", 0))',
+        ),
+        "the reach is shared by rings of other windows": (
+            'self._made["reach", window, capacity] =',
+            'self._made["reach"] =',
+            'self._made.get(("reach", window, capacity))',
+            'self._made.get("reach")',
+        ),
+        "what rows take in is shared by rings that go round": (
+            'self._made["takes", capacity] = made',
+            'self._made["takes"] = made',
+            'self._made.get(("takes", capacity))',
+            'self._made.get("takes")',
+        ),
+        "what exists is shared by pasts of other lengths": (
+            'self._made["held", n] =',
+            'self._made["held"] =',
+            'self._made.get(("held", n))',
+            'self._made.get("held")',
+        ),
+        "the window reads new entries one early": (
+            "window - 1 + order - start)",
+            "window - 2 + order - start)",
+        ),
+        "a pass never says that it writes": (
+            "            begin()\n",
+            "            pass\n",
+        ),
+    },
+    "ring": {
+        "a chunk longer than the ring keeps its first entries": (
+            "new.narrow(self.axis, dropped, n) if dropped else new, step, step.start + dropped",
+            "new.narrow(self.axis, 0, n), step, step.start",
+        ),
+        "the past of a window is one entry short": (
+            "held = min(step.start, window - 1)",
+            "held = min(step.start, window - 2)",
+        ),
+        "put happens before the past is read": (
+            "            seen = pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.axis)\n            self.put",
+            (
+                "            self.put(new, step)\n"
+                "            pieces = [self.past(held, step), new] if held else [new]\n            seen = pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.axis)\n            self.put"
+            ),
+        ),
+        "put happens before the device reads the past": (
+            "        at, index = step.reach(window, self.capacity)\n",
+            "        at, index = step.reach(window, self.capacity)\n        self.put(new, step)\n",
+        ),
+        "a pass over some rows sees all": (
+            "seen if rows is None else seen.index_select(0, rows)",
+            "seen",
+        ),
+        "the past before the first token is what the slot holds": (
+            "return torch.where(self._spread(step.held(n), seen), seen, 0)",
+            "return seen",
+        ),
+        "a row that takes nothing in loses an entry": (
+            "if keep is not None:",
+            "if False:",
+        ),
+        "a mark does not copy the windows": (
+            "() if self.spec.window is None else (",
+            "() if True else (",
+        ),
+        "a ring makes no room": (
+            "        if wanted > self.capacity:",
+            "        if wanted > self.capacity + 1:",
+        ),
+        "a ring grows past its limit": (
+            "wider if self.limit is None else min(wider, self.limit)",
+            "wider",
+        ),
+        "a row's value is one entry short": (
+            "min(length, self.spec.window)",
+            "min(length, self.spec.window - 1)",
+        ),
+        "a row's value is that of the first row": (
+            "self.store.read(at)[row]",
+            "self.store.read(at)[0]",
+        ),
+        "a value is put one slot early": (
+            "torch.tensor([length - n], device=device)",
+            "torch.tensor([length - n - 1], device=device)",
+        ),
+        "a value is put into the first row": (
+            "rows=torch.tensor([row], device=device)",
+            "rows=torch.tensor([0], device=device)",
+        ),
+    },
+    "lease": {
+        "a copy is kept one slot late": (
+            "Step(1, step.start - 1, taking",
+            "Step(1, step.start, taking",
+        ),
+        "a rollback takes every row's copy": (
+            "torch.where(moved, before,",
+            "torch.where(moved | True, before,",
+        ),
+        "a lease is not copied before it changes": (
+            "if self.copies is not None and step.tokens:",
+            "if self.copies is not None and step.tokens > 1:",
+        ),
+        "an idle row's copy crowds out an older one": (
+            "None if step.count is None else (step.count > 0).long()",
+            "None",
+        ),
+        "copies of some rows are those of the first": (
+            "taking, step.end, step.rows))",
+            "taking, step.end))",
+        ),
+        "some rows read the states of the first": (
+            "self.entry.index_select(0, rows)",
+            "self.entry[: len(rows)]",
+        ),
+        "some rows write the states of the first": (
+            "self.store.write((rows[:, None],",
+            "self.store.write((torch.arange(len(rows))[:, None],",
+        ),
+        "a reset leaves the leased state": (
+            "        self.store.clear(rows)\n",
+            "",
+        ),
+        "an empty mark leaves the leased state": (
+            "        self.store.clear()\n",
+            "",
+        ),
+        "an empty mark leaves the base": (
+            "            self.base.empty()\n",
+            "            pass\n",
+        ),
+        "a gather leaves the base": (
+            "moves.append(self.base.taken(rows, length))",
+            "pass",
+        ),
+        "a gather leaves the copies": (
+            "moves.append(self.copies.taken(rows, self.copies.capacity))",
+            "pass",
+        ),
+        "the entry is looked at where it was": (
+            "                each()\n            self._look()\n",
+            "                each()\n",
+        ),
+        "a mark does not copy what a lease goes back by": (
+            "for copy in copies))",
+            "for copy in ()))",
+            "other.load(copies[1:])",
+            "pass",
+        ),
+        "a value leaves the base": (
+            "for lease in (self, self.base):",
+            "for lease in (self,):",
+        ),
+        "a value of a row is the first row's": (
+            "self.entry[row : row + 1].clone()",
+            "self.entry[:1].clone()",
+        ),
+        "a value is a view": (
+            "self.entry[row : row + 1].clone()",
+            "self.entry[row : row + 1]",
+        ),
+        "a mark is a view": (
+            "return (self.entry.clone(),",
+            "return (self.entry,",
+        ),
+    },
+    "clock": {
+        "a pass over some rows is noted for the first": (
+            "zip(range(len(lengths)) if rows is None else rows, taken, strict=True)",
+            "zip(range(len(lengths)), taken)",
+        ),
+        "the host's reach does not rise": (
+            "[max(pair) for pair in zip(self.reach, lengths, strict=True)]",
+            "list(self.reach)",
+        ),
+        "the device's reach does not rise": (
+            "        used[REACH].clamp_(min=used[LENGTH])\n",
+            "",
+        ),
+        "what a round wrote does not reach on": (
+            "reach.clamp_(min=end)",
+            "pass",
+        ),
+        "what a round wrote in some rows does not reach on": (
+            "reach.index_copy_(0, step.rows, torch.maximum(reach.index_select(0, step.rows), torch.as_tensor(end)))",
+            "pass",
+        ),
+        "a round's idle rows count as written": (
+            "end = step.start + (step.tokens if step.count is None else step.count)\n        reach",
+            "end = step.start + step.tokens\n        reach",
+        ),
+        "what is kept for good can be taken back": (
+            " if self.back and self.slack else list(known.lengths)",
+            "",
+        ),
+        "a row may go back one further": (
+            "[max(n - self.slack, 0)",
+            "[max(n - self.slack - 1, 0)",
+        ),
+        "a rollback may reach one below the floor": (
+            "if n and target < least:",
+            "if n and target + 1 < least:",
+        ),
+        "a copy need not be there": (
+            "if n and copied is not None and target and target not in",
+            "if n and copied is not None and target < 0 and target not in",
+        ),
+        "copies of what was taken back still count": (
+            "copied.masked_fill_(copied > used[LENGTH], 0)",
+            "pass",
+        ),
+        "idle rows count as having taken all in": (
+            "used[LENGTH].add_(step.tokens if count is None else count)",
+            "used[LENGTH].add_(step.tokens)",
+        ),
+        "some idle rows count as having taken all in": (
+            "torch.full_like(step.rows, step.tokens) if count is None else count",
+            "torch.full_like(step.rows, step.tokens)",
+        ),
+        "tokens of some rows are those of the first": (
+            "used[LENGTH].index_add_(0, step.rows, more)",
+            "used[LENGTH, : len(more)] += more",
+        ),
+        "the device's lengths of some rows are those of the first": (
+            "length.index_copy_(0, step.rows, end)",
+            "length[: len(end)] = end",
+        ),
+        "nobody notes that a row ran over": (
+            "self.overflow.logical_or_((end > self.limit).any())",
+            "pass",
+        ),
+        "a row runs over": (
+            "end = end.clamp(max=self.limit)",
+            "pass",
+        ),
+        "copies of idle rows are noted": (
+            "took = None if step.count is None else step.count > 0",
+            "took = None",
+        ),
+        "copies are noted a slot late": (
+            "slot = ((start - 1) % self.slack)[None]",
+            "slot = (start % self.slack)[None]",
+        ),
+        "copies of uniform rows are noted a slot late": (
+            "copied[(step.start - 1) % self.slack].fill_",
+            "copied[step.start % self.slack].fill_",
+        ),
+        "copies of some rows are noted for the first": (
+            "            copied[slot[0], step.rows] = new",
+            "            copied[slot[0], torch.arange(len(new))] = new",
+        ),
+        "some rows stand where the first do": (
+            "self.lengths.clone() if index is None else self.lengths.index_select(0, index)",
+            "self.lengths.clone() if index is None else self.lengths[: len(index)].clone()",
+        ),
+        "some rows stand where the first do, in compiled code": (
+            "            start = self.lengths.index_select(0, index)\n",
+            "            start = self.lengths[: len(index)].clone()\n",
+        ),
+        "compiled code takes rows for uniform": (
+            "elif count is None and not self.known.ragged:",
+            "elif count is None:",
+        ),
+        "a step is a view of the lengths": (
+            "            start = self.lengths.clone()\n        return Step(tokens, start, count, None",
+            "            start = self.lengths\n        return Step(tokens, start, count, None",
+        ),
+        "rows are longer than the limit": (
+            "if self.limit is not None and max(ends) > self.limit:",
+            "if False:",
+        ),
+        "the bases of some rows are those of the first": (
+            "            held.index_copy_(0, rows, base)\n",
+            "            held[: len(base)] = base\n",
+        ),
+        "the bases do not move": (
+            "            held.copy_(base)\n",
+            "            pass\n",
+        ),
+        "the bases of uniform rows do not move": (
+            "            held.fill_(base)\n",
+            "            pass\n",
+        ),
+        "gathering leaves the lengths behind": (
+            "revive(self.data.index_select(1, index), static=False)",
+            (
+                "self.data[:, : len(rows)].clone() if len(rows) <= self.data.shape[1] else "
+                "self.data.index_select(1, index)"
+            ),
+        ),
+        "the host gathers nothing": (
+            "[numbers[row] for row in rows] for numbers",
+            "numbers[: len(rows)] for numbers",
+        ),
+        "some rows are reset and keep their copies": (
+            "for number in (LENGTH, REACH, BASE, *range(COPIED, len(self.data))):",
+            "for number in (LENGTH, REACH, BASE):",
+        ),
+        "some rows are reset and keep their reach": (
+            "for number in (LENGTH, REACH, BASE, *",
+            "for number in (LENGTH, BASE, *",
+        ),
+        "an admitted row can go back": (
+            "reach, columns = length + self.slack, max(self.sync().width, length)",
+            "reach, columns = length, max(self.sync().width, length)",
+        ),
+        "an admitted row's log begins at zero": (
+            "((LENGTH, length), (BASE, length), (REACH, reach))",
+            "((LENGTH, length), (REACH, reach))",
+        ),
+        "an admitted row keeps its copies": (
+            "        self.data[:, row].zero_()\n",
+            "",
+        ),
+        "a mark puts back nothing": (
+            "        self._used.copy_(copied[0])\n",
+            "",
+        ),
+        "a mark puts back an overflow": (
+            "        self._used.copy_(copied[0])\n        self.overflow.zero_()\n",
+            "        self._used.copy_(copied[0])\n",
+        ),
+        "the host never asks": (
+            "(self.captured or self._seen != self.data._version)",
+            "self.captured",
+        ),
+        "marks do not look at what the host has not seen": (
+            "        self.unseen = self.known.lengths if self.unseen is None else self.unseen\n",
+            "",
+        ),
+    },
+    "replay": {
+        "bases move where logs have room": (
+            "start + n - base <= log for",
+            "start + n - base <= log - slack for",
+        ),
+        "logs overflow by one": (
+            "start + n - base <= log for",
+            "start + n - base <= log + 1 for",
+        ),
+        "bases move too far": (
+            "then = [max(base, start + n - slack)",
+            "then = [max(base, start + n - slack + 1)",
+        ),
+        "bases move too little": (
+            "then = [max(base, start + n - slack)",
+            "then = [max(base, start + n - log - 1)",
+        ),
+        "the base may move past the tokens before the pass": (
+            "inside = any(base > start for base, start in zip(then, starts, strict=True))",
+            "inside = False",
+        ),
+        "uniform bases move one too far": (
+            "Shift(first, base - first, None, None, base)",
+            "Shift(first, base - first + 1, None, None, base)",
+        ),
+        "uniform bases move one too little": (
+            "Shift(first, base - first, None, None, base)",
+            "Shift(first, base - first - 1, None, None, base)",
+        ),
+        "uniform bases are said to move one too far": (
+            "Shift(first, base - first, None, None, base)",
+            "Shift(first, base - first, None, None, base + 1)",
+        ),
+        "uniform bases stand one late inside a pass": (
+            "Shift(first, 0, None, base - step.start, base)",
+            "Shift(first, 0, None, base - step.start + 1, base)",
+        ),
+        "rows are taken for uniform where bases are not": (
+            "if isinstance(step.start, int) and known.count(known[0]) == len(known):",
+            "if isinstance(step.start, int):",
+        ),
+        "ragged bases move over one too few": (
+            "max(over, default=0), inside), then",
+            "max(over, default=1) - 1, inside), then",
+        ),
+        "the device folds too far": (
+            "slack if inside else log, min(",
+            "slack - 1 if inside else slack - 1, min(",
+        ),
+        "the device folds too little": (
+            "slack if inside else log, min(",
+            "slack if inside else log + 1, min(",
+        ),
+        "the device folds over too few": (
+            "log, min(step.tokens, log), inside)",
+            "log, min(step.tokens, log) - 1, inside)",
+        ),
+        "the device never stands inside a pass": (
+            "inside = step.tokens > log\n",
+            "inside = False\n",
+        ),
+        "idle rows' bases move too": (
+            "end = step.start + (step.tokens if step.count is None else step.count)\n    then",
+            "end = step.start + step.tokens\n    then",
+        ),
+        "bases go back": (
+            "torch.maximum(bases, torch.as_tensor(end - back, device=bases.device))",
+            "torch.as_tensor(end - back, device=bases.device) + 0 * bases",
+        ),
+        "ragged bases are said to stay": (
+            "return Shift(bases, most, then - bases, None, then)",
+            "return Shift(bases, most, then - bases, None, bases)",
+        ),
+        "every row is folded over the most": (
+            "base.read(step), shift.count)",
+            "base.read(step), None)",
+        ),
+        "rows fold though they stand inside the pass": (
+            "torch.where(then > start, 0, then - bases)",
+            "then - bases",
+        ),
+        "rows that stay stand inside the pass": (
+            "torch.where(then > start, then - start, -1)",
+            "then - start",
+        ),
+        "rows that stay are moved inside a pass": (
+            "moves = (shift.at >= 0)",
+            "moves = (shift.at >= -99)",
+        ),
+        "the state is folded from one entry later": (
+            "self.read(recurrence, shift.first, shift.most,",
+            "self.read(recurrence, shift.first + 1, shift.most,",
+        ),
+        "some rows fold the logs of the first": (
+            "shift.most, step.on(self.state.device).rows)",
+            "shift.most, None if step.rows is None else torch.arange(len(step.rows)))",
+        ),
+        "a long pass leaves the base where it was": (
+            "            log.stand(states, here)\n",
+            "            pass\n",
+        ),
+        "the log is not written": (
+            "            ring.put(new.to(ring.dtype), step)\n",
+            "            pass\n",
+        ),
+        "an accepted token is the one before": (
+            "self.read(recurrence, here.start, most,",
+            "self.read(recurrence, here.start - 1, most,",
+        ),
+        "every row accepts the most": (
+            "self.state.write(_advance(recurrence, taken, self.state.read(step), count), step)",
+            "self.state.write(_advance(recurrence, taken, self.state.read(step), None), step)",
+        ),
+        "some rows accept the log of the first": (
+            "self.read(recurrence, here.start, most, here.rows)",
+            "self.read(recurrence, here.start, most, None if here.rows is None else torch.arange(len(here.rows)))",
+        ),
+        "a rollback replays one too many": (
+            "behind = [length - first for",
+            "behind = [length - first + 1 for",
+        ),
+        "a rollback replays as many for every row": (
+            "first, count = torch.tensor(bases, device=device), torch.tensor(behind, device=device)",
+            "first = torch.tensor(bases, device=device)",
+        ),
+        "a rollback replays from the first row's base": (
+            "            first, count = torch.tensor(bases, device=device), torch",
+            "            count = torch",
+        ),
+        "a rollback replays every row": (
+            "if not all(moved):",
+            "if False:",
+        ),
+        "a replay changes the base": (
+            "after = base.entry.clone()",
+            "after = base.entry",
+        ),
+        "a round moves the state": (
+            "    if not step.tentative:\n        state.write(held, here)",
+            "    if True:\n        state.write(held, here)",
+        ),
+        "a round's one token is taken into the state itself": (
+            "held = held.clone() if step.tentative else held",
+            "pass",
+        ),
+        "a chunk takes its padding in": (
+            "taken, query, held, here.count, marks)",
+            "taken, query, held, None, marks)",
+        ),
+        "one token that is none is taken in": (
+            "        if here.count is not None:\n            one",
+            "        if False:\n            one",
+        ),
+    },
+    "snapshot": {
+        "a mark never turns stale": (
+            "and lengths[row] < mark.lengths[row]:",
+            "and lengths[row] < 0:",
+        ),
+        "a mark turns stale though nothing below it was written": (
+            "and lengths[row] < mark.lengths[row]:",
+            "and lengths[row] <= mark.lengths[row]:",
+        ),
+        "a mark turns stale by rows that take nothing in": (
+            "strict=True) if n]",
+            "strict=True)]",
+        ),
+        "a mark of rows that were written is that of the first": (
+            "chosen = range(len(lengths)) if rows is None else rows",
+            "chosen = range(len(taken) or len(lengths))",
+        ),
+        "marks are as long as the shortest": (
+            "[max(held[row] for held",
+            "[min(held[row] for held",
+        ),
+        "no mark is long": (
+            "not any(map(operator.lt, lengths, self._longest))",
+            "not all(map(operator.lt, lengths, self._longest))",
+        ),
+        "a new mark is not measured": (
+            "        self._held.add(mark)\n        self._measure()",
+            "        self._held.add(mark)",
+        ),
+        "a change of rows leaves marks good": (
+            "            if not fed or any(mark.lengths):\n",
+            "            if False:\n",
+        ),
+    },
+    "states": {
+        "a round keeps all it brought": (
+            "        if self.tentative is None:\n            self.clock.close",
+            "        if True:\n            self.clock.close",
+        ),
+        "a round keeps one more": (
+            'keep = whole_numbers(accepted, rows, "accepted tokens")',
+            'keep = [n + 1 for n in whole_numbers(accepted, rows, "accepted tokens")]',
+        ),
+        "an open round can be marked": (
+            (
+                "        if self.tentative is not None:\n            return self._refuse_in_round()\n"
+                "        if self.broken"
+            ),
+            "        if self.broken",
+        ),
+        "a round has two passes": (
+            '        if self.torn:\n            return StepError("a spec',
+            '        if False:\n            return StepError("a spec',
+        ),
+        "a round may overwrite a state": (
+            "            allow(self._refuse_overwritten())\n",
+            "            pass\n",
+        ),
+        "a round is as long as it likes": (
+            "            return SlackError(",
+            "            SlackError(",
+        ),
+        "a round forgets how far it wrote": (
+            "            self.clock.wrote_ahead(now.step, now.after)\n",
+            "            pass\n",
+        ),
+        "a compiled round leaves marks good": (
+            "            if now.after is None:\n                self.marks.written(self.clock.known.lengths)\n",
+            "",
+        ),
+        "a round's state is not brought up": (
+            "log.accept(self._operator(name), step, max(keep), count)",
+            "pass",
+        ),
+        "rows do not make room in logs": (
+            "        if self.slack and self.back:\n            self._shift(now)\n",
+            "",
+        ),
+        "folding is not noted": (
+            "        clock.stand(step.shift.base, step.rows, then)\n",
+            "",
+        ),
+        "the host forgets where bases went": (
+            "            now.after = replace(now.after, base=then)\n",
+            "",
+        ),
+        "logs are not folded": (
+            "            each.fold(self._operator(name), step)\n",
+            "            pass\n",
+        ),
+        "some rows' bases are those of the first": (
+            "            bases = bases.index_select(0, step.rows)\n",
+            "            bases = bases[: len(step.rows)]\n",
+        ),
+        "the host moves the bases of the first rows": (
+            "        for row, base in zip(chosen, made[1], strict=True):\n                then[row] = base",
+            "        for row, base in enumerate(made[1]):\n                then[row] = base",
+        ),
+        "a pass says nothing to marks": (
+            "            self.marks.written(clock.known.lengths, now.rows, now.taken)\n",
+            "            pass\n",
+        ),
+        "compiled steps say nothing to marks": (
+            "            self.marks.written(clock.unseen, taken=taken)\n",
+            "",
+        ),
+        "compiled steps make marks of idle rows stale": (
+            "self.marks.written(clock.unseen, taken=taken)",
+            "self.marks.written(clock.unseen)",
+        ),
+        "an interrupted compiled pass leaves marks good": (
+            "            self.marks.written(self.clock.known.lengths)  # a compiled",
+            "            pass  # a compiled",
+        ),
+        "a growing cache makes no room": (
+            "            self._reserve(now.step.end)\n",
+            "            pass\n",
+        ),
+        "a growing cache makes no room for a value": (
+            "            self._reserve(snapshot.length)\n",
+            "            pass\n",
+        ),
+        "room is remembered though a ring is new": (
+            "        self._room = 0  # look at every ring again\n",
+            "",
+        ),
+        "an interrupted pass goes on": (
+            '        if self.torn:\n            return StepError(\n                "the last forward pass',
+            '        if False:\n            return StepError(\n                "the last forward pass',
+        ),
+        "an interrupted rollback goes on": (
+            "        self.broken = what\n        yield\n        self.broken = None",
+            "        yield",
+        ),
+        "a reset leaves what was interrupted": (
+            (
+                "            self._pass, self._behind = None, False\n            if self.clock is None:\n"
+                "                return"
+            ),
+            "            if self.clock is None:\n                return",
+        ),
+        "a restore leaves what was interrupted": (
+            (
+                "            self._pass, self._behind = None, False\n            if self.clock is not None:\n"
+                "                if mark"
+            ),
+            "            if self.clock is not None:\n                if mark",
+        ),
+        "a restore leaves states that were first written after the mark": (
+            "                    state.empty()  # first written after the mark\n",
+            "                    pass\n",
+        ),
+        "a restore of an empty mark leaves the clock": (
+            "                    self.clock.empty()\n",
+            "                    pass\n",
+        ),
+        "a restore does not look whether the mark is good": (
+            "        if mark.stale is not None:",
+            "        if False:",
+        ),
+        "a rollback replays nothing": (
+            "            self._replay([n > 0 for n in forget])\n",
+            "",
+        ),
+        "a rollback moves no copies": (
+            "                state.rollback(length.to(state.device), moved.to(state.device))\n",
+            "                pass\n",
+        ),
+        "a gather leaves the clock": (
+            "        moves.append(clock.taken(wanted))\n",
+            "",
+        ),
+        "a gather leaves marks good": (
+            '            self.marks.invalidate("rows were gathered since")\n',
+            "",
+        ),
+        "a reset leaves marks good": (
+            "            self.marks.invalidate(why)\n",
+            "            pass\n",
+        ),
+        "a reset of rows leaves the states": (
+            "                    state.reset(torch.tensor(chosen, device=state.device))\n",
+            "                    pass\n",
+        ),
+        "a reset leaves rows out of use": (
+            "                    state.use(self.clock.rows)\n",
+            "",
+        ),
+        "an admission leaves marks good": (
+            '            self.marks.invalidate(f"row {row} was filled from a snapshot since")\n',
+            "",
+        ),
+        "an admission leaves what the row held": (
+            "                state.reset(index[state.device])\n",
+            "",
+        ),
+        "an admission allocates nothing": (
+            "            if name not in self.held:\n",
+            "            if False:\n",
+        ),
+    },
+}
