@@ -241,7 +241,7 @@ def test_without_a_cache_float32_is_close(name: str) -> None:
 
 @each_operator
 def test_gradients_are_those_of_the_unprepared_model(name: str) -> None:
-    pair, ids = (oracle.build(name).plain, oracle.build(name).prepared), draw(2, 11) % oracle.V
+    pair, ids = (oracle.build(name).plain, oracle.build(name).filling), draw(2, 11) % oracle.V
     gradients = []
     with torch.enable_grad(), oracle.Precise():
         for model in pair:
