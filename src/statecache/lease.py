@@ -142,7 +142,7 @@ class Lease:
             self.copies.reserve(end)
 
     def taken(self, rows: Tensor, length: int) -> Move:
-        """Prepare to keep these rows (n,) in this order."""
+        """Prepare to keep these rows (n,) in this order, and then to `use` so many."""
         moves = [self.store.taken(rows, 1)]
         if self.base is not None:
             moves.append(self.base.taken(rows, length))
@@ -152,7 +152,6 @@ class Lease:
         def move() -> None:
             for each in moves:
                 each()
-            self._look()
 
         return move
 

@@ -123,7 +123,7 @@ class Ring:
     # ---- between steps
 
     def taken(self, rows: Tensor, length: int) -> Move:
-        """Prepare to keep these rows (n,) in this order. `length`: of the longest row."""
+        """Prepare to keep these rows (n,) in this order, and then to `use` so many. `length`: of the longest row."""
         return self.store.taken(rows, min(length, self.capacity))
 
     def use(self, rows: int) -> None:

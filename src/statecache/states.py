@@ -577,8 +577,10 @@ class States:
         moves.append(clock.taken(wanted))
         with self._changing("a gather"):
             self.marks.invalidate("rows were gathered since")
-            for move in moves:
+            for move in moves:  # nothing of torch runs where rows do not move in place: it is all or nothing
                 move()
+            for state in self.held.values():
+                state.use(len(wanted))
 
     def fork(self) -> States:
         """An independent copy, allocated anew."""

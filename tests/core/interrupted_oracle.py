@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ class Plan:
 def run(core: SimpleNamespace, schedule: list[oracle.Op], *, fixed: bool) -> int:
     """Run a schedule on states that roll back by replay, and assert after every operation; how many ended early."""
     core.ring.FIRST_SLOTS = 3
-    subject = oracle.Subject(states(core, fixed), Lists([[] for _ in range(oracle.ROWS)]))
+    subject = _subject(core, states(core, fixed), _empty(oracle.ROWS))
     fresh, early, armed = iter(range(1, 10**6)), 0, None
     for what, number, each in schedule:
         if what == "interrupted":
@@ -45,7 +46,7 @@ def run(core: SimpleNamespace, schedule: list[oracle.Op], *, fixed: bool) -> int
         if plan is None:
             continue
         if armed is None:
-            plan.run(subject.rings, {})
+            plan.run(subject.states, {})
             subject.lists = plan.after
             _age(subject, plan, "stale")
         else:
@@ -55,9 +56,18 @@ def run(core: SimpleNamespace, schedule: list[oracle.Op], *, fixed: bool) -> int
     return early
 
 
+def _empty(rows: int) -> Lists:
+    return Lists([[] for _ in range(rows)], oracle.SLACK)
+
+
+def _subject(core: SimpleNamespace, rings: Any, lists: Lists) -> Any:
+    form = oracle.Form(rings.capacity is not None, leased=False)
+    return oracle.Subject(rings, lists, form, _operators(core.replay.Operators))
+
+
 def states(core: SimpleNamespace, fixed: bool) -> Any:
-    return core.cache.Rings(
-        oracle.model(core, leased=False),
+    return core.states.States(
+        oracle.model(core, oracle.Form(fixed, leased=False)),
         capacity=oracle.CAPACITY if fixed else None,
         slack=oracle.SLACK,
         rows=oracle.ROWS,
@@ -69,15 +79,21 @@ def states(core: SimpleNamespace, fixed: bool) -> Any:
 # ---- operations, each planned before it is run: on the states, or on a fork of them that counts operators
 
 
+@cache
+def _operators(kind: type[dict[str, Any]]) -> dict[str, Any]:
+    """What steps the recurrence; the states do not keep it alive."""
+    return kind({"1.recurrent": oracle.Sum()})
+
+
 def one_pass(rings: Any, ids: torch.Tensor, count: torch.Tensor | None, recurrence: Any, run_log: Any) -> None:
     """Open, write every state, close."""
-    step = rings.open(ids.shape[1], count, {"1.recurrent": recurrence.fold})
+    step = rings.open(ids.shape[1], count, operators=recurrence)
     for name in ("key", "short", "key5", "conv", "copies"):
         ring = rings[f"0.{name}"]
         ring.put(oracle._spread(ids, ring), step)
-    inputs, log = ids[..., None].double(), (rings["1.inputs"], rings["1.gates"])
+    inputs, log = ids[..., None].double(), rings.log("1.recurrent")
     ones = torch.ones_like(inputs)
-    run_log(recurrence, inputs, ones, ones, rings["1.recurrent"], log, step)
+    run_log(recurrence["1.recurrent"], (inputs, ones), ones, rings["1.recurrent"], step, log)
     rings.close(step)
 
 
@@ -93,10 +109,10 @@ def _pass(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any, in_
     tokens = 1 + number % (oracle.SLACK if in_round else 8)
     counts = [each[b % len(each)] % (tokens + 1) if number % 2 else tokens for b in range(len(s.lists.rows))]
     start = s.lists.lengths()
-    if s.rings.capacity is not None and any(n + t > oracle.CAPACITY for n, t in zip(start, counts, strict=True)):
+    if s.states.capacity is not None and any(n + t > oracle.CAPACITY for n, t in zip(start, counts, strict=True)):
         return None
     new, ids = _new(fresh, counts, tokens)
-    count, recurrence = torch.tensor(counts) if number % 2 else None, oracle.Sum()
+    count, recurrence = torch.tensor(counts) if number % 2 else None, _operators(core.replay.Operators)
     accepted = [each[-1 - b % len(each)] % (n + 1) for b, n in enumerate(counts)]
 
     def run(rings: Any, parts: dict[str, Any]) -> None:
@@ -104,7 +120,7 @@ def _pass(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any, in_
             with parts.get("pass", Operators()):
                 one_pass(rings, ids, count, recurrence, core.replay.run)
             return
-        with rings.speculate(tokens) as round_:
+        with core.round.Round(rings, tokens) as round_:
             with parts.get("pass", Operators()):
                 one_pass(rings, ids, count, recurrence, core.replay.run)
             with parts.get("commit", Operators()):
@@ -115,7 +131,7 @@ def _pass(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any, in_
         ahead = zip(s.lists.floor, start, counts, strict=True)
         spent.floor = [max(low, min(n + t - oracle.SLACK, n)) for low, n, t in ahead]
     after = copy.deepcopy(spent)
-    after.step([entries[:n] for entries, n in zip(new, accepted, strict=True)] if in_round else new, in_round)
+    after.step([entries[:n] for entries, n in zip(new, accepted, strict=True)] if in_round else new, counts)
 
     def touches(mark: dict[str, Any]) -> bool:
         lengths = zip(start, counts, mark["lists"].lengths(), strict=False)
@@ -156,14 +172,14 @@ def _gather(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any) -
 
 
 def _reset(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any) -> Plan:
-    rows = oracle.ROWS if s.rings.capacity is not None else len(s.lists.rows)
-    return _whole(lambda rings: rings.reset(), s.lists, Lists([[] for _ in range(rows)]), touches=True)
+    rows = oracle.ROWS if s.states.capacity is not None else len(s.lists.rows)
+    return _whole(lambda rings: rings.reset(), s.lists, _empty(rows), touches=True)
 
 
 def _checkpoint(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any) -> Plan:
     def act(rings: Any) -> None:
         mark = rings.checkpoint()
-        if rings is s.rings:
+        if rings is s.states:
             s.marks.append({"mark": mark, "lists": s.lists, "stale": False, "doubtful": False})
 
     return _whole(act, s.lists, s.lists)
@@ -180,7 +196,7 @@ def _restore(core: Any, s: Any, number: int, each: tuple[int, ...], fresh: Any) 
     mark = good[sum(each) % len(good)]
 
     def run(rings: Any, parts: dict[str, Any]) -> None:
-        own = mark["mark"] if rings is s.rings else rings.checkpoint()  # a fork counts with a mark of its own
+        own = mark["mark"] if rings is s.states else rings.checkpoint()  # a fork counts with a mark of its own
         with parts.get("act", Operators()):
             rings.restore(own)
 
@@ -204,23 +220,23 @@ PLANS: dict[str, Any] = {
 
 def _interrupt(core: Any, s: Any, plan: Plan, rnd: random.Random) -> bool:
     counting = {part: Operators() for part in ("pass", "commit", "act")}
-    plan.run(s.rings.fork(), counting)
+    plan.run(s.states.fork(), counting)
     part = rnd.choice([part for part, operators in counting.items() if operators.points])
     point = rnd.randrange(counting[part].points)
     before = s.lists
     try:
-        plan.run(s.rings, {part: Operators(point)})
+        plan.run(s.states, {part: Operators(point)})
     except Interruption:
         early = True
     else:
         early = False
     _age(s, plan, "doubtful" if early else "stale")
     try:
-        refusal = _refusal(core, s.rings.checkpoint)
+        refusal = _refusal(core, s.states.checkpoint)
         if refusal is None:
             s.lists = _which(core, s, [before, plan.spent, plan.after] if early else [plan.after])
         else:
-            _refuses(core, s.rings)
+            _refuses(core, s.states)
             _mend(core, s, rnd)
     except BaseException as error:
         error.add_note(f"it ended at point {point} of {counting[part].points} of its {part}" * early)
@@ -237,7 +253,7 @@ def _which(core: Any, s: Any, candidates: list[Lists]) -> Lists:
     wrong = []
     for lists in candidates:
         try:
-            agree(core, oracle.Subject(s.rings, lists))
+            agree(core, _subject(core, s.states, lists))
         except Exception as error:
             wrong.append(f"{type(error).__name__}: {error}")
         else:
@@ -249,11 +265,11 @@ def agree(core: Any, s: Any) -> None:
     """The entries are those of the lists, also once all is forgotten that may be; a recurrence's by its next output."""
     most = [len(row) - low for row, low in zip(s.lists.rows, s.lists.floor, strict=True)]
     for forget in ([0] * len(most), most):
-        rings, lists = s.rings.fork(), copy.deepcopy(s.lists)
+        rings, lists = s.states.fork(), copy.deepcopy(s.lists)
         rings.rollback(torch.tensor(forget))
         for b, n in enumerate(forget):
             lists.forget(b, n)
-        oracle._agree(core, oracle.Subject(rings, lists))
+        oracle._agree(core, _subject(core, rings, lists))
         assert _next_sums(core, rings) == [oracle.total(row) for row in lists.rows], "recurrent"
 
 
@@ -262,14 +278,14 @@ def _next_sums(core: Any, rings: Any) -> list[float]:
     seen: list[torch.Tensor] = []
 
     class Seen(oracle.Sum):
-        def chunk(self, inputs: Any, gates: Any, query: Any, state: Any, count: Any = None, at: Any = None) -> Any:
-            given = super().chunk(inputs, gates, query, state, count, at)
+        def chunk(self, taken: Any, query: Any, state: Any, count: Any = None, at: Any = None) -> Any:
+            given = super().chunk(taken, query, state, count, at)
             seen.append(given[1])
             return given
 
     rows = rings.rows
     idle, ids = torch.zeros(rows, dtype=torch.long), torch.full((rows, 1), -7.0)
-    one_pass(rings, ids, idle, Seen(), core.replay.run)
+    one_pass(rings, ids, idle, core.replay.Operators({"1.recurrent": Seen()}), core.replay.run)
     return [float(x) for x in seen[-1][:, 0]]
 
 
@@ -288,7 +304,7 @@ def _refuses(core: Any, rings: Any) -> None:
         "fork": rings.fork,
         "rollback": lambda: rings.rollback(0),
         "gather": lambda: rings.gather([0]),
-        "speculate": lambda: rings.speculate(1),
+        "speculate": lambda: core.round.Round(rings, 1),
     }
     for name, verb in verbs.items():
         said = _refusal(core, verb)
@@ -300,7 +316,7 @@ def _mend(core: Any, s: Any, rnd: random.Random) -> None:
     """Restore a mark that is exact, or says that it is stale where it may be; else reset."""
     for mark in rnd.sample(s.marks, len(s.marks)):
         try:
-            s.rings.restore(mark["mark"])
+            s.states.restore(mark["mark"])
         except core.errors.StaleMarkError:
             assert mark["stale"] or mark["doubtful"], "a mark is said to be stale, and nothing wrote over it"
             mark["stale"] = True
@@ -308,7 +324,7 @@ def _mend(core: Any, s: Any, rnd: random.Random) -> None:
             assert not mark["stale"], "a stale mark was restored"
             s.lists = mark["lists"]
             return
-    s.rings.reset()
-    s.lists = Lists([[] for _ in range(len(s.rings.lengths))])
+    s.states.reset()
+    s.lists = _empty(len(s.states.lengths))
     for mark in s.marks:
         mark["stale"] = True

@@ -7,7 +7,6 @@ import random
 import interrupted_oracle
 import oracle
 import pytest
-from test_schedules import CORE
 
 import statecache.ring
 
@@ -38,7 +37,7 @@ def drawn(seed: int) -> list[oracle.Op]:
 def test_an_interrupted_operation_goes_on_rightly_or_not_at_all(seed: int, fixed: bool) -> None:
     schedule = drawn(seed)
     try:
-        interrupted_oracle.run(CORE, schedule, fixed=fixed)
+        interrupted_oracle.run(oracle.core("statecache"), schedule, fixed=fixed)
     except BaseException as error:
         error.add_note(f"schedule: {schedule!r}")
         raise

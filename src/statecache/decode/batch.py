@@ -245,5 +245,6 @@ class Batch:
         else:
             free = list(range(len(taken), len(taken) + n))
             self.cache.gather([*range(len(taken)), *[0] * n])
-        self.cache.reset(free)
+        if free:
+            self.cache.reset(free)
         return free

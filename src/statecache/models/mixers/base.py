@@ -34,6 +34,7 @@ class Mixer:
     def __init__(self, module: nn.Module, unmodified: Any) -> None:
         self.module, self.unmodified = module, unmodified
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.inside = 0  # calls of a hooked module's forward that are under way
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Mix hidden_states (B, T, E) along time."""
@@ -49,10 +50,24 @@ class Mixer:
                 raise StepError(f"layer {self.layer}: prepared models take no packed sequences ({packed}=)")
         states = STATELESS if cache is None else cache.writer.layers[self.layer]
         conv = getattr(self.module, self.convolution) if self.convolution else None
-        if conv is None or "_hf_hook" not in vars(conv):
-            return self.mix(hidden_states, states)
-        with awake(conv):
-            return self.mix(hidden_states, states)
+        if "_hf_hook" in vars(self.module) or (conv is not None and "_hf_hook" in vars(conv)):
+            with self._inside(conv):
+                return self.mix(hidden_states, states)
+        return self.mix(hidden_states, states)
+
+    @contextmanager
+    def _inside(self, conv: nn.Module | None) -> Iterator[None]:
+        """The forward of a hooked module: its own weights are there, and its convolution's are brought."""
+        self.inside += 1
+        try:
+            with nullcontext() if conv is None else awake(conv):
+                yield
+        finally:
+            self.inside -= 1
+
+    def weights(self) -> AbstractContextManager[None]:
+        """With the module's weights, also outside of its forward."""
+        return nullcontext() if self.inside else awake(self.module)
 
     def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Any:
         """From hidden_states (B, T, E) to what the module returns."""
@@ -89,7 +104,7 @@ class Recurrent(Mixer):
         Returns the outputs (B, T, ...), the state after `count` (B,) tokens, and those after `at` (B, m): (B, m, *D).
         Runs outside of a forward too: brings an offloaded module's weights.
         """
-        with awake(self.module):
+        with self.weights():
             arguments = self._arguments(taken, anew=True)
             arguments[self.operator.query] = query
             return self.operator.module.chunk(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
@@ -111,7 +126,7 @@ class Recurrent(Mixer):
 
         Runs outside of a forward too: brings an offloaded module's weights.
         """
-        with torch.no_grad(), awake(self.module):
+        with torch.no_grad(), self.weights():
             self.operator.module.fold(**self._arguments(taken), state=state, count=count)
 
     def _arguments(self, taken: tuple[Tensor, ...], anew: bool = False) -> dict[str, Tensor]:
@@ -180,12 +195,8 @@ def decay(A_log: Tensor) -> Tensor:
 
 
 def awake(module: nn.Module) -> AbstractContextManager[None]:
-    """With an offloaded module's weights, which accelerate brings only where the module itself is called.
-
-    Within its own forward they are there already, and must stay.
-    """
-    away = "_hf_hook" in vars(module) and any(weight.is_meta for weight in module.parameters(recurse=False))
-    return _awake(module) if away else nullcontext()
+    """With an offloaded module's weights, which accelerate brings only where the module itself is called."""
+    return _awake(module) if "_hf_hook" in vars(module) else nullcontext()
 
 
 @contextmanager
