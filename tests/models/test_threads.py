@@ -111,7 +111,9 @@ def test_loan_that_ends_while_models_are_changed_ends_afterwards(model, monkeypa
 
 
 def is_open_now(model) -> bool:
-    return any(isinstance(getattr(v, "__self__", None), module.Forward) for m in model.modules() for v in vars(m).values())
+    return any(
+        isinstance(getattr(v, "__self__", None), module.Forward) for m in model.modules() for v in vars(m).values()
+    )
 
 
 def test_loan_that_ends_in_another_thread_does_not_wait_for_the_lock(model):
