@@ -71,7 +71,7 @@ class Form:
     def beside(self) -> Form:
         """Another kind, which a row's states can move to."""
         other = {"dense": "paged", "paged": "dense"}[self.store]
-        return replace(self, fixed=not self.fixed, back=True, lazy=False, store=other, slack=self.slack + 2)
+        return replace(self, fixed=not self.fixed, back=True, store=other, slack=self.slack + 2)
 
 
 @dataclass
@@ -323,6 +323,7 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
     if feed.kept is not None:
         round_ = core.round.Round(states, tokens)
         round_.__enter__()
+        with_error(core.errors.StepError, states.checkpoint)
     compiled = s.form.on_device and s.form.fixed
     over = any(len(row) + n > s.form.longest for row, n in zip(before, taken, strict=True))
     given = None if feed.count is None else torch.tensor(feed.count)
@@ -419,6 +420,7 @@ def _speculate(
     core: SimpleNamespace, s: Subject, number: int, some: list[int], per_row: list[int], fresh: Iterator[int]
 ) -> None:
     tokens = number % (s.form.slack + 1)
+    with_error(core.errors.SlackError, core.round.Round, s.states, s.form.slack + 1)
     if not tokens:
         with_error(core.errors.OptionError, core.round.Round, s.states, tokens)
         return
@@ -527,9 +529,10 @@ def _interrupt(core: SimpleNamespace, s: Subject, number: int, each: tuple[int, 
 
 def _way_out(core: SimpleNamespace, s: Subject, number: int) -> None:
     """Come back to a mark, if one is good; else be empty."""
-    if s.marks and not (mark := s.marks[number % len(s.marks)])["stale"]:
+    mark = s.marks[number % len(s.marks)] if s.marks else None
+    if mark is not None:
         _restore(core, s, mark)
-    else:
+    if mark is None or mark["stale"]:
         s.states.reset()
         s.empty()
 

@@ -66,13 +66,30 @@ def unload() -> Iterator[None]:
 ONE = ("step", 1, (0,))
 MARK, RESTORE = ("checkpoint", 0, (0,)), ("restore", 0, (0,))
 SELDOM: list[list[Op]] = [  # what chance seldom strings together
-    # writes below a mark
+    # a mark that rows went back behind, and what is written then
     *(
-        [("step", 9, (0,)), MARK, ("rollback", 0, (2,)), what, RESTORE]
-        for what in (("speculate", 2, (0,)), ("speculate", 5, (0,)), ("ragged", 3, (0,)))
+        [("step", 9, (0,)), MARK, ("rollback", 0, back), what, RESTORE]
+        for back, what in (
+            ((2,), ("speculate", 2, (0,))),
+            ((2,), ("speculate", 5, (0,))),
+            ((2,), ("ragged", 3, (0,))),
+            ((2,), ("interrupt", 0, (0,))),
+            ((2,), ONE),
+            ((2, 0, 0), ONE),
+            ((2, 0, 0), ("rows", 2, (1,))),
+        )
     ),
     # a compiled step past the capacity, which a mark from before comes back from
-    *([("step", 9, (0,)), MARK, (what, 9, (9,)), (what, 9, (9,))] for what in ("step", "ragged")),
+    *([("step", 9, (0,)), MARK, ("step", 9, (0,)), *[(what, 5, (9,))] * 2, ONE] for what in ("step", "ragged")),
+    # an empty mark, with a log begun since
+    [MARK, *[ONE] * 9, RESTORE, ONE, ONE, ("rollback", 0, (1,))],
+    # bases that moved over the log, of rows that are alike and that are not
+    *(
+        [first, *[ONE] * 4, ("rollback", 0, (n,))]
+        for first in (("step", 9, (0,)), ("ragged", 9, (9, 8, 7)))
+        for n in (1, 2)
+    ),
+    *([("ragged", 9, (9, 8, 7)), *[ONE] * n, ("ragged", 9, (9, 1, 0)), ("rollback", 0, (1,))] for n in (1, 2, 3)),
     # a chunk where copies stood, of rows that went back, were reset, or became another
     [ONE, ONE, ONE, ("rollback", 0, (2,)), ("step", 2, (0,)), ("rollback", 0, (1,))],
     *(
@@ -83,8 +100,6 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
     [ONE, ONE, ONE, ONE, ("ragged", 1, (0,)), ("rollback", 0, (3,))],
     [ONE, ONE, ONE, ("ragged", 1, (1, 0, 1)), ("rollback", 0, (3, 0, 0))],
     [ONE, ("ragged", 1, (1, 0, 0)), ("ragged", 1, (0, 1, 1)), ONE, ONE, ("rollback", 0, (3, 0, 0))],
-    # an empty mark, with a log begun since
-    [MARK, *[ONE] * 9, RESTORE, ONE, ONE, ("rollback", 0, (1,))],
 ]
 STEPS = ((False, False), (True, False), (True, True))  # fixed, on_device
 
