@@ -104,18 +104,23 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
 STEPS = ((False, False), (True, False), (True, True))  # fixed, on_device
 
 
+def by_chance(rnd: random.Random, i: int) -> tuple[list[Op], Form]:
+    fixed, on_device = STEPS[i % len(STEPS)]
+    leased, lazy, store = rnd.random() < 0.5, rnd.random() < 0.3, rnd.choice(("dense", "paged"))
+    form = Form(fixed, leased, on_device, rnd.random() < 0.8, lazy, store, rnd.choice((None, None, 23, 0)))
+    number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack
+    operations = range(rnd.randint(4, 25))
+    each = [tuple(rnd.randint(0, 9) for _ in range(rnd.choice((1, 3)))) for _ in operations]
+    return [(rnd.choice(oracle.WHAT), rnd.choice(number), each[o]) for o in operations], form
+
+
 def schedules(n: int) -> Iterator[tuple[list[Op], Form]]:
-    for (fixed, on_device), leased, schedule in itertools.product(STEPS, (False, True), SELDOM):
-        yield schedule, Form(fixed, leased, on_device)
+    """Those that chance seldom strings together, between a few and the rest of n that it does."""
     rnd = random.Random(7)
-    for i in range(n):
-        fixed, on_device = STEPS[i % len(STEPS)]
-        leased, lazy, store = rnd.random() < 0.5, rnd.random() < 0.3, rnd.choice(("dense", "paged"))
-        form = Form(fixed, leased, on_device, rnd.random() < 0.8, lazy, store, rnd.choice((None, None, 23, 0)))
-        number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack
-        operations = range(rnd.randint(4, 25))
-        each = [tuple(rnd.randint(0, 9) for _ in range(rnd.choice((1, 3)))) for _ in operations]
-        yield [(rnd.choice(oracle.WHAT), rnd.choice(number), each[o]) for o in operations], form
+    yield from (by_chance(rnd, i) for i in range(30))
+    for schedule, (fixed, on_device), leased in itertools.product(SELDOM, STEPS, (False, True)):
+        yield schedule, Form(fixed, leased, on_device)
+    yield from (by_chance(rnd, i) for i in range(30, n))
 
 
 def survives(core: SimpleNamespace, n: int) -> bool:
