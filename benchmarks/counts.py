@@ -226,9 +226,8 @@ def _repeats(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
 
 def marks() -> list[Measure]:
     """Time of an open and a close with many marks alive; the best of several, on this machine."""
-    from statecache.states import States
-
     from statecache.spec import LayerSpec, ModelSpec, StateSpec
+    from statecache.states import States
 
     spec = ModelSpec((LayerSpec(0, "test", (StateSpec("key", "attention", (1, 1), None, axis=1),)),))
     states = States(spec, slack=0, rows=ROWS, dtype=torch.float32, device="cpu")

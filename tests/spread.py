@@ -15,7 +15,10 @@ def spread(model: Any, other: str) -> Any:
     def bring(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return tree_map_only(Tensor, lambda x: x.to(other), (args, kwargs))
 
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:  # the first layer's device keeps its own
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
     last = [m for name, m in decoder.named_children() if name.startswith(("norm", "final_layernorm", "embedding_norm"))]
-    for module in [*decoder.layers[1:], *last, model.get_output_embeddings()]:
+    for module in [*decoder.layers[1:], *last, head]:
         module.to(other).register_forward_pre_hook(bring, with_kwargs=True)
     return model

@@ -232,6 +232,8 @@ class States:
         """Make room for a state, in a model that computes in `dtype`. `tokens`: of the step that writes it first."""
         assert self.clock is not None
         spec = self.declared[name]
+        if self.capacity is None:
+            tokens += max(self.clock.known.lengths)  # a ring that is yet to grow has a slot for every position
         room = self._allocation(self.clock.allocated, dtype, device)
         state = Lease(spec, room, self.back) if spec.leased else Ring(spec, room, tokens)
         if self.clock.rows != room.rows:

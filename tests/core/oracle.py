@@ -71,7 +71,7 @@ class Form:
     def beside(self) -> Form:
         """Another kind, which a row's states can move to."""
         other = {"dense": "paged", "paged": "dense"}[self.store]
-        return replace(self, fixed=not self.fixed, back=True, lazy=False, store=other, slack=self.slack + 2)
+        return replace(self, fixed=not self.fixed, back=True, store=other, slack=self.slack + 2)
 
 
 @dataclass
@@ -240,61 +240,61 @@ def total(entries: list[float]) -> float:
 def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
     """Run a schedule and assert after every operation that states and lists agree."""
     core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
-    subjects = [_subject(core, form)]
+    subjects = [subject(core, form)]
     first = subjects[0].states
     addresses = [b.data_ptr() for b in first.buffers()]
     fresh = iter(range(1, 10**6))
     for what, number, each in schedule:
-        subject = subjects[number % len(subjects)]
-        per_row = [each[b % len(each)] for b in range(len(subject.rows))]
+        s = subjects[number % len(subjects)]
+        per_row = [each[b % len(each)] for b in range(len(s.rows))]
         some = list(dict.fromkeys(n % len(per_row) for n in per_row))[: 1 + number % 2]
         tokens = number % 10
         if what == "step":
-            _step(core, subject, Feed(tokens), fresh)
+            _step(core, s, Feed(tokens), fresh)
         elif what == "ragged":
-            _step(core, subject, Feed(tokens, count=[min(n, tokens) for n in per_row]), fresh)
+            _step(core, s, Feed(tokens, count=[min(n, tokens) for n in per_row]), fresh)
         elif what == "rows":
             count = [min(n, tokens) for n in each[: len(some)]] if len(each) >= len(some) else None
-            _step(core, subject, Feed(tokens, some, count), fresh)
+            _step(core, s, Feed(tokens, some, count), fresh)
         elif what == "speculate":
-            _speculate(core, subject, number, some, per_row, fresh)
+            _speculate(core, s, number, some, per_row, fresh)
         elif what == "reset":
-            subject.states.reset()
-            subject.empty()
+            s.states.reset()
+            s.empty()
         elif what == "checkpoint":
-            mark = {"mark": subject.states.checkpoint(), "lists": copy.deepcopy(subject.lists), "stale": False}
-            subject.marks.append(mark)
-        elif what == "restore" and subject.marks:
-            _restore(core, subject, subject.marks[sum(each) % len(subject.marks)])
+            mark = {"mark": s.states.checkpoint(), "lists": copy.deepcopy(s.lists), "stale": False}
+            s.marks.append(mark)
+        elif what == "restore" and s.marks:
+            _restore(core, s, s.marks[sum(each) % len(s.marks)])
         elif what == "fork" and len(subjects) < SUBJECTS:
-            other = replace(subject, states=subject.states.fork(), lists=copy.deepcopy(subject.lists), marks=[])
+            other = replace(s, states=s.states.fork(), lists=copy.deepcopy(s.lists), marks=[])
             subjects.append(other)
-        elif subject.states.clock is None:
+        elif s.states.clock is None:
             pass  # what follows needs rows
         elif what == "rollback":
-            _rollback(core, subject, [n % (subject.form.slack + 2) for n in per_row])
+            _rollback(core, s, [n % (s.form.slack + 2) for n in per_row])
         elif what == "gather":
-            _gather(subject, number, per_row)
+            _gather(s, number, per_row)
         elif what == "reset_rows":
-            subject.states.reset(some)
+            s.states.reset(some)
             for b in some:
-                subject.lists.become(b, [])
-            subject.all_stale()
+                s.lists.become(b, [])
+            s.all_stale()
         elif what == "admit":
             place = sum(each) % min(len(subjects) + 1, SUBJECTS)
             if place == len(subjects):
-                subjects.append(_subject(core, subject.form.beside()))
-            _admit(core, subject, each[0] % len(subject.rows), subjects[place], each[-1])
+                subjects.append(subject(core, s.form.beside()))
+            _admit(core, s, each[0] % len(s.rows), subjects[place], each[-1])
         elif what == "interrupt":
-            _interrupt(core, subject, number, each)
-        for each_subject in subjects:
-            _agree(core, each_subject)
-            _sound(each_subject)
+            _interrupt(core, s, number, each)
+        for s in subjects:
+            _agree(core, s)
+            sound(s)
     if form.fixed and not form.lazy:
         assert addresses == [b.data_ptr() for b in first.buffers()], "a fixed buffer moved"
 
 
-def _subject(core: SimpleNamespace, form: Form) -> Subject:
+def subject(core: SimpleNamespace, form: Form) -> Subject:
     where = {} if form.lazy else {"rows": ROWS, "dtype": torch.float32, "device": "cpu"}
     states = core.states.States(
         model(core, form),
@@ -323,6 +323,7 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
     if feed.kept is not None:
         round_ = core.round.Round(states, tokens)
         round_.__enter__()
+        with_error(core.errors.StepError, states.checkpoint)
     compiled = s.form.on_device and s.form.fixed
     over = any(len(row) + n > s.form.longest for row, n in zip(before, taken, strict=True))
     given = None if feed.count is None else torch.tensor(feed.count)
@@ -419,6 +420,7 @@ def _speculate(
     core: SimpleNamespace, s: Subject, number: int, some: list[int], per_row: list[int], fresh: Iterator[int]
 ) -> None:
     tokens = number % (s.form.slack + 1)
+    with_error(core.errors.SlackError, core.round.Round, s.states, s.form.slack + 1)
     if not tokens:
         with_error(core.errors.OptionError, core.round.Round, s.states, tokens)
         return
@@ -527,9 +529,10 @@ def _interrupt(core: SimpleNamespace, s: Subject, number: int, each: tuple[int, 
 
 def _way_out(core: SimpleNamespace, s: Subject, number: int) -> None:
     """Come back to a mark, if one is good; else be empty."""
-    if s.marks and not (mark := s.marks[number % len(s.marks)])["stale"]:
+    mark = s.marks[number % len(s.marks)] if s.marks else None
+    if mark is not None:
         _restore(core, s, mark)
-    else:
+    if mark is None or mark["stale"]:
         s.states.reset()
         s.empty()
 
@@ -562,7 +565,7 @@ def _agree(core: SimpleNamespace, s: Subject) -> None:
         assert s.states["1.recurrent"].entry[:, 0].tolist() == [total(row) for row in s.rows]
 
 
-def _sound(s: Subject) -> None:
+def sound(s: Subject) -> None:
     """The host knows the device's numbers, these are in order, and every store has the rows and the slots for them."""
     clock = s.states.clock
     if clock is None:

@@ -66,13 +66,30 @@ def unload() -> Iterator[None]:
 ONE = ("step", 1, (0,))
 MARK, RESTORE = ("checkpoint", 0, (0,)), ("restore", 0, (0,))
 SELDOM: list[list[Op]] = [  # what chance seldom strings together
-    # writes below a mark
+    # a mark that rows went back behind, and what is written then
     *(
-        [("step", 9, (0,)), MARK, ("rollback", 0, (2,)), what, RESTORE]
-        for what in (("speculate", 2, (0,)), ("speculate", 5, (0,)), ("ragged", 3, (0,)))
+        [("step", 9, (0,)), MARK, ("rollback", 0, back), what, RESTORE]
+        for back, what in (
+            ((2,), ("speculate", 2, (0,))),
+            ((2,), ("speculate", 5, (0,))),
+            ((2,), ("ragged", 3, (0,))),
+            ((2,), ("interrupt", 0, (0,))),
+            ((2,), ONE),
+            ((2, 0, 0), ONE),
+            ((2, 0, 0), ("rows", 2, (1,))),
+        )
     ),
     # a compiled step past the capacity, which a mark from before comes back from
-    *([("step", 9, (0,)), MARK, (what, 9, (9,)), (what, 9, (9,))] for what in ("step", "ragged")),
+    *([("step", 9, (0,)), MARK, ("step", 9, (0,)), *[(what, 5, (9,))] * 2, ONE] for what in ("step", "ragged")),
+    # an empty mark, with a log begun since
+    [MARK, *[ONE] * 9, RESTORE, ONE, ONE, ("rollback", 0, (1,))],
+    # bases that moved over the log, of rows that are alike and that are not
+    *(
+        [first, *[ONE] * 4, ("rollback", 0, (n,))]
+        for first in (("step", 9, (0,)), ("ragged", 9, (9, 8, 7)))
+        for n in (1, 2)
+    ),
+    *([("ragged", 9, (9, 8, 7)), *[ONE] * n, ("ragged", 9, (9, 1, 0)), ("rollback", 0, (1,))] for n in (1, 2, 3)),
     # a chunk where copies stood, of rows that went back, were reset, or became another
     [ONE, ONE, ONE, ("rollback", 0, (2,)), ("step", 2, (0,)), ("rollback", 0, (1,))],
     *(
@@ -83,24 +100,27 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
     [ONE, ONE, ONE, ONE, ("ragged", 1, (0,)), ("rollback", 0, (3,))],
     [ONE, ONE, ONE, ("ragged", 1, (1, 0, 1)), ("rollback", 0, (3, 0, 0))],
     [ONE, ("ragged", 1, (1, 0, 0)), ("ragged", 1, (0, 1, 1)), ONE, ONE, ("rollback", 0, (3, 0, 0))],
-    # an empty mark, with a log begun since
-    [MARK, *[ONE] * 9, RESTORE, ONE, ONE, ("rollback", 0, (1,))],
 ]
 STEPS = ((False, False), (True, False), (True, True))  # fixed, on_device
 
 
+def by_chance(rnd: random.Random, i: int) -> tuple[list[Op], Form]:
+    fixed, on_device = STEPS[i % len(STEPS)]
+    leased, lazy, store = rnd.random() < 0.5, rnd.random() < 0.3, rnd.choice(("dense", "paged"))
+    form = Form(fixed, leased, on_device, rnd.random() < 0.8, lazy, store, rnd.choice((None, None, 23, 0)))
+    number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack
+    operations = range(rnd.randint(4, 25))
+    each = [tuple(rnd.randint(0, 9) for _ in range(rnd.choice((1, 3)))) for _ in operations]
+    return [(rnd.choice(oracle.WHAT), rnd.choice(number), each[o]) for o in operations], form
+
+
 def schedules(n: int) -> Iterator[tuple[list[Op], Form]]:
-    for (fixed, on_device), leased, schedule in itertools.product(STEPS, (False, True), SELDOM):
-        yield schedule, Form(fixed, leased, on_device)
+    """Those that chance seldom strings together, between a few and the rest of n that it does."""
     rnd = random.Random(7)
-    for i in range(n):
-        fixed, on_device = STEPS[i % len(STEPS)]
-        leased, lazy, store = rnd.random() < 0.5, rnd.random() < 0.3, rnd.choice(("dense", "paged"))
-        form = Form(fixed, leased, on_device, rnd.random() < 0.8, lazy, store, rnd.choice((None, None, 23, 0)))
-        number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack
-        operations = range(rnd.randint(4, 25))
-        each = [tuple(rnd.randint(0, 9) for _ in range(rnd.choice((1, 3)))) for _ in operations]
-        yield [(rnd.choice(oracle.WHAT), rnd.choice(number), each[o]) for o in operations], form
+    yield from (by_chance(rnd, i) for i in range(30))
+    for schedule, (fixed, on_device), leased in itertools.product(SELDOM, STEPS, (False, True)):
+        yield schedule, Form(fixed, leased, on_device)
+    yield from (by_chance(rnd, i) for i in range(30, n))
 
 
 def survives(core: SimpleNamespace, n: int) -> bool:

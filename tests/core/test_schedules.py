@@ -64,6 +64,12 @@ often = st.sampled_from([True, True, False])
 @example(
     back=True, lazy=True, attention=None, schedule=[("checkpoint", 0, (0,)), ("step", 9, (0,)), ("restore", 0, (0,))]
 )
+@example(  # a log that is first written in a row admitted to a cache where nothing was
+    back=True,
+    lazy=True,
+    attention=None,
+    schedule=[("step", 4, (0,)), ("admit", 0, (0, 0, 1)), *[("step", 1, (0,))] * 4, ("rollback", 1, (0, 2, 0))],
+)
 def test_any_schedule_equals_lists(
     fixed: bool,
     on_device: bool,
