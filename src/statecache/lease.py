@@ -198,12 +198,18 @@ class Lease:
                 other.load(copies[1:])
 
     def row(self, row: int, length: int) -> Tensor:
-        """A row's state (1, *D)."""
+        """A row's state (1, *D); of a convolution its inputs in order of position, (n, C), as rings give them."""
+        if self.spec.kind == "conv":
+            inputs = self.entry[row].movedim(-1, 0)
+            return inputs[max(len(inputs) - length, 0) :].clone()
         return self.entry[row : row + 1].clone()
 
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another lease into this row."""
         device = self.device
+        if self.spec.kind == "conv":
+            inputs, entries = entries, self.entry.new_zeros(1, *self.entry.shape[1:])
+            entries[0, ..., entries.shape[-1] - len(inputs) :] = inputs.movedim(0, -1)
         step = Step(1, torch.tensor([length - 1], device=device), rows=torch.tensor([row], device=device), end=length)
         for lease in (self, self.base):
             if lease is not None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -57,15 +57,13 @@ class Capability:
 
 @dataclass(eq=False)
 class Pass:
-    """A step that is under way: open, then writing, from the first write on, then closed or dropped."""
+    """A step that is under way. It is dropped while it is open, torn afterwards, until it is whole and closed."""
 
     step: Step
     after: Known | None  # what the host knows once it is closed; None: nothing
     rows: list[int] | None
     operators: Operators | None
-    writing: bool = False
-    whole: bool = False  # whether it was closed; a round's then waits for what is accepted
-    shifting: bool = False  # whether the states behind logs are on their way
+    stage: Literal["open", "shifting", "writing", "whole"] = "open"  # shifting: states behind logs are on their way
 
     def taken(self, before: Known) -> list[int]:
         """Tokens that each of its rows takes in, where it knows what the host will."""
@@ -283,7 +281,7 @@ class States:
         """Whether a pass has begun to write and was not closed."""
         now = self._pass
         # what is compiled does not say whether it wrote
-        return now is not None and (now.writing or now.after is None)
+        return now is not None and (now.stage != "open" or now.after is None)
 
     def open(
         self,
@@ -318,7 +316,7 @@ class States:
         """The first write of the pass that is open."""
         now, clock = self._pass, self.clock
         assert now is not None and clock is not None
-        now.step.pending, now.writing = None, True
+        now.step.pending, now.stage = None, "writing"
         if now.after is not None and self.marks.longest:
             self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))
         if self.capacity is None and now.step.end is not None and now.step.end > self._room:
@@ -352,11 +350,11 @@ class States:
             for row, base in zip(chosen, made[1], strict=True):
                 then[row] = base
             now.after = replace(now.after, base=then)
-        now.shifting = True
+        now.stage = "shifting"
         for name, each in self._logs().items():
             each.fold(self._operator(name), step)
         clock.stand(step.shift.base, step.rows, then)
-        now.shifting = False
+        now.stage = "writing"
 
     def _logs(self) -> dict[str, Log]:
         """The logged states that have been written."""
@@ -384,7 +382,7 @@ class States:
         now = self._pass
         assert self.clock is not None and now is not None and step is now.step
         step.write()
-        now.whole = True
+        now.stage = "whole"
         if self.tentative is None:
             self.clock.close(step, now.after)
             self._pass = None
@@ -427,10 +425,10 @@ class States:
             self.tentative = None
             with self._changing("a speculative round"):
                 self._drop()
-            if now is not None and now.shifting:
+            if now is not None and now.stage == "shifting":
                 self.broken = "a speculative round"
             return
-        if now is None or clock is None or not now.whole:
+        if now is None or clock is None or now.stage != "whole":
             raise StepError("nothing to commit: the round had no whole forward pass")
         step = now.step
         rows = clock.rows if now.rows is None else len(now.rows)
@@ -631,7 +629,7 @@ class States:
         length = self.clock.known.lengths[row]
         if tokens is not None and len(tokens) != length:
             raise RowsError(f"row {row} holds {length} tokens, not {len(tokens)}")
-        entries = {n: _in_order(s.row(row, length), s, length) for n, s in self.held.items() if s.spec.kind != "log"}
+        entries = {n: s.row(row, length) for n, s in self.held.items() if s.spec.kind != "log"}
         return Snapshot(length, entries, self.made_for, None if tokens is None else tuple(tokens))
 
     def admit(self, row: int, snapshot: Snapshot) -> None:
@@ -662,8 +660,7 @@ class States:
             for name, state in self.held.items():
                 state.reset(index[state.device])
                 if snapshot.length and name in snapshot.entries:
-                    entries = _as_kept(snapshot.entries[name].to(state.device, state.dtype), state)
-                    state.admit(row, entries, snapshot.length)
+                    state.admit(row, snapshot.entries[name].to(state.device, state.dtype), snapshot.length)
             clock.admit(row, snapshot.length)
 
     # ---- refusals
@@ -731,24 +728,6 @@ class States:
     def _refuse_rollback(self, forget: list[int]) -> StateCacheError | None:
         assert self.clock is not None
         return self.clock.refuse(forget, self.clock.copying)
-
-
-def _in_order(entries: Tensor, state: Ring | Lease, length: int) -> Tensor:
-    """What a state gave of a row, an entry a position, also where it keeps its window as one entry."""
-    if state.spec.kind == "conv" and isinstance(state, Lease):  # (1, C, window)
-        entries = entries[0].movedim(-1, 0)
-        return entries[max(len(entries) - length, 0) :].clone()
-    return entries
-
-
-def _as_kept(entries: Tensor, state: Ring | Lease) -> Tensor:
-    """The way back."""
-    if state.spec.kind == "conv" and isinstance(state, Lease):
-        assert state.spec.shape is not None
-        window = entries.new_zeros(1, *state.spec.shape)
-        window[0, ..., state.spec.shape[-1] - len(entries) :] = entries.movedim(0, -1)
-        return window
-    return entries
 
 
 def allow(error: StateCacheError | None) -> None:
