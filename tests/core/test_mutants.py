@@ -79,6 +79,7 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
             ((2, 0, 0), ("rows", 2, (1,))),
         )
     ),
+    [("step", 4, (0,)), MARK, ("step", 5, (0,)), MARK, ("rollback", 0, (2,)), ONE, ("restore", 0, (1,))],
     # a compiled step past the capacity, which a mark from before comes back from
     *([("step", 9, (0,)), MARK, ("step", 9, (0,)), *[(what, 5, (9,))] * 2, ONE] for what in ("step", "ragged")),
     # an empty mark, with a log begun since
@@ -90,6 +91,7 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
         for n in (1, 2)
     ),
     *([("ragged", 9, (9, 8, 7)), *[ONE] * n, ("ragged", 9, (9, 1, 0)), ("rollback", 0, (1,))] for n in (1, 2, 3)),
+    [("ragged", 9, (9, 6, 6)), ("rollback", 0, (3, 0, 0)), *[ONE] * 3, ("rollback", 0, (1,))],
     # a chunk where copies stood, of rows that went back, were reset, or became another
     [ONE, ONE, ONE, ("rollback", 0, (2,)), ("step", 2, (0,)), ("rollback", 0, (1,))],
     *(
@@ -119,7 +121,7 @@ def schedules(n: int) -> Iterator[tuple[list[Op], Form]]:
     rnd = random.Random(7)
     yield from (by_chance(rnd, i) for i in range(30))
     for schedule, (fixed, on_device), leased in itertools.product(SELDOM, STEPS, (False, True)):
-        yield schedule, Form(fixed, leased, on_device)
+        yield schedule, Form(fixed, leased, on_device, lazy=True)
     yield from (by_chance(rnd, i) for i in range(30, n))
 
 
