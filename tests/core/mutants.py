@@ -150,7 +150,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "window - 2 + order - start)",
         ),
         "a pass never says that it writes": (
-            "            begin()\n",
+            "            self.pending()\n",
             "            pass\n",
         ),
     },
@@ -266,10 +266,6 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "moves.append(self.copies.taken(rows, self.copies.capacity))",
             "pass",
         ),
-        "the entry is looked at where it was": (
-            "                each()\n            self._look()\n",
-            "                each()\n",
-        ),
         "a mark does not copy what a lease goes back by": (
             "for copy in copies))",
             "for copy in ()))",
@@ -295,11 +291,11 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "clock": {
         "a pass over some rows is noted for the first": (
-            "zip(range(len(lengths)) if rows is None else rows, taken, strict=True)",
-            "zip(range(len(lengths)), taken)",
+            "zip(rows, ends, strict=True)",
+            "enumerate(ends)",
         ),
         "the host's reach does not rise": (
-            "[max(pair) for pair in zip(self.reach, lengths, strict=True)]",
+            "list(map(max, self.reach, lengths))",
             "list(self.reach)",
         ),
         "the device's reach does not rise": (
@@ -391,7 +387,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            start = self.lengths\n        return Step(tokens, start, count, None",
         ),
         "rows are longer than the limit": (
-            "if self.limit is not None and max(ends) > self.limit:",
+            "if self.limit is not None and end > self.limit:",
             "if False:",
         ),
         "the bases of some rows are those of the first": (
@@ -614,8 +610,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "[min(held[row] for held",
         ),
         "no mark is long": (
-            "not any(map(operator.lt, lengths, self._longest))",
-            "not all(map(operator.lt, lengths, self._longest))",
+            "not any(map(operator.lt, lengths, self.longest))",
+            "not all(map(operator.lt, lengths, self.longest))",
         ),
         "a new mark is not measured": (
             "        self._held.add(mark)\n        self._measure()",
@@ -690,8 +686,12 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        for row, base in zip(chosen, made[1], strict=True):\n                then[row] = base",
             "        for row, base in enumerate(made[1]):\n                then[row] = base",
         ),
+        "rows that were gathered are looked at where they were": (
+            "                state.use(len(wanted))\n",
+            "                pass\n",
+        ),
         "a pass says nothing to marks": (
-            "            self.marks.written(clock.known.lengths, now.rows, now.taken)\n",
+            "            self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))\n",
             "            pass\n",
         ),
         "compiled steps say nothing to marks": (
@@ -741,7 +741,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            if self.clock is not None:\n                if mark",
         ),
         "a restore leaves states that were first written after the mark": (
-            "                    state.empty()  # first written after the mark\n",
+            "                    state.empty()  # as before its first write, in whatever form it was kept\n",
             "                    pass\n",
         ),
         "a restore of an empty mark leaves the clock": (
