@@ -623,6 +623,10 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "states": {
+        "a ring allocated late has slots for the step alone": (
+            "            tokens += max(self.clock.known.lengths)",
+            "            pass",
+        ),
         "a round keeps all it brought": (
             "        if self.tentative is None:\n            self.clock.close",
             "        if True:\n            self.clock.close",

@@ -80,6 +80,14 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
         )
     ),
     [("step", 4, (0,)), MARK, ("step", 5, (0,)), MARK, ("rollback", 0, (2,)), ONE, ("restore", 0, (1,))],
+    # a mark that no row went back behind, and what makes it stale all the same; one with what goes back from it
+    *(
+        [("step", 9, (0,)), MARK, what, RESTORE]
+        for what in (("admit", 0, (0, 1, 1)), ("reset_rows", 0, (0,)), ("reset", 0, (0,)), ("gather", 0, (0,)))
+    ),
+    [ONE, ONE, ONE, ONE, MARK, ONE, ONE, ONE, RESTORE, ("rollback", 0, (2,))],
+    # a log that is first written in a row admitted to a cache where nothing was
+    [("step", 4, (0,)), ("admit", 0, (0, 0, 1)), *[("step", 1, (0,))] * 4, ("rollback", 1, (0, 2, 0))],
     # a compiled step past the capacity, which a mark from before comes back from
     *([("step", 9, (0,)), MARK, ("step", 9, (0,)), *[(what, 5, (9,))] * 2, ONE] for what in ("step", "ragged")),
     # an empty mark, with a log begun since
