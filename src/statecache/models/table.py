@@ -49,6 +49,10 @@ SHIFTS_IN_PLACE = {"kimi_linear", "bailing_hybrid", "glm5_next"}
 DROPS_STATE = {"mamba", "falcon_mamba", "jamba", "zamba"}
 
 
+# Their one-token step overwrites its state head by head.
+WRITES_BY_HEAD = {"zamba"}
+
+
 def conv(width: int, channels: int, name: str = "conv") -> StateSpec:
     """The last inputs of a causal convolution of this width."""
     return StateSpec(name, "conv", (channels,), width - 1, axis=1)

@@ -22,7 +22,7 @@ from statecache.lease import Lease
 from statecache.models.checks import no_gradient
 from statecache.models.prepared import LayerState, Prepared
 from statecache.models.registry import Registry
-from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE
+from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE, WRITES_BY_HEAD
 from statecache.spec import ModelSpec, StateSpec
 from statecache.states import WAY_OUT, States
 from statecache.step import Step
@@ -36,7 +36,9 @@ class Unmodified:
         self.step: Step | None = None  # of a prepared model: none
         self.fed = False  # whether any row holds a token: the models ask whether there is a previous state
         self.boundaries = Boundaries(states.spec)
-        self._owed: dict[str, int | None] = {}  # states that the last layer has yet to overwrite, and their versions
+        self._owed: dict[
+            str, int | None
+        ] = {}  # states that the last layer has yet to overwrite, and the version each then has
 
     @property
     def layers(self) -> list[LayerState]:
@@ -233,6 +235,7 @@ class Unmodified:
         self.fed = clock is not None and any(clock.known.lengths)
         self.registry.forget()
         self._owed.clear()
+        self.boundaries.handed.clear()  # shown before, by a pass that was interrupted
         if dropped:
             self.boundaries.drop()
 
@@ -255,6 +258,7 @@ class Unmodified:
                 raise ShapeError(f'state "{name}": {tokens} tokens came in a pass that began with {step.tokens}')
             return step
         self._collect()
+        self.states.check_pass(tokens)
         clock = self.registry.clock_for(new)
         if clock.known.ragged:
             clock.uniform()
@@ -264,7 +268,7 @@ class Unmodified:
         if step.end is not None and not torch.compiler.is_compiling():
             last = self.states.spec.layers[self.boundaries.last]
             owed = [f"{last.index}.{state.name}" for state in last.states if state.kind == "recurrent" and state.leased]
-            self._owed = {name: self._version(name) for name in owed}
+            self._owed = {name: self._version(name, ahead=True) for name in owed}
         self.boundaries.busy = name
         return step
 
@@ -286,19 +290,26 @@ class Unmodified:
         self.states.close(step)
         self.fed = True
         # some layers end their pass, as it is counted, before they overwrite their state
-        self._owed = {name: version for name, version in self._owed.items() if self._version(name) == version}
+        self._owed = {name: least for name, least in self._owed.items() if not self._reached(name, least)}
 
     def _collect(self) -> None:
         """Whether the last layer has overwritten the states that it owed: if not, it was interrupted."""
-        for name, version in self._owed.items():
-            if self._version(name) == version:
-                self.states.broken = "the last forward pass"
+        if not all(self._reached(name, least) for name, least in self._owed.items()):
+            self.states.broken = "the last forward pass"
         self._owed.clear()
 
-    def _version(self, name: str) -> int | None:
-        """What differs once a model has overwritten a state that it was handed; None before there is one."""
+    def _version(self, name: str, ahead: bool = False) -> int | None:
+        """How often a state was written to; None before there is one. `ahead`: once its model has overwritten it."""
         state = self.states.held.get(name)
-        return state.entry._version if isinstance(state, Lease) else None
+        if not isinstance(state, Lease):
+            return None
+        writes = state.entry.shape[1] if self.registry.model in WRITES_BY_HEAD else 1
+        return state.entry._version + writes * ahead
+
+    def _reached(self, name: str, least: int | None) -> bool:
+        """Whether a state was written to that often; one that was not there has to be handed in."""
+        version = self._version(name)
+        return version is not None and least is not None and version >= least
 
     def _take_shifted(self, layer: int) -> None:
         """Take in the one input of each convolution whose state this layer was handed and has shifted in place."""
