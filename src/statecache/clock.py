@@ -253,7 +253,7 @@ class Clock:
         numbers = whole_numbers(count, rows, "tokens to take in")
         for b, n in enumerate(numbers):
             if not 0 <= n <= tokens:
-                raise StepError(f"row {b} cannot take in {n} tokens of a pass that brings {tokens}: give 0..{tokens}")
+                raise StepError(f"row {b} cannot take in {n} tokens: the pass brings {tokens}, so give 0..{tokens}")
         return numbers
 
     def close(self, step: Step, after: Known | None) -> None:
