@@ -353,14 +353,7 @@ class StateCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         """The position of a pass's first token."""
-        clock = self.states.clock
-        if clock is None:
-            return 0
-        if self.capacity is None:
-            return clock.uniform()
-        if clock.known.ragged:
-            clock.uniform()
-        return clock.lengths[0].clone()
+        return self.writer.registry.query_offset()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:
         """How many keys `update` will return to T = `query_length` tokens, and the position of the first."""

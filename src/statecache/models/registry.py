@@ -85,6 +85,17 @@ class Registry:
             self.forget()
         return clock
 
+    def query_offset(self) -> int | Tensor:
+        """The position of the next pass's first token, the same for all rows. Raises RaggedError where rows differ."""
+        clock = self.states.clock
+        if clock is None:
+            return 0
+        if self.states.capacity is None:
+            return clock.uniform()
+        if clock.known.ragged:
+            clock.uniform()
+        return clock.lengths[0].clone()
+
     def ring(self, name: str, new: Tensor, tokens: int) -> Ring:
         """The ring of this name, for entries like `new`."""
         state = self.states.held.get(name) or self.allocate_like(name, new, tokens)

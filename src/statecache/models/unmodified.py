@@ -185,14 +185,7 @@ class Unmodified:
 
     def seq_length(self) -> int | Tensor:
         """Columns taken in, pads included. Raises RaggedError where rows differ."""
-        clock = self.states.clock
-        if clock is None:
-            return 0
-        if self.states.capacity is None:
-            return clock.uniform()
-        if clock.known.ragged:
-            clock.uniform()
-        return clock.lengths[0].clone()
+        return self.registry.query_offset()
 
     # ---- from one pass to the next
 
