@@ -112,10 +112,7 @@ class States:
         self._operators: weakref.ref[Operators] | None = None  # what steps the logged states, by name
         self._behind = False  # whether a logged state has yet to be brought to its row's end, for want of its operator
         if rows is not None and dtype is not None and self.device is not None:
-            self.start(rows, self.device)
-            for name, state in self.declared.items():
-                if state.shape is not None:
-                    self.allocate(name, dtype, self.device)
+            self.allocate_all(rows, dtype, self.device)
 
     def __getitem__(self, name: str) -> Ring | Lease:
         return self.held[name]
@@ -197,6 +194,13 @@ class States:
         self.clock = Clock(
             self._allocation(rows, torch.long, device), self.spec.full_at(self.capacity, self.slack), self.back
         )
+
+    def allocate_all(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Have a clock, and room for every state whose shape is declared, in a model that computes in `dtype`."""
+        self.start(rows, device)
+        for name, state in self.declared.items():
+            if state.shape is not None:
+                self.allocate(name, dtype, device)
 
     def clock_for(self, rows: int, device: torch.device) -> Clock:
         """The clock, for a batch of this many rows. Raises RowsError where the cache holds others."""

@@ -456,10 +456,7 @@ class StateCache(Cache):
         """Allocate every state whose shape the configuration gives."""
         states = self.states
         if states.clock is None:
-            states.start(batch_size, torch.device(device))
-            for name, spec in states.declared.items():
-                if spec.shape is not None:
-                    states.allocate(name, states.dtype or dtype, torch.device(device))
+            states.allocate_all(batch_size, states.dtype or dtype, torch.device(device))
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         raise LayerError(
