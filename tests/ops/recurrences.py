@@ -1,4 +1,4 @@
-"""The four recurrences as data: what one test asks of all of them.
+"""The recurrences as data: what one test asks of all of them.
 
 Letters as in `statecache.ops`; every size differs from the others, so that no two axes can be confused.
 """
@@ -11,7 +11,7 @@ import oracles
 import torch
 from torch import Tensor
 
-from statecache.ops import gated_delta, lightning, selective_scan, ssd
+from statecache.ops import delay, gated_delta, lightning, rg_lru, selective_scan, ssd
 
 B, H, G, P, N = 3, 4, 2, 5, 7
 DECAYS = {"strong": 50.0, "plain": 0.5, "weak": 1e-4}  # the largest of a token, as the exponent
@@ -55,9 +55,22 @@ def _delta(tokens: int, decay: float) -> tuple[Tensor, ...]:
     return q, k, v, -decay * torch.rand(B, tokens, H), 2 * torch.rand(B, tokens, H)
 
 
+def _delta_by_channel(tokens: int, decay: float) -> tuple[Tensor, ...]:
+    q, k, v, _, beta = _delta(tokens, decay)
+    return q, k, v, -decay * torch.rand(B, tokens, H, N), beta
+
+
 def _lightning(tokens: int, decay: float) -> tuple[Tensor, ...]:
     q, k, v = (torch.randn(B, tokens, H, P) for _ in range(3))
     return q, k, v, torch.rand(B, tokens) > 0.2, decay * (0.1 + torch.rand(H))
+
+
+def _rg_lru(tokens: int, decay: float) -> tuple[Tensor, ...]:
+    return torch.randn(B, tokens, P), -decay * torch.rand(B, tokens, P), torch.randn(B, tokens, P)
+
+
+def _delay(tokens: int, decay: float) -> tuple[Tensor, ...]:
+    return torch.randn(B, tokens, H, P), torch.rand(B, tokens) > 0.2
 
 
 def draw(recurrence: Recurrence, tokens: int, decay: str = "plain", seed: int = 0, given: bool = True):
@@ -84,5 +97,10 @@ RECURRENCES = {
     ),
     "ssd": Recurrence(ssd, oracles.ssd, lambda t, d: _mamba(t, d, (H,), (H,)), (H, P, N), (1,), 2, (0, 1, 3, 2)),
     "gated_delta": Recurrence(gated_delta, oracles.gated_delta, _delta, (H, N, P), (3, 4), None, (1, 2, 3, 4)),
+    "gated_delta_by_channel": Recurrence(
+        gated_delta, oracles.gated_delta, _delta_by_channel, (H, N, P), (3, 4), None, (1, 2, 3, 4)
+    ),
     "lightning": Recurrence(lightning, oracles.lightning, _lightning, (H, P, P), (3,), 4, (1, 2, 3, 4)),
+    "rg_lru": Recurrence(rg_lru, oracles.rg_lru, _rg_lru, (P,), (1,), None, (0, 1)),
+    "delay": Recurrence(delay, oracles.delay, _delay, (H, P), (1,), None, (0, 1)),
 }

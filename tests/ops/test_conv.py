@@ -43,6 +43,22 @@ def test_steps_are_the_convolution(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 9])
+def test_tokens_may_have_weights_of_their_own(tokens: int, width: int) -> None:
+    x, _, bias, past = draw(tokens, width)
+    weight = torch.randn(B, tokens, C, width, dtype=x.dtype)
+    for b, silu in ((bias, True), (None, False)):
+        for p in (past, None):
+            y, expected = conv.chunk(x, weight, b, p, silu), oracles.conv(x, weight, b, p, silu)
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        now, expected = past, oracles.conv(x, weight, b, past, silu)
+        for t in range(tokens):
+            y, wide = conv.step(x[:, t : t + 1], weight[:, t : t + 1], b, now, silu)
+            torch.testing.assert_close(y, expected[:, t : t + 1], rtol=0, atol=1e-12)
+            now = wide[:, 1:].mT
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 17])
 def test_window_moves_the_last_inputs(tokens: int, width: int) -> None:
     x, _, _, past = draw(tokens, width)
@@ -54,6 +70,43 @@ def test_window_moves_the_last_inputs(tokens: int, width: int) -> None:
             got = conv.window(x, p, width, torch.tensor(counts))
             for row, count in enumerate(counts):
                 assert torch.equal(got[row], wide[row, :, count : count + width - 1])
+
+
+HEADS, SIZE = 2, 3  # of the C channels
+
+
+def second(width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight (C, P, V) and bias (C) of a convolution by head."""
+    torch.manual_seed(seed)
+    return torch.randn(C, SIZE, width, dtype=torch.float64), torch.randn(C, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("behind", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5, conv.FEW, conv.FEW + 1, 40])
+def test_chunk_with_a_second_convolution_by_head_is_both(tokens: int, behind: int, width: int) -> None:
+    assert HEADS * SIZE == C
+    x, weight, bias, past = draw(tokens, width + behind - 1)
+    weight, heads = weight[:, :width], second(behind)
+    assert conv.span(weight, heads) == width + behind - 1
+    for b, then in ((bias, heads), (None, (heads[0], None))):
+        for p, silu in ((past, False), (None, True)):
+            y, expected = conv.chunk(x, weight, b, p, silu, then), oracles.conv_by_head(x, weight, b, p, silu, then)
+            assert y.shape == x.shape
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("behind", [1, 2, 3])
+def test_steps_with_a_second_convolution_by_head_are_both(behind: int, width: int) -> None:
+    x, weight, bias, past = draw(9, width + behind - 1)
+    weight, heads = weight[:, :width], second(behind)
+    for b, then, silu in ((bias, heads, True), (None, (heads[0], None), False)):
+        expected, now = oracles.conv_by_head(x, weight, b, past, silu, then), past
+        for t in range(9):
+            y, wide = conv.step(x[:, t : t + 1], weight, b, now, silu, then)
+            torch.testing.assert_close(y, expected[:, t : t + 1], rtol=0, atol=1e-12)
+            now = wide[:, 1:].mT
 
 
 def test_window_carries_a_split_sequence() -> None:
@@ -82,36 +135,45 @@ def test_the_result_has_the_dtype_of_x_and_the_window_that_of_past() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_autocast_does_not_reach_in(tokens: int, dtype: torch.dtype) -> None:
     given = tuple(x.to(dtype) for x in draw(tokens, 4))
-    x, weight, *_ = given
+    x, weight, bias, past = given
+    heads = tuple(each.to(dtype) for each in second(2))
 
     def forms() -> list[torch.Tensor]:
         return [
             conv.chunk(*given, True),
             conv.chunk(x, weight, None, None, False),
             *conv.step(x[:, :1], *given[1:], True),
+            conv.chunk(x, weight[:, :3], bias, past, False, heads),
+            *conv.step(x[:, :1], weight[:, :3], bias, past, False, heads),
         ]
 
     expected = forms()
     with torch.autocast("cpu", torch.bfloat16):
         got = forms()
     assert all(map(torch.equal, got, expected))
-    assert [y.dtype for y in got] == [dtype] * 4
+    assert [y.dtype for y in got] == [dtype] * 7
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 300])
 def test_gradients_are_those_of_the_convolution(tokens: int) -> None:
-    leaves = [x.requires_grad_() for x in draw(tokens, 4)]
+    leaves, heads = [x.requires_grad_() for x in draw(tokens, 4)], [x.requires_grad_() for x in second(2)]
     weights = torch.randn(B, tokens, C, dtype=torch.float64)
-    got = torch.autograd.grad(conv.chunk(*leaves, True), leaves, weights)
-    expected = torch.autograd.grad(oracles.conv(*leaves, True), leaves, weights)
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    x, weight, bias, past = leaves
+    both = x, weight[:, :3], bias, past, True, tuple(heads)
+    for form, oracle, of in (
+        (conv.chunk(*leaves, True), oracles.conv(*leaves, True), leaves),
+        (conv.chunk(*both), oracles.conv_by_head(*both), [*leaves, *heads]),
+    ):
+        for one, other in zip(
+            torch.autograd.grad(form, of, weights), torch.autograd.grad(oracle, of, weights), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_chunk_step_and_window_are_one_graph(tokens: int) -> None:
     x, weight, bias, past = draw(tokens, 4)
-    count = torch.tensor([0, 1, tokens])
+    count, heads = torch.tensor([0, 1, tokens]), second(2)
 
     def forward(x, past, count):
         return (
@@ -119,6 +181,8 @@ def test_chunk_step_and_window_are_one_graph(tokens: int) -> None:
             conv.window(x, past, 4, count),
             conv.window(x, past, 4),
             *conv.step(x[:, :1], weight, bias, past, True),
+            conv.chunk(x, weight[:, :3], bias, past, False, heads),
+            *conv.step(x[:, :1], weight[:, :3], bias, past, False, heads),
         )
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=False)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch._dynamo
 from recurrences import DECAYS, RECURRENCES, B, Recurrence, draw
 
-from statecache.ops import chunks, gated_delta
+from statecache.ops import chunks, delay, gated_delta, rg_lru
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 195]  # around the chunks of 16 and 64, and several of them
 
@@ -152,9 +153,12 @@ def test_float32_stays_near_float64(recurrence: Recurrence, decay: str) -> None:
 
 
 @pytest.mark.parametrize("strong", [20.0, 1e2, 1e4])
-@pytest.mark.parametrize("name", [name for name in RECURRENCES if name != "lightning"])  # its decay is one a head
+@pytest.mark.parametrize("name", [name for name in RECURRENCES if name not in ("lightning", "delay")])
 def test_float32_stays_near_float64_where_decays_differ(name: str, strong: float) -> None:
-    """Half of a chunk forgets all at once, and in the other half the same heads forget next to nothing."""
+    """Half of a chunk forgets all at once, and in the other half the same heads forget next to nothing.
+
+    Lightning attention has one decay a head, and a delay none.
+    """
     recurrence = RECURRENCES[name]
     inputs, state = draw(recurrence, 128, "weak")
     inputs = list(inputs)
@@ -191,7 +195,7 @@ def test_gradients_of_chunk_are_those_of_the_recurrence(recurrence: Recurrence, 
     y, after, states = recurrence.module.chunk(*inputs, state, count, at)
     expected, path = recurrence.expected(recurrence.idle(inputs, ~live), state)
     weights = [torch.randn_like(x) for x in (y, after, states)]
-    weights[0] = weights[0] * live[..., None, None]  # outputs past the count are not defined
+    weights[0] = weights[0] * live.reshape(*live.shape, *[1] * (y.ndim - 2))  # outputs past the count are not defined
     rows = torch.arange(B)
     wanted = expected, path[rows, -1], path[rows[:, None], at.minimum(count[:, None])]
     for got, right in zip(
@@ -206,7 +210,7 @@ def test_forms_that_write_in_place_refuse_gradients(recurrence: Recurrence) -> N
     inputs, state = draw(recurrence, 2)
     before = state.clone()
     name = recurrence.module.__name__.rpartition(".")[2]
-    inputs = (inputs[0], inputs[1].requires_grad_(), *inputs[2:])
+    inputs = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
     record = [inputs[i] for i in recurrence.record]
     with pytest.raises(RuntimeError, match=f"{name}.step: .* use chunk for gradients"):
         recurrence.module.step(*recurrence.cut(inputs, 0), state)
@@ -246,6 +250,7 @@ def test_a_tensor_without_data_has_the_shapes_of_one_with_data(recurrence: Recur
 
 
 def test_chunk_step_and_fold_are_one_graph(recurrence: Recurrence) -> None:
+    torch._dynamo.reset()  # the operators share code, which is compiled a few times at most
     inputs, state = draw(recurrence, 70)
     count, at = torch.tensor([0, 70, 33]), torch.tensor([[0, 70], [64, 5], [1, 2]])
     compiled = torch.compile(recurrence.module.chunk, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -266,7 +271,18 @@ def test_chunk_step_and_fold_are_one_graph(recurrence: Recurrence) -> None:
 
 
 def test_every_module_says_how_exact_it_is(recurrence: Recurrence) -> None:
-    assert recurrence.module.EXACTNESS == {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
+    want = {"step": "bitwise", "fold": "bitwise", "chunk": "reassociated"}
+    if recurrence.module is delay:  # which computes nothing
+        want["chunk"] = "bitwise"
+    assert want == recurrence.module.EXACTNESS
+
+
+def test_a_delay_moves_and_changes_no_bit() -> None:
+    recurrence = RECURRENCES["delay"]
+    inputs, state = draw(recurrence, 70)
+    expected, path = recurrence.expected(inputs, state)
+    y, after, _ = delay.chunk(*inputs, state)
+    assert torch.equal(y, expected) and torch.equal(after, path[:, -1])
 
 
 def test_a_key_written_again_and_again_at_full_strength() -> None:
@@ -281,3 +297,27 @@ def test_a_key_written_again_and_again_at_full_strength() -> None:
     close(after, state)
     narrow, _, _ = gated_delta.chunk(*(x.float() for x in (k, k, v, g, beta)))
     close(narrow.double(), y, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_that_forgets_begins_anew_bit_for_bit(dtype: torch.dtype) -> None:
+    (x, g, c), state = draw(RECURRENCES["rg_lru"], 70)
+    x, g, c, state = (tensor.to(dtype) for tensor in (x, g, c, state))
+    g[:, 40] = rg_lru.FORGETS
+    whole = rg_lru.chunk(x, g, c, 1e6 * state, at=torch.full((B, 1), 41))
+    assert torch.equal(whole[2][:, 0], x[:, 40])
+    for got, want in zip(whole[:2], rg_lru.chunk(x[:, 40:], g[:, 40:], c[:, 40:])[:2], strict=True):
+        close(
+            (got[:, 40:] if got.ndim == 3 else got).double(), want.double(), 1e-6 if dtype == torch.float32 else 1e-12
+        )
+    rg_lru.step(x[:, 40], g[:, 40], c[:, 40], state)
+    assert torch.equal(state, x[:, 40])
+
+
+def test_the_root_of_an_idle_token_has_a_bounded_derivative() -> None:
+    """As transformers has it: at most 1,000 where the decay is next to 1, and exact elsewhere."""
+    one = torch.ones(4, 1, 1, dtype=torch.float64)
+    g = torch.tensor([0.0, -1e-9, -1e-3, -2.0], dtype=torch.float64).view(4, 1, 1).requires_grad_()
+    rg_lru.chunk(one, g, one)[1].sum().backward()
+    rest = 1 - torch.exp(2 * g.detach())
+    close(g.grad, -torch.exp(2 * g.detach()) * (1 / rest.sqrt()).clamp(max=2000))
