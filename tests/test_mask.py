@@ -11,15 +11,16 @@ from torch import Tensor
 from statecache.mask import additive, visible
 
 
-def loop(query: Tensor, key: Tensor, window: int | None, real: Tensor | None) -> Tensor:
+def loop(query: Tensor, key: Tensor, window: int | None, real: Tensor | None, chunked: bool) -> Tensor:
     rows, tokens, keys = len(query), query.shape[1], key.shape[1]
     seen = torch.zeros(rows, 1, tokens, keys, dtype=torch.bool)
     for b in range(rows):
         for t in range(tokens):
             for s in range(keys):
-                behind = int(query[b, t] - key[b % len(key), s])
+                now, then = int(query[b, t]), int(key[b % len(key), s])
                 pad = real is not None and not real[b, t]
-                seen[b, 0, t, s] = pad or (behind >= 0 and (window is None or behind < window))
+                near = window is None or (now // window == then // window if chunked else now - then < window)
+                seen[b, 0, t, s] = pad or (now >= then and near)
     return seen
 
 
@@ -33,7 +34,8 @@ def test_visible_is_the_double_loop(data: st.DataObject) -> None:
     window = data.draw(st.none() | st.integers(1, 8))
     count = data.draw(st.none() | st.lists(st.integers(0, tokens), min_size=rows, max_size=rows))
     real = None if count is None else torch.arange(tokens) < torch.tensor(count)[:, None]
-    assert torch.equal(visible(query, key, window, real), loop(query, key, window, real))
+    chunked = window is not None and data.draw(st.booleans())
+    assert torch.equal(visible(query, key, window, real, chunked), loop(query, key, window, real, chunked))
 
 
 def test_a_query_sees_itself_and_nothing_after_it() -> None:

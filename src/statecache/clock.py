@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from statecache.errors import CapacityError, RaggedError, RollbackError, RowsError, StateCacheError, StepError
+from statecache.rotary import Rotary
 from statecache.step import Allocation, Step
 from statecache.storage.store import Move, revive, zeros
 
@@ -36,11 +37,12 @@ def capturing(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Known:
-    """What the host knows of the clock, by row."""
+    """What the host knows of the clock, by row. `rotated`: the shortest row whose keys are rotated as its own are."""
 
     lengths: list[int]
     reach: list[int]
     base: list[int]
+    rotated: list[int]
     width: int = 0  # columns fed, pads included: what transformers calls the length
     ragged: bool = False  # whether rows differ; a bool of its own, since compiled code is guarded by what it reads
     overflowed: bool = False
@@ -58,7 +60,7 @@ class Known:
 
 def nothing(rows: int) -> Known:
     """What is known of empty rows."""
-    return Known([0] * rows, [0] * rows, [0] * rows)
+    return Known([0] * rows, [0] * rows, [0] * rows, [0] * rows)
 
 
 def differ(lengths: list[int]) -> bool:
@@ -66,9 +68,13 @@ def differ(lengths: list[int]) -> bool:
 
 
 class Clock:
-    """Numbers of B rows. `limit`: the longest a row can get, or None. `back`: whether rows go back but for rounds."""
+    """Numbers of B rows. `limit`: the longest a row can get, or None. `back`: whether rows go back but for rounds.
 
-    def __init__(self, room: Allocation, limit: int | None, back: bool = True) -> None:
+    `rotary`: how keys depend on the length of their row, if they do.
+    """
+
+    def __init__(self, room: Allocation, limit: int | None, back: bool = True, rotary: Rotary | None = None) -> None:
+        self.rotary = rotary
         self.static = room.capacity is not None
         self.rows, self.limit, self.slack, self.back = room.rows, limit, room.slack, back
         self.copying = False  # whether any state is copied at the starts of steps
@@ -154,8 +160,9 @@ class Clock:
         self.unseen = self.known.lengths if self.unseen is None else self.unseen
         numbers = self._used[:COPIED].tolist()
         lengths = numbers[LENGTH]
-        overflowed = bool(self.overflow.item())
-        self.know(Known(lengths, numbers[REACH], numbers[BASE], numbers[COLUMNS][0], differ(lengths), overflowed))
+        overflowed, width = bool(self.overflow.item()), numbers[COLUMNS][0]
+        rotated = self.known.rotated  # no step that the host does not see changes it
+        self.know(Known(lengths, numbers[REACH], numbers[BASE], rotated, width, differ(lengths), overflowed))
 
     def know(self, known: Known) -> None:
         """Take these numbers for those of the device, which has just been given them."""
@@ -177,7 +184,8 @@ class Clock:
 
         `counted`: the count on the device, where it is there already. Returns the step, and what the host knows once
         it is closed; None in compiled or captured code, where it knows nothing.
-        Raises CapacityError where a row would become longer than the limit, RowsError, StepError for other numbers.
+        Raises CapacityError where a row would become longer than the limit, RotaryError where keys would not be
+        rotated alike, RowsError, StepError for other numbers.
         """
         captured = capturing(self.data)
         if captured and not self.static:
@@ -186,6 +194,8 @@ class Clock:
                 "capacity="
             )
         if self.static and (captured or torch.compiler.is_compiling()):
+            if self.rotary is not None:
+                self.rotary.check_unseen(self.limit)
             if captured:
                 self.captured = True
             return self._open_unseen(tokens, count, rows, captured, tentative), None
@@ -210,6 +220,8 @@ class Clock:
                 "or leave it out for a cache that grows"
             )
         after = known.over(chosen, ends, tokens)
+        if self.rotary is not None:
+            after = replace(after, rotated=self.rotary.rotate(known.rotated, chosen, lengths, ends))
         if chosen is None and whole and not known.ragged:
             return Step(tokens, lengths[0], end=end, tentative=tentative), after
         on_device = None
@@ -318,11 +330,16 @@ class Clock:
         if after is not None:
             self.know(replace(self.known, reach=after.reach))
 
-    def accept(self, step: Step, rows: Sequence[int] | None, accepted: list[int]) -> Tensor | None:
-        """End a round: of its pass each row keeps its first `accepted` tokens. They on the device; None if all do."""
+    def accept(self, step: Step, now: Known | None, rows: Sequence[int] | None, accepted: list[int]) -> Tensor | None:
+        """End a round: of its pass each row keeps its first `accepted` tokens. They on the device; None if all do.
+
+        `now`: what was to be known after that pass.
+        """
         known = self.sync()
         held = known.lengths if rows is None else [known.lengths[row] for row in rows]
         after = known.over(rows, list(map(operator.add, held, accepted)), max(accepted))
+        if now is not None:
+            after = replace(after, rotated=now.rotated)
         count = None
         if step.rows is not None or any(n != accepted[0] for n in accepted):
             count = torch.tensor(accepted, device=self.data.device)
@@ -365,10 +382,11 @@ class Clock:
                 )
             if n and copied is not None and target and target not in copied[row]:
                 copies = sorted(k for k in copied[row] if least <= k < length)
+                ways = f"it can go back to {', '.join(map(str, copies))}: " if copies else ""
                 return RollbackError(
                     f"row {row} cannot go back to {target} tokens: a recurrent state is copied at the start of each "
-                    f"step, and {target} was inside a chunk; copies stand at {copies}: feed one token at a time, or "
-                    "forget the whole chunk"
+                    f"step, and {target} was inside a chunk; {ways}feed what may be forgotten one token at a time, or "
+                    "statecache.prepare(model)"
                 )
         return None
 
@@ -412,28 +430,29 @@ class Clock:
                 self.data[number].index_fill_(0, index, 0)
             self._set(rows, 0, 0, self.known.width)
 
-    def admit(self, row: int, length: int) -> None:
+    def admit(self, row: int, length: int, rotated: int) -> None:
         """A row has been filled with what another one held, and cannot go back before that."""
         reach, columns = length + self.slack, max(self.sync().width, length)
         self.data[:, row].zero_()
         for number, value in ((LENGTH, length), (BASE, length), (REACH, reach)):
             self.data[number, row].fill_(value)
         self.data[COLUMNS].fill_(columns)
-        self._set([row], length, reach, columns)
+        self._set([row], length, reach, columns, rotated)
 
-    def _set(self, rows: Sequence[int], length: int, reach: int, width: int) -> None:
+    def _set(self, rows: Sequence[int], length: int, reach: int, width: int, rotated: int = 0) -> None:
         """Know that these rows hold `length` tokens each, which cannot be taken back."""
-        lengths, reaches, bases = (list(n) for n in (self.known.lengths, self.known.reach, self.known.base))
+        known = self.known
+        lengths, reaches, bases, rotations = map(list, (known.lengths, known.reach, known.base, known.rotated))
         for row in rows:
-            lengths[row], reaches[row], bases[row] = length, reach, length
-        self.know(Known(lengths, reaches, bases, width, differ(lengths), self.known.overflowed))
+            lengths[row], reaches[row], bases[row], rotations[row] = length, reach, length, rotated
+        self.know(Known(lengths, reaches, bases, rotations, width, differ(lengths), known.overflowed))
 
     def taken(self, rows: Sequence[int]) -> Move:
         """Prepare to keep these rows, in this order."""
         index = torch.tensor(rows, device=self.data.device)
         data, known = revive(self.data.index_select(1, index), static=False), self.known
-        chosen = ([numbers[row] for row in rows] for numbers in (known.lengths, known.reach, known.base))
-        lengths, reach, base = chosen
+        held = known.lengths, known.reach, known.base, known.rotated
+        lengths, reach, base, rotated = ([numbers[row] for row in rows] for numbers in held)
 
         def move() -> None:
             if self.static:
@@ -442,7 +461,7 @@ class Clock:
                 self.data = data
             self.rows = len(rows)
             self._look()
-            self.know(Known(lengths, reach, base, known.width, differ(lengths)))
+            self.know(Known(lengths, reach, base, rotated, known.width, differ(lengths)))
 
         return move
 

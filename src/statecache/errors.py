@@ -18,7 +18,7 @@ class LayerError(StateCacheError, IndexError):
 
 
 class ConfigError(StateCacheError, ValueError):
-    """A model's tensors do not match the configuration that the cache was made from."""
+    """A configuration that no cache can be made from, or that a model's tensors do not match."""
 
 
 class ShapeError(StateCacheError, ValueError):
@@ -51,6 +51,10 @@ class RollbackError(StateCacheError, ValueError):
 
 class RaggedError(StateCacheError, ValueError):
     """Rows of different lengths where one length for all is needed."""
+
+
+class RotaryError(StateCacheError, ValueError):
+    """Rotary factors change with the length of a row, and a pass would mix keys of different ones."""
 
 
 class StepError(StateCacheError, RuntimeError):

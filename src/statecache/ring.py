@@ -99,7 +99,7 @@ class Ring:
         window = self.spec.window
         if window is None or not self.wraps:
             self.put(new, step)
-            slots = self.capacity if step.end is None or not exact else step.end
+            slots = self.capacity if step.end is None or not exact else max(1, step.end)  # no model expects none
             seen = self.store.read(slice(0, slots))
             rows = step.on(new.device).rows
             return seen if rows is None else seen.index_select(0, rows)

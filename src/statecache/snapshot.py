@@ -23,6 +23,7 @@ class Mark:
     lengths: list[int]
     clock: tuple[Tensor, Known] | None
     copies: Mapping[str, tuple[Tensor, ...]] = field(repr=False)
+    behind: bool = False  # whether recurrences had yet to be brought to their rows' ends
     stale: str | None = None
 
     @property
@@ -94,13 +95,14 @@ class Snapshot:
 
     `entries`: of each state by name, (n, *D) in order of position, the last being that of the row's last token: all of
     them of a state without a window, else as many as the window; (1, *D) of a recurrence. `tokens`: the ids, if the
-    caller gave them.
+    caller gave them. `rotated`: see `Known`.
     """
 
     length: int
     entries: Mapping[str, Tensor] = field(repr=False)
     made_for: str  # digest of what the model remembers
     tokens: tuple[int, ...] | None = None
+    rotated: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-KINDS = ("attention", "sliding", "conv", "recurrent", "log")
+from statecache.errors import OptionError
+from statecache.rotary import Rotary
+
+KINDS = ("attention", "sliding", "conv", "recurrent", "log", "position")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class StateSpec:
 
     attention: None, all of them. Sliding attention over w tokens: w. Convolution of width k: k - 1. Recurrence: 1, its
     entry at position p being the whole state after token p. Log of a recurrence's inputs: 0, nothing but going back
-    reads it.
+    reads it. Position: 1, how far a row's next token stands from its length.
     """
 
     name: str  # unique in its layer: key, value, conv, recurrent, conv1, ...
@@ -30,9 +33,10 @@ class StateSpec:
     shape: tuple[int, ...] | None = None  # of one entry; None until the first write declares it
     window: int | None = None
     axis: int = 0  # where time stands among the entry's axes in this state's tensors: 1 is (B, H, T, D)
-    dtype: torch.dtype | None = None  # the least precise dtype it is kept in; None is the model's
+    dtype: torch.dtype | None = None  # the least precise it is kept in, an integer one as it is; None is the model's
     leased: bool = False  # window 1, and the model overwrites the entry it is handed instead of giving back another
     logged: bool = False  # leased, and rolls back by replaying a log of its inputs instead of by copies
+    blank: int | None = None  # what its layer reads before the first token, if not zero: entries are kept less this
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -44,7 +48,9 @@ class StateSpec:
 
     def dtype_for(self, model: torch.dtype) -> torch.dtype:
         """The dtype of the entries in a model that computes in `model`."""
-        return model if self.dtype is None else torch.promote_types(model, self.dtype)
+        if self.dtype is None:
+            return model
+        return torch.promote_types(model, self.dtype) if self.dtype.is_floating_point else self.dtype
 
     def entry_bytes(self, model: torch.dtype) -> int:
         """Bytes of one entry of one row in a model that computes in `model`."""
@@ -105,16 +111,25 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a whole model remembers, layer by layer."""
+    """What a whole model remembers, layer by layer; `own`: what no layer does.
+
+    `order`: the layers as a pass goes through them; () where that is their own order. `rotary`: if its rotary factors
+    change with the length.
+    """
 
     layers: tuple[LayerSpec, ...]
     model: str = "a model"
+    order: tuple[int, ...] = ()
+    own: tuple[StateSpec, ...] = ()
+    rotary: Rotary | None = None
 
     def states(self) -> Iterator[tuple[str, StateSpec]]:
-        """Every state with its name in the cache, such as "3.conv"."""
+        """Every state with its name in the cache, such as "3.conv"; one that is of no layer, by its own name."""
         for layer in self.layers:
             for state in layer.states:
                 yield f"{layer.index}.{state.name}", state
+        for state in self.own:
+            yield state.name, state
 
     def in_order(self) -> ModelSpec:
         """The same, with a convolution's inputs as one leased entry in time order, that its model may shift in place.
@@ -143,17 +158,17 @@ class ModelSpec:
         return replace(self, layers=tuple(replay(layer) for layer in self.layers))
 
     def digest(self) -> str:
-        """What tells this specification from another."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()
+        """What tells the layers of this specification from those of another."""
+        return hashlib.sha256(repr((self.layers, self.model)).encode()).hexdigest()
 
     def full_at(self, capacity: int | None, slack: int) -> int | None:
         """The longest a row can get with rings of this `capacity`; None where every ring has the window it needs."""
         bound = any(s.holds_all(capacity, slack) for _, s in self.states())
         return capacity if bound else None
 
-    def nbytes(self, rows: int, length: int, dtype: torch.dtype = torch.float32, slack: int = 0) -> Sizes:
+    def nbytes(self, rows: int, length: int, dtype: torch.dtype | str = torch.float32, slack: int = 0) -> Sizes:
         """Bytes that a cache of these rows with `capacity=length` allocates; the least that a growing one needs."""
-        sizes = Counter(dict.fromkeys(KINDS, 0))
+        sizes, dtype = Counter(dict.fromkeys(KINDS, 0)), as_dtype(dtype)
         for layer in self.layers:
             if layer.open and not any(state.kind in ("conv", "recurrent") for state in layer.states):
                 raise ValueError(
@@ -162,14 +177,20 @@ class ModelSpec:
                 )
         for _, state in self.states():
             slots = state.limit(length, slack)
-            if state.leased:
-                slots = 1 + (
-                    1 if state.logged else slack
-                )  # a logged one stands at the row's end and where its log begins
+            if state.leased:  # a logged one stands at the row's end and where its log begins
+                slots = 1 + (1 if state.logged else slack)
             assert slots is not None
             sizes[state.kind] += rows * slots * state.entry_bytes(dtype)
         sizes["clock"] = clock_bytes(rows, slack)
         return Sizes(dict(sizes))
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype as it is, or by its name. Raises OptionError for what is none."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise OptionError(f'dtype={dtype!r}: give a torch.dtype, or the name of one, as "bfloat16"')
+    return found
 
 
 def clock_bytes(rows: int, slack: int) -> int:

@@ -31,10 +31,12 @@ from statecache.errors import (
     StepError,
 )
 from statecache.lease import Lease
-from statecache.replay import Log, Operators, Recurrence, make_room, make_room_unseen
+from statecache.logs import Logs
+from statecache.one_pass import OnePass
+from statecache.replay import Operators
 from statecache.ring import Ring
 from statecache.snapshot import Mark, Marks, Snapshot
-from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec
+from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec, as_dtype
 from statecache.step import Allocation, Step
 from statecache.storage.dense import Dense
 from statecache.storage.store import MakeStore
@@ -91,26 +93,27 @@ class States:
         capacity: int | None = None,
         slack: int = 0,
         rows: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         back: bool = True,
         store: MakeStore = Dense,
         made_for: str | None = None,
     ) -> None:
+        dtype, device = None if dtype is None else as_dtype(dtype), _device(device)
         _check_options(capacity, slack, rows, dtype)
         self.made_for = spec.digest() if made_for is None else made_for
         self.spec, self.capacity, self.slack, self.back, self.store = spec, capacity, slack, back, store
-        self.dtype, self.device = dtype, None if device is None else torch.device(device)
+        self.dtype, self.device = dtype, device
         self.declared: dict[str, StateSpec] = dict(spec.states())
         self.held: dict[str, Ring | Lease] = {}
+        self.logs = Logs(self.held)
         self.clock: Clock | None = None
         self.marks = Marks()
         self.tentative: int | None = None  # the most tokens of the speculative round that is open
         self._pass: Pass | None = None
+        self._inside: OnePass | None = None  # whose `with` block is being run
         self.broken: str | None = None  # what was interrupted half-way, until a reset or a restore
         self._room = 0  # the longest row that every growing ring has slots for
-        self._operators: weakref.ref[Operators] | None = None  # what steps the logged states, by name
-        self._behind = False  # whether a logged state has yet to be brought to its row's end, for want of its operator
         if rows is not None and dtype is not None and self.device is not None:
             self.allocate_all(rows, dtype, self.device)
 
@@ -137,7 +140,7 @@ class States:
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
         allow(self._refuse_broken())
-        return {**self.__dict__, "_operators": None, "_pass": None}
+        return {**self.__dict__, "_pass": None}
 
     # ---- what there is
 
@@ -185,14 +188,17 @@ class States:
         empty = self._refuse_empty("nothing to forget: the cache is empty")
         yield "rollback", empty or self._refuse_rollback([1] * rows)
         yield "speculate", self._refuse_round(1)
-        yield "reset", self._refuse_in_round()
+        yield "reset", self._refuse_within()
 
     # ---- allocation
 
     def start(self, rows: int, device: torch.device) -> None:
         """Have a clock, for this many rows."""
         self.clock = Clock(
-            self._allocation(rows, torch.long, device), self.spec.full_at(self.capacity, self.slack), self.back
+            self._allocation(rows, torch.long, device),
+            self.spec.full_at(self.capacity, self.slack),
+            self.back,
+            self.spec.rotary,
         )
 
     def allocate_all(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -266,13 +272,6 @@ class States:
                     if spec.kind == "log":
                         self.allocate(name, self.dtype, self.device)
 
-    def bind(self, operators: Operators) -> None:
-        """Know what steps the logged states. Does not keep it alive."""
-        self._operators = weakref.ref(operators)
-
-    def _bound(self) -> Operators | None:
-        return None if self._operators is None else self._operators()
-
     # ---- a step
 
     @property
@@ -300,7 +299,7 @@ class States:
 
         Changes nothing: the first write does, and until then the step may be forgotten, by opening another. `counted`:
         the count on the device, if it is there already. `operators`: what steps the logged states from now on.
-        Raises CapacityError, RowsError, StepError.
+        Raises CapacityError, RotaryError, RowsError, StepError.
         """
         clock = self.clock
         assert clock is not None, "rows are known from the constructor or from the first write"
@@ -311,6 +310,31 @@ class States:
         chosen = None if rows is None else [int(row) for row in rows]
         self._pass = Pass(step, after, chosen, operators)
         return step.starts(self._begin)
+
+    @contextmanager
+    def one_pass(
+        self, tokens: int, count: Tensor | Sequence[int] | None = None, rows: Sequence[int] | None = None
+    ) -> Iterator[OnePass]:
+        """A pass of a model of one's own, for a `with` block: `open` as it says, and `close` where the block ends.
+
+        An exception in the block leaves the states as they were where none was written yet, else a pass that is torn:
+        all is refused then until `reset()`, or `restore()` of a mark. Raises StepError for a state that the block left
+        out, and where something else changed the states in between.
+        """
+        allow(self._refuse_alone())
+        step = self.open(tokens, count, rows)
+        assert self.clock is not None
+        device = self.clock.lengths.device
+        now = self._inside = OnePass(self.held, step, self.clock.rows if rows is None else len(rows), device)
+        try:
+            yield now
+        finally:
+            self._inside, now.over = None, True
+        if left := now.left():
+            raise StepError(f"the pass wrote no state {', '.join(left)}: each is written once, by every pass")
+        if self.step is not step:
+            raise StepError("the states were changed within the pass: reset and restore them between passes")
+        self.close(step)
 
     def check_pass(self, tokens: int) -> None:
         """Raise StepError or CapacityError where no pass of T `tokens` can begin, whatever rows hold."""
@@ -325,61 +349,29 @@ class States:
             self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))
         if self.capacity is None and now.step.end is not None and now.step.end > self._room:
             self._reserve(now.step.end)
-        if now.operators is not None and (self._operators is None or self._operators() is not now.operators):
-            self.bind(now.operators)
-        if self._behind:
-            self._catch_up()
+        if now.operators is not None and self.logs.operators is not now.operators:
+            self.logs.bind(now.operators)
+        self.logs.catch_up(clock)
         if self.slack and self.back:
             self._shift(now)
 
     def _shift(self, now: Pass) -> None:
         """Make room in the logs, and move the states that these go on from."""
-        clock, spec = self.clock, next((s for s in self.declared.values() if s.kind == "log"), None)
-        if clock is None or spec is None:
+        clock, step = self.clock, now.step
+        sizes = (s.limit(self.capacity, self.slack) for s in self.declared.values() if s.kind == "log")
+        size = next(sizes, None)
+        if clock is None or size is None:
             return
-        bases, step, known, log = clock.bases, now.step, clock.known, spec.limit(self.capacity, self.slack)
-        assert log is not None
-        if step.rows is not None:
-            bases = bases.index_select(0, step.rows)
-        then: list[int] | None = None
-        if now.after is None:
-            step.shift = make_room_unseen(step, bases, self.slack, log)
-        else:
-            chosen = list(range(clock.rows)) if now.rows is None else now.rows
-            lengths, held = ([numbers[row] for row in chosen] for numbers in (known.lengths, known.base))
-            made = make_room(step, lengths, now.taken(known), held, bases, self.slack, log)
-            if made is None:
-                return
-            step.shift, then = made[0], list(known.base)
-            for row, base in zip(chosen, made[1], strict=True):
-                then[row] = base
+        taken = None if now.after is None else now.taken(clock.known)
+        then = self.logs.room(step, clock, now.rows, taken, self.slack, size)
+        if step.shift is None:
+            return
+        if now.after is not None and then is not None:
             now.after = replace(now.after, base=then)
         now.stage = "shifting"
-        for name, each in self._logs().items():
-            each.fold(self._operator(name), step)
+        self.logs.fold(step)
         clock.stand(step.shift.base, step.rows, then)
         now.stage = "writing"
-
-    def _logs(self) -> dict[str, Log]:
-        """The logged states that have been written."""
-        logs = {name: self.log(name) for name, spec in self.declared.items() if spec.logged}
-        return {name: log for name, log in logs.items() if log is not None}
-
-    def log(self, name: str) -> Log | None:
-        """A logged state with what it consumed; None before it was first written."""
-        layer = name.partition(".")[0]
-        parts = (self.held.get(name), self.held.get(f"{layer}.inputs"), self.held.get(f"{layer}.gates"))
-        if any(part is None for part in parts):
-            return None
-        return Log(*parts)  # type: ignore[arg-type]
-
-    def _operator(self, name: str) -> Recurrence:
-        operators = self._bound()
-        if operators is None or name not in operators:
-            raise StepError(
-                f'state "{name}" rolls back by a log of what it consumed, and its model is not known: bind()'
-            )
-        return operators[name]
 
     def close(self, step: Step) -> None:
         """End the pass: its tokens are now part of the rows; in a speculative round, those that are accepted later."""
@@ -416,7 +408,7 @@ class States:
     def begin_round(self, max_tokens: int) -> None:
         """What the next pass writes becomes part of the rows by `end_round` alone, as far as it says."""
         self.check_round(max_tokens)
-        self._catch_up()
+        self.logs.catch_up(self.clock)
         self.tentative = max_tokens
 
     def end_round(self, accepted: Tensor | Sequence[int] | int | None = None) -> None:
@@ -448,9 +440,8 @@ class States:
         self.tentative = None
         with self._changing("a commit"):
             self._drop()
-            count = clock.accept(step, now.rows, keep)
-            for name, log in self._logs().items():
-                log.accept(self._operator(name), step, max(keep), count)
+            count = clock.accept(step, now.after, now.rows, keep)
+            self.logs.accept(step, max(keep), count)
 
     # ---- between steps
 
@@ -481,12 +472,13 @@ class States:
         """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
         self.settle()
         allow(self._refuse_broken())
-        self._catch_up()
+        self.logs.catch_up(self.clock)
         mark = Mark(
             weakref.ref(self),
             [] if self.clock is None else list(self.clock.known.lengths),
             None if self.clock is None else self.clock.snapshot(),
             {name: state.snapshot() for name, state in self.held.items()},
+            self.logs.behind,
         )
         self.marks.add(mark)
         return mark
@@ -497,7 +489,7 @@ class States:
         Raises MarkError for a mark of another cache, StaleMarkError where something written since overwrote it.
         """
         self.settle(refuse=False)
-        allow(self._refuse_in_round())
+        allow(self._refuse_within())
         if mark.owner() is not self:
             raise MarkError("the mark was taken of another cache: restore it there, or fork() that cache")
         if self._pass is not None and self._pass.after is None and self.clock is not None:
@@ -505,7 +497,7 @@ class States:
         if mark.stale is not None:
             raise StaleMarkError(f"the mark is stale: {mark.stale}; take a new one with checkpoint()")
         with self._changing("a restore"):
-            self._pass, self._behind = None, False
+            self._pass, self.logs.behind = None, mark.behind
             if self.clock is not None:
                 if mark.clock is None:
                     self.clock.empty()
@@ -514,6 +506,8 @@ class States:
             for name, state in self.held.items():
                 if name in mark.copies and any(mark.lengths):
                     state.load(mark.copies[name])
+                elif any(mark.lengths):
+                    state.reset()  # it came later, and rows that hold tokens read it: as zero
                 else:
                     state.empty()  # as before its first write, in whatever form it was kept
 
@@ -539,20 +533,7 @@ class States:
             moved = torch.tensor([n > 0 for n in forget], device=length.device)
             for state in self.held.values():
                 state.rollback(length.to(state.device), moved.to(state.device))
-            self._replay([n > 0 for n in forget])
-
-    def _replay(self, moved: Sequence[bool]) -> None:
-        """Bring the logged states to the ends of the rows that moved; later, where nobody knows what steps them."""
-        logs, clock = self._logs(), self.clock
-        assert clock is not None
-        self._behind = bool(logs) and self._bound() is None
-        if not self._behind:
-            for name, log in logs.items():
-                log.replay(self._operator(name), clock.known.base, clock.known.lengths, moved)
-
-    def _catch_up(self) -> None:
-        if self._behind and self.clock is not None:
-            self._replay([True] * self.clock.rows)
+            self.logs.replay(clock, [n > 0 for n in forget])
 
     def gather(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
@@ -589,9 +570,9 @@ class States:
     def fork(self) -> States:
         """An independent copy, allocated anew."""
         other = copy.deepcopy(self)
-        operators = self._bound()
+        operators = self.logs.operators
         if operators is not None:
-            other.bind(operators)
+            other.logs.bind(operators)
         return other
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
@@ -599,7 +580,7 @@ class States:
 
         Raises RowsError for a row that does not exist.
         """
-        allow(self._refuse_in_round())
+        allow(self._refuse_within())
         chosen = None if rows is None else self._rows(rows)
         if chosen is not None:
             self.settle()
@@ -607,7 +588,9 @@ class States:
         why = "the cache was reset since" if chosen is None else f"rows {chosen} were reset since"
         with self._changing("a reset"):
             self.marks.invalidate(why)
-            self._pass, self._behind = None, False
+            self._pass = None
+            if chosen is None:
+                self.logs.behind = False
             if self.clock is None:
                 return
             self.clock.reset(chosen)
@@ -627,14 +610,20 @@ class States:
         """
         self.settle()
         allow(self._refuse_empty("there are no rows before the first forward"))
-        self._catch_up()
+        self.logs.catch_up(self.clock)
         row = self._rows([row])[0]
+        if self.logs.behind:
+            raise StepError(
+                "the cache was rolled back after it was copied, and its recurrences follow with the next forward pass: "
+                "run that first, or copy with fork()"
+            )
         assert self.clock is not None
         length = self.clock.known.lengths[row]
         if tokens is not None and len(tokens) != length:
             raise RowsError(f"row {row} holds {length} tokens, not {len(tokens)}")
         entries = {n: s.row(row, length) for n, s in self.held.items() if s.spec.kind != "log"}
-        return Snapshot(length, entries, self.made_for, None if tokens is None else tuple(tokens))
+        ids = None if tokens is None else tuple(tokens)
+        return Snapshot(length, entries, self.made_for, ids, self.clock.known.rotated[row])
 
     def admit(self, row: int, snapshot: Snapshot) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
@@ -653,8 +642,14 @@ class States:
             raise CapacityError(
                 f"the snapshot holds {snapshot.length} tokens, and the cache was made with capacity={self.capacity}"
             )
+        unknown = [name for name in snapshot.entries if name not in self.declared]
+        if any(bool(snapshot.entries[name].any()) for name in unknown):
+            raise ConfigError(
+                f'state "{unknown[0]}": the snapshot holds one, and the cache declares none: make it from the same '
+                "configuration as the cache of which the snapshot was taken"
+            )
         for name, entries in snapshot.entries.items():
-            if name not in self.held:
+            if name not in self.held and name in self.declared:
                 self.allocate(name, self.dtype or entries.dtype, self.device or entries.device, snapshot.length)
         if self.capacity is None:
             self._reserve(snapshot.length)
@@ -665,7 +660,7 @@ class States:
                 state.reset(index[state.device])
                 if snapshot.length and name in snapshot.entries:
                     state.admit(row, snapshot.entries[name].to(state.device, state.dtype), snapshot.length)
-            clock.admit(row, snapshot.length)
+            clock.admit(row, snapshot.length, snapshot.rotated)
 
     # ---- refusals
 
@@ -675,6 +670,12 @@ class States:
         if not chosen or not all(0 <= row < count for row in chosen):
             raise RowsError(f"rows {chosen} of {count}: give at least one, each in 0..{count - 1}")
         return chosen
+
+    def _refuse_within(self) -> StateCacheError | None:
+        """Why nothing between steps can be done, where one is under way, or None."""
+        if self._inside is not None:
+            return StepError("a pass is under way: leave its `with` block first")
+        return self._refuse_in_round()
 
     def _refuse_in_round(self) -> StateCacheError | None:
         if self.tentative is None:
@@ -713,8 +714,23 @@ class States:
             "statecache.prepare(model) first"
         )
 
+    def _refuse_alone(self) -> StateCacheError | None:
+        """Why no model of one's own can have a pass, or None."""
+        if self._inside is not None:
+            return self._refuse_within()
+        if self.clock is None:
+            return StepError("one_pass() needs states that are allocated: make them with rows=, dtype= and device=")
+        for name, state in self.declared.items():
+            if state.logged or state.kind == "log":
+                return StepError(f'state "{name}" belongs to a log, which one_pass() does not keep: open() and close()')
+            if name not in self.held:
+                return StepError(f'state "{name}" was declared without a shape: give that of one entry')
+        return None
+
     def _refuse_broken(self) -> StateCacheError | None:
         """Why nothing can go on from here, or None."""
+        if self._inside is not None:
+            return self._refuse_within()
         if self.tentative is not None:
             return self._refuse_in_round()
         if self.broken is not None:
@@ -737,6 +753,13 @@ class States:
 def allow(error: StateCacheError | None) -> None:
     if error is not None:
         raise error
+
+
+def _device(device: torch.device | str | int | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f'device={device!r}: give a torch.device, or the name of one, as "cuda:0"') from error
 
 
 def _check_options(capacity: int | None, slack: int, rows: int | None, dtype: torch.dtype | None) -> None:

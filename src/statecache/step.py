@@ -113,6 +113,13 @@ class Step:
         step: Step = self._made[device]
         return step
 
+    def places(self, device: torch.device) -> Tensor:
+        """The position of each of the pass's tokens: (R, T), or (1, T) where all rows stand alike."""
+        offsets = torch.arange(self.tokens, device=device)
+        if isinstance(self.start, int):
+            return (offsets + self.start)[None]
+        return self.start.to(device)[:, None] + offsets
+
     @property
     def shared(self) -> bool:
         """Whether one set of slots serves every row."""

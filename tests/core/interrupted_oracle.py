@@ -91,7 +91,7 @@ def one_pass(rings: Any, ids: torch.Tensor, count: torch.Tensor | None, recurren
     for name in ("key", "short", "key5", "conv", "copies"):
         ring = rings[f"0.{name}"]
         ring.put(oracle._spread(ids, ring), step)
-    inputs, log = ids[..., None].double(), rings.log("1.recurrent")
+    inputs, log = ids[..., None].double(), rings.logs["1.recurrent"]
     ones = torch.ones_like(inputs)
     run_log(recurrence["1.recurrent"], (inputs, ones), ones, rings["1.recurrent"], step, log)
     rings.close(step)

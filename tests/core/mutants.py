@@ -622,6 +622,28 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            if False:\n",
         ),
     },
+    "logs": {
+        "logs are not folded": (
+            "            log.fold(recurrence, step)\n",
+            "            pass\n",
+        ),
+        "nothing is accepted": (
+            "            log.accept(recurrence, step, most, count)\n",
+            "            pass\n",
+        ),
+        "some rows' bases are those of the first": (
+            "clock.bases.index_select(0, step.rows)",
+            "clock.bases[: len(step.rows)]",
+        ),
+        "the host moves the bases of the first rows": (
+            "        for row, base in zip(chosen, made[1], strict=True):\n            then[row] = base",
+            "        for row, base in enumerate(made[1]):\n            then[row] = base",
+        ),
+        "what waits for its operator is forgotten": (
+            "        self.behind = self.operators is None and",
+            "        self.behind = False and",
+        ),
+    },
     "states": {
         "a ring allocated late has slots for the step alone": (
             "            tokens += max(self.clock.known.lengths)",
@@ -663,8 +685,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "",
         ),
         "a round's state is not brought up": (
-            "log.accept(self._operator(name), step, max(keep), count)",
-            "pass",
+            "            self.logs.accept(step, max(keep), count)\n",
+            "",
         ),
         "rows do not make room in logs": (
             "        if self.slack and self.back:\n            self._shift(now)\n",
@@ -676,19 +698,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "the host forgets where bases went": (
             "            now.after = replace(now.after, base=then)\n",
-            "",
-        ),
-        "logs are not folded": (
-            "            each.fold(self._operator(name), step)\n",
             "            pass\n",
-        ),
-        "some rows' bases are those of the first": (
-            "            bases = bases.index_select(0, step.rows)\n",
-            "            bases = bases[: len(step.rows)]\n",
-        ),
-        "the host moves the bases of the first rows": (
-            "        for row, base in zip(chosen, made[1], strict=True):\n                then[row] = base",
-            "        for row, base in enumerate(made[1]):\n                then[row] = base",
         ),
         "rows that were gathered are looked at where they were": (
             "                state.use(len(wanted))\n",
@@ -731,18 +741,24 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        yield",
         ),
         "a reset leaves what was interrupted": (
-            (
-                "            self._pass, self._behind = None, False\n            if self.clock is None:\n"
-                "                return"
-            ),
-            "            if self.clock is None:\n                return",
+            "            self._pass = None\n            if chosen is None:",
+            "            if chosen is None:",
+        ),
+        "a reset of some rows forgets that others wait for an operator": (
+            "            if chosen is None:\n                self.logs.behind = False\n",
+            "            self.logs.behind = False\n",
         ),
         "a restore leaves what was interrupted": (
-            (
-                "            self._pass, self._behind = None, False\n            if self.clock is not None:\n"
-                "                if mark"
-            ),
-            "            if self.clock is not None:\n                if mark",
+            "            self._pass, self.logs.behind = None, mark.behind\n",
+            "            self.logs.behind = mark.behind\n",
+        ),
+        "a restore forgets that states wait for an operator": (
+            "self._pass, self.logs.behind = None, mark.behind",
+            "self._pass, self.logs.behind = None, False",
+        ),
+        "what waits for an operator is a value": (
+            "        if self.logs.behind:\n            raise StepError(",
+            "        if False:\n            raise StepError(",
         ),
         "a restore leaves states that were first written after the mark": (
             "                    state.empty()  # as before its first write, in whatever form it was kept\n",
@@ -757,7 +773,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        if False:",
         ),
         "a rollback replays nothing": (
-            "            self._replay([n > 0 for n in forget])\n",
+            "            self.logs.replay(clock, [n > 0 for n in forget])\n",
             "",
         ),
         "a rollback moves no copies": (
@@ -793,7 +809,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "",
         ),
         "an admission allocates nothing": (
-            "            if name not in self.held:\n",
+            "            if name not in self.held and name in self.declared:\n",
             "            if False:\n",
         ),
     },

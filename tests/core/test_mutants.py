@@ -19,8 +19,8 @@ from oracle import Form, Op
 import statecache
 
 MODULES = (  # in the order in which they import each other
-    *("errors", "spec", "storage", "storage.store", "storage.dense", "storage.paged"),
-    *("step", "ring", "lease", "clock", "replay", "snapshot", "states", "round"),
+    *("errors", "rotary", "spec", "mask", "storage", "storage.store", "storage.dense", "storage.paged"),
+    *("step", "ring", "lease", "clock", "replay", "logs", "snapshot", "one_pass", "states", "round"),
 )
 
 NAME = "mutant"  # the package that a mutant is loaded as
@@ -105,6 +105,11 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
     *(
         [ONE, ONE, ONE, ("reset_rows", 0, (1,)), what, ("ragged", 3, (3, 0, 0)), ("rollback", 0, (1, 0, 0))]
         for what in (("reset_rows", 0, (0,)), ("admit", 0, (1, 0, 3)))
+    ),
+    # a copy that went back before anybody told it what steps its states
+    *(
+        [ONE, ONE, ONE, ("fork", 0, (0,)), ("rollback", 1, (2,)), *[(what, 1, (0,)) for what in then], ONE]
+        for then in (("reset_rows",), ("checkpoint", "restore"), ("admit",), ("gather",))
     ),
     # the oldest copy, after a pass that the row took nothing of, and after passes of all forms
     [ONE, ONE, ONE, ONE, ("ragged", 1, (0,)), ("rollback", 0, (3,))],

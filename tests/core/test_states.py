@@ -167,7 +167,7 @@ def test_a_kernel_must_not_write_in_a_round() -> None:
     recurrent = StateSpec("recurrent", "recurrent", (1,), 1, leased=True)
     spec = ModelSpec((LayerSpec(0, "test", (recurrent,), log=log),)).with_logs()
     of, operators = States(spec, slack=2, rows=1, dtype=torch.float32, device="cpu"), Operators({"0.recurrent": Sum()})
-    of.bind(operators)
+    of.logs.bind(operators)
     lease = of["0.recurrent"]
     assert isinstance(lease, Lease)
     lease.put(torch.ones(1, 1))
