@@ -14,30 +14,35 @@ ROOT = Path(statecache.__file__).parent
 # Each may import what stands before it. A package's own order follows it; files of a package that share a line are one
 # floor, and do not import each other.
 FLOORS = (
-    *("errors", "spec", "mask", "storage", "ops", "step", "ring", "lease", "replay", "clock", "snapshot", "states"),
-    *("round", "models", "decode", "cli"),
+    *("errors", "rotary", "spec", "mask", "storage", "ops", "step", "ring", "lease", "replay", "clock", "logs"),
+    *("snapshot", "one_pass", "states", "round", "models", "decode", "cli", "__main__"),
 )
+OPERATORS = "scan ssd delta kda pooled_index block_index short_conv residual_conv relative lightning rg_lru cca"
 INSIDE = {
     "storage": ["store", "dense paged"],
-    "ops": ["chunks", "conv selective_scan ssd gated_delta", "lightning"],
+    "ops": ["chunks", "conv selective_scan ssd gated_delta rg_lru delay", "lightning"],
     "models": [
-        "table checks layers",
-        "registry",
+        "interface",
+        "factors",
+        "table checks layers names",
+        "registry ready",
         "prepared",
         "unmodified",
         "cache",
+        "positions",
+        "masks given decoder",
+        "attention",
         "mixers.base",
-        "mixers.scan mixers.ssd mixers.delta mixers.short_conv mixers.lightning",
+        f"mixers.{' mixers.'.join(OPERATORS.split())}",
         "mixers.table",
         "mixers",
-        "masks",
-        "attention",
         "forward",
+        "wrappers",
         "generation",
         "prepare",
     ],
     "decode": [
-        "limits request report text draft_length feed",
+        "limits request report text draft_length feed processors",
         "noise",
         "sampling",
         "drafters",
@@ -47,9 +52,9 @@ INSIDE = {
         "stream",
         "generate",
     ],
-    "cli": ["failure report", "model", "writing inspect", "generate chat", "app"],
+    "cli": ["failure report", "model", "measure writing inspect", "generate chat bench", "demo", "app"],
 }
-NO_TORCH = ("errors", "decode.request")
+NO_TORCH = ("errors", "rotary", "decode.request")
 FOREIGN = {"torch._dynamo", "._version", "._modules", "._hf_hook", "._attn_implementation"}  # private names of others
 
 

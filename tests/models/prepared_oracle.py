@@ -36,11 +36,55 @@ Op = tuple[str, int, tuple[int, ...]]  # what, a number, a number a row: each is
 SIZE = {"vocab_size": V, "hidden_size": 16}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
 MIXED = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+INKLING = {
+    **HEADS,
+    "num_hidden_layers": 2,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "head_dim": 8,
+    "sliding_window_size": 5,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "moe_intermediate_size": 8,
+    "experts_implementation": "eager",
+}
 MODELS: dict[str, dict[str, Any]] = {  # one of every operator, and attention through windows
     "mamba": {"state_size": 4, "num_hidden_layers": 2},
     "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 4, "num_hidden_layers": 2},
     "qwen3_5": {**HEADS, **MIXED, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
-    "lfm2": {**HEADS, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "kimi_linear": {
+        **HEADS,
+        **MIXED,
+        "num_key_value_heads": 2,
+        "linear_head_dim": 4,
+        "linear_num_heads": 2,
+        "kv_lora_rank": 6,
+        "qk_rope_head_dim": 4,
+        "mlp_layer_types": ["dense", "sparse"],
+        "experts_implementation": "eager",
+    },
+    "lfm2": {**HEADS, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "conv_bias": True},
+    "lfm3": {
+        **HEADS,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "conv", "full_attention"],
+        "head_dim": 8,
+        "sliding_window": 5,
+    },
+    "qwen4_exp": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+        "ple_layer_ids": [1],
+        "hc_lowrank": 4,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 0]},
+        "experts_implementation": "eager",
+    },
     "minimax": {**HEADS, **MIXED, "experts_implementation": "eager"},  # the others take no float64
     "falcon_h1": {**HEADS, "num_hidden_layers": 2, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4},
     "zamba": {
@@ -50,11 +94,40 @@ MODELS: dict[str, dict[str, Any]] = {  # one of every operator, and attention th
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
     },
+    "recurrent_gemma": {
+        **HEADS,
+        "num_hidden_layers": 3,
+        "block_types": ["recurrent", "attention", "recurrent"],
+        "lru_width": 12,
+        "attention_window_size": 5,
+    },
+    "zaya": {
+        **{key: value for key, value in HEADS.items() if key != "intermediate_size"},
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "attention_bias": True,
+        "experts_implementation": "eager",
+    },
     "gemma3_text": {**HEADS, "head_dim": 8, "sliding_window": 5},
+    "dory": {**HEADS, "head_dim": 8, "sliding_window": 5},
+    "inkling+scaled": {**INKLING, "mlp_layer_types": ["dense", "sparse"]},
+    "inkling2": {**{k: v for k, v in INKLING.items() if k != "intermediate_size"}, "unpadded_vocab_size": V},
+    "inkling2_loop": {
+        **{k: v for k, v in INKLING.items() if k != "intermediate_size"},
+        "unpadded_vocab_size": V,
+        "num_hidden_layers": 3,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+        "loop_layer_index_end": 2,
+    },
 }
+MODELS = {name: MODELS[name] for name in MODELS if name in families.FAMILIES or name in tiny_models.MODELS}
 
-
-UNMODIFIED = ("mamba", "mamba2", "qwen3_5", "lfm2", "falcon_h1", "zamba", "gemma3_text")  # minimax takes its own cache
+# one of each way to write: minimax takes its own cache, and recurrent_gemma none
+UNMODIFIED = tuple(
+    name for name in MODELS if name not in ("minimax", "recurrent_gemma", "inkling2", "bailing_hybrid", "lfm3")
+)
 TOKEN_BY_TOKEN = ("mamba", "zamba")  # what their own code takes on a filled cache
 
 

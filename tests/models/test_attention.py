@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import statecache as sc
 from statecache import errors
 from statecache.models import attention
+from statecache.models.names import FUNCTIONS_TAKE
 from statecache.models.table import model_spec
 
 SLIDING, CHUNKED, FULL = "sliding_attention", "chunked_attention", "full_attention"
@@ -55,10 +56,14 @@ def two_windows(name: str) -> oracle.Models:
     assert {s.window for layer in model_spec(prepared.config).layers for s in layer.states} == {SEEN[k] for k in kinds}
     for kind, layer in zip(kinds, plain.model.layers, strict=True):
 
-        def told(module: nn.Module, args: Any, given: dict[str, Any], window: int | None = SEEN[kind]) -> Any:
-            past = torch.ones(2 * [given["hidden_states"].shape[1]]).tril()
-            seen = past if window is None else past.triu(1 - window)
-            return args, {**given, "attention_mask": seen.bool()[None, None]}
+        def told(module: nn.Module, args: Any, given: dict[str, Any], kind: str = kind) -> Any:
+            position, window = torch.arange(given["hidden_states"].shape[1]), SEEN[kind]
+            seen = position[:, None] >= position
+            if kind == CHUNKED:
+                seen &= position[:, None] // FAR == position // FAR
+            elif window is not None:
+                seen &= position[:, None] - position < window
+            return args, {**given, "attention_mask": seen[None, None]}
 
         layer.self_attn.register_forward_pre_hook(told, with_kwargs=True)
     plain.config = prepared.config  # what the oracle makes caches from; its decoder keeps its own
@@ -161,7 +166,7 @@ def test_attention_outside_of_a_pass_is_that_of_the_unprepared_model(name: str, 
         rotary = decoder.rotary_emb(x, places)
         module = decoder.layers[0].self_attn
         outs.append([module(x, position_embeddings=rotary, attention_mask=mask) for mask in (None, seen)])
-        outs[-1] += [module(x, position_embeddings=rotary, attention_mask=None, past_key_values=cache)]
+        outs[-1] += [module(x, position_embeddings=rotary, attention_mask=None, **{FUNCTIONS_TAKE: cache})]
     for (got, weights), (want, same) in zip(*outs, strict=True):
         assert torch.equal(got, want)
         assert (weights is None) == (same is None) and (weights is None or torch.equal(weights, same))
@@ -249,7 +254,7 @@ def test_the_configuration_of_an_attention_module_follows_the_models() -> None:
 
 def test_asking_for_it_by_name_is_refused() -> None:
     config = copy.deepcopy(tiny_models.build("llama").config)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.FORM)
     with pytest.raises(errors.ConfigError, match=r'attn_implementation="statecache" is what .* load the model with'):
         model(draw(1, 3))
 

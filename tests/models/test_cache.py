@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import transformers
+from tiny_models import renamed
 from transformers import Cache
 
 import statecache as sc
@@ -19,7 +21,7 @@ from statecache import errors, lease
 from statecache.models.table import KINDS, model_spec
 from statecache.storage import store
 
-NAMES = [name for name in families.FAMILIES if "+" not in name and name != "minimax"]
+NAMES = [name for name in families.FAMILIES if "+" not in name and name not in ("minimax", "recurrent_gemma")]
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +120,7 @@ def test_left_pads_are_columns_of_a_row() -> None:
     cache = sc.StateCache(config)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+    model.generate(ids, attention_mask=mask, **{families.cache_arg(model): cache}, max_new_tokens=3)
     assert cache.lengths.tolist() == [11, 11]
     assert cache.get_seq_length() == 11
 
@@ -126,7 +128,7 @@ def test_left_pads_are_columns_of_a_row() -> None:
 def test_a_recurrent_cache_knows_its_length_after_generate() -> None:
     model, config, ids = build("mamba2")
     cache = sc.StateCache(config, capacity=64)
-    model.generate(ids, cache_params=cache, max_new_tokens=5)
+    model.generate(ids, **{families.cache_arg(model): cache}, max_new_tokens=5)
     assert cache.lengths.tolist() == [13, 13]
     assert cache.get_max_length() == -1  # nothing in it can fill up
     assert int(cache.get_seq_length()) == 13
@@ -135,17 +137,18 @@ def test_a_recurrent_cache_knows_its_length_after_generate() -> None:
 @pytest.mark.parametrize("name", ["lfm2", "lfm2_moe"])
 def test_assisted_decoding_of_transformers_works(name: str) -> None:
     model, config, ids = build(name)
-    prompt = torch.cat([ids[:1, :6]] * 4, 1)
+    argument, prompt = families.cache_arg(model), torch.cat([ids[:1, :6]] * 4, 1)
     plain = model.generate(prompt, max_new_tokens=20)
     cache = sc.StateCache(config, slack=12)
     assert torch.equal(
-        model.generate(prompt, past_key_values=cache, max_new_tokens=20, prompt_lookup_num_tokens=5), plain
+        model.generate(prompt, **{argument: cache}, max_new_tokens=20, prompt_lookup_num_tokens=5),
+        plain,
     )
     draft, _ = families.build(name, seed=1)
     cache = sc.StateCache(config, slack=24)
-    assert torch.equal(model.generate(prompt, past_key_values=cache, max_new_tokens=20, assistant_model=draft), plain)
+    assert torch.equal(model.generate(prompt, **{argument: cache}, max_new_tokens=20, assistant_model=draft), plain)
     with pytest.raises(errors.SlackError, match="make it with slack="):
-        model.generate(prompt, past_key_values=sc.StateCache(config), max_new_tokens=20, prompt_lookup_num_tokens=5)
+        model.generate(prompt, **{argument: sc.StateCache(config)}, max_new_tokens=20, prompt_lookup_num_tokens=5)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), lambda c: c.fork()])
@@ -189,6 +192,52 @@ def test_a_backward_pass_through_the_cache_is_refused(name: str) -> None:
             logits.sum().backward()
         feed(model, ids[:, :1], cache, 10)
     assert not any(buffer.requires_grad for buffer in cache.fork().buffers())
+
+
+# ---- what a caller gives, and is shown
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_a_dtype_may_be_named(name: Any) -> None:
+    cache = sc.StateCache(build("lfm2")[1], capacity=8, rows=2, dtype=name, device="cpu")
+    assert {b.dtype for b in cache.buffers() if b.is_floating_point()} == {torch.bfloat16}
+    assert cache.nbytes() == cache.spec.nbytes(2, 8, name)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda config: sc.StateCache(config, dtype="half precision"), r"dtype='half precision': give a torch\.dtype"),
+        (lambda config: sc.StateCache(config, dtype=16), r"dtype=16: give a torch\.dtype"),
+        (lambda config: sc.StateCache(config, device="gpu"), r"device='gpu': give a torch\.device"),
+        (lambda config: sc.StateCache(SimpleNamespace()), "not a SimpleNamespace: give model.config"),
+        (lambda config: sc.StateCache("lfm2"), "not a str: give model.config"),
+        (lambda config: sc.prepare("lfm2"), "this is a str, and no model"),
+        (sc.unprepare, "this is a Lfm2Config, and no model"),
+    ],
+)
+def test_what_is_no_option_is_refused_with_what_to_give(call: Any, why: str) -> None:
+    with pytest.raises(errors.OptionError, match=why):
+        call(build("lfm2")[1])
+
+
+def test_a_cache_shows_its_lengths() -> None:
+    model, config, ids = build("lfm2")
+    cache = sc.StateCache(config, slack=1)
+    assert repr(cache).endswith("growing, slack 1: empty)")
+    feed(model, ids, cache)
+    assert "slack 1: lengths [9, 9], " in repr(cache)
+
+
+def test_a_refused_rollback_says_where_a_row_can_go_if_anywhere() -> None:
+    model, config, ids = build("qwen3_5")
+    cache = sc.StateCache(config, slack=6)
+    feed(model, ids, cache)
+    with pytest.raises(errors.RollbackError, match=r"inside a chunk; feed what may be forgotten"):
+        cache.rollback(2)
+    feed(model, ids[:, :1], cache, 9)
+    with pytest.raises(errors.RollbackError, match=r"was inside a chunk; it can go back to 9: feed what"):
+        cache.rollback(2)
 
 
 # ---- compiled
@@ -315,7 +364,7 @@ BAD = {
     "more rows than allocated": (errors.RowsError, "rows=4", lambda c: c.batch_repeat_interleave(2)),
     "mark of another cache": (errors.MarkError, "another cache", lambda c: c.restore(c.fork().checkpoint())),
     "offloading": (errors.StateCacheError, "nothing to offload", lambda c: c.offload(0)),
-    "indexer": (errors.LayerError, "sparse attention", lambda c: c.update_indexer(keys(), 1)),
+    "indexer": (errors.LayerError, 'holds key, value, no "index"', lambda c: c.update_indexer(keys(), 1)),
 }
 
 
@@ -381,6 +430,37 @@ def test_a_model_that_would_drop_its_state_is_stopped() -> None:
     with pytest.raises(errors.StepError, match="one token at a time"):
         feed(model, ids[:, :2], cache)
     assert same(before, contents(cache))
+
+
+def test_a_pass_that_never_shows_how_many_tokens_it_takes_in_is_refused() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    config.model_type, config.layer_types = "somebody_elses", ["linear_attention"] * 2
+    cache = sc.StateCache(config)
+    cache.update_conv_state(torch.ones(2, 8, 3), 0)  # windows that the layers have cut themselves
+    with pytest.raises(errors.StepError, match=r'state "1.conv".*no state showed how many tokens.*adding_a_layer\.md'):
+        cache.update_conv_state(torch.ones(2, 8, 3), 1)
+    assert cache.nbytes().total == 0
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("slack", [0, 1])
+def test_what_comes_before_a_pass_shows_its_tokens_waits(slack: int, listed: bool) -> None:
+    """An end in the first layer, between its window and its keys, leaves the cache as it was."""
+    model, config, ids = build("zaya")
+    cache = sc.StateCache(config if listed else renamed(config), slack=slack)
+    feed(model, ids[:, :5], cache)
+    before = contents(cache)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].self_attn.qk_norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, ids[:, 3:6], cache, 5)
+    hook.remove()
+    assert same(before, contents(cache))
+    got = feed(model, ids[:, 5:], cache, 5)
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, 5:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("repair", ["reset", "restore"])

@@ -149,7 +149,7 @@ def test_gradient_checkpointing_takes_no_cache(name: str) -> None:
     enable()
     cache, ids = sc.StateCache(plain.config), draw(2, 6)
     with torch.enable_grad():
-        assert prepared(ids, use_cache=True).past_key_values is None
+        assert prepared(ids, use_cache=True).get(families.cache_arg(prepared)) is None
         with pytest.raises(errors.StepError, match="train with use_cache=False"):
             feed(prepared, cache, ids)
     assert cache.lengths.tolist() == []

@@ -21,6 +21,7 @@ MARKS = ["feed", "ragged", "checkpoint", "restore", "rollback"]
 PREPARED = [(name, room) for name in oracle.MODELS for room in oracle.ROOMS]
 UNMODIFIED = [(name, room) for name in oracle.UNMODIFIED for room in ("growing", "fixed")]
 SEEDS = range(14)
+each_seed = pytest.mark.parametrize("seed", [*SEEDS[:7], *(pytest.param(n, marks=pytest.mark.long) for n in SEEDS[7:])])
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +45,14 @@ def drawn(seed: int) -> tuple[int, list[oracle.Op]]:
     return slack, schedule + [operation(what) for _ in range(2)]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed
 @pytest.mark.parametrize(("name", "room"), PREPARED)
 def test_a_prepared_model_goes_on_rightly_or_not_at_all(name: str, room: str, seed: int) -> None:
     slack, schedule = drawn(seed)
     oracle.run(oracle.build(name), schedule, slack=slack, room=room, seed=seed)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed
 @pytest.mark.parametrize(("name", "room"), UNMODIFIED)
 def test_an_unmodified_model_goes_on_rightly_or_not_at_all(name: str, room: str, seed: int) -> None:
     slack, schedule = drawn(seed)

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 import statecache as sc
 from statecache.models.mixers import MIXERS, Recurrent
 from statecache.models.mixers.base import Derived, decay
+from statecache.models.names import FUNCTIONS_TAKE
 from statecache.models.table import model_spec
+from statecache.replay import Operators
 
 NAMES = list(families.FAMILIES)
-OPERATORS = ["mamba", "mamba2", "qwen3_5", "minimax", "zamba"]
+OPERATORS = ["mamba", "mamba2", "qwen3_5", "kimi_linear", "minimax", "zamba", "zaya", "recurrent_gemma"]
+OPERATORS = [name for name in OPERATORS if name in NAMES]
 each_family = pytest.mark.parametrize("name", NAMES)
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 
@@ -34,7 +37,17 @@ def build(name: str) -> Any:
 
 def mixers(model: nn.Module) -> list[Any]:
     """A mixer for each module that has one."""
-    return [MIXERS[type(m).__name__](m, m.forward) for m in model.modules() if type(m).__name__ in MIXERS]
+    decoder: Any = next(m for m in model.modules() if "layers" in m._modules and _mixed(m))
+    made = []
+    for index, layer in enumerate(decoder.layers):
+        for module in _mixed(layer):
+            made.append(MIXERS[type(module).__name__](module, module.forward))
+            made[-1].layer = index
+    return made
+
+
+def _mixed(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if type(m).__name__ in MIXERS]
 
 
 def feed(model: Any, cache: Any, ids: Tensor) -> Tensor:
@@ -70,6 +83,105 @@ def test_parts_fill_the_entries_of_the_log(name: str) -> None:
             assert len(mixer.operator.taken) == len(mixer.inputs) + len(mixer.gates)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear"])
+def test_a_convolution_has_the_models_activation(name: str) -> None:
+    plain = families.build(name, hidden_act="gelu")[0]
+    model, ids = sc.prepare(copy.deepcopy(plain)), draw(2, 12)
+    cache = sc.StateCache(model.config)
+    with torch.no_grad():
+        got = torch.cat([feed(model, cache, part) for part in ids.split((9, 1, 2), 1)], 1)
+        assert_same(got, plain(ids, use_cache=False).logits)
+
+
+@pytest.mark.skipif("recurrent_gemma" not in NAMES, reason="of later transformers")
+def test_an_rg_lru_begins_anew_where_positions_do() -> None:
+    plain, ids = build("recurrent_gemma"), draw(2, 12)
+    positions = torch.tensor([[*range(7), *range(5)], [*range(12)]])
+    model, mask = (
+        sc.prepare(copy.deepcopy(plain)),
+        torch.ones_like(ids),
+    )  # without one the attention would part them, too
+    cache, got = sc.StateCache(model.config, slack=3), []
+    with torch.no_grad():
+        want = plain(ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        for part, at in zip(ids.split((5, 1, 1, 1, 4), 1), positions.split((5, 1, 1, 1, 4), 1), strict=True):
+            got.append(model(part, position_ids=at, use_cache=True, **{families.cache_arg(model): cache}).logits)
+        assert_same(torch.cat(got, 1), want)
+        cache.rollback(3)
+        again = {"position_ids": positions[:, 9:], families.cache_arg(model): cache}
+        assert_same(model(ids[:, 9:], use_cache=True, **again).logits, want[:, 9:])
+    assert not torch.allclose(want, plain(ids, use_cache=False).logits)
+
+
+@pytest.mark.skipif("glm5_next" not in NAMES, reason="of later transformers")
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_pooled_index_chooses_what_the_modules_own_does(tail: bool) -> None:
+    """Of the tokens that there are, in any order, in every row at its own length; and not all of them."""
+    model = build("glm5_next")
+    mixer = next(m for m in mixers(model) if type(m).__name__ == "PooledIndex")
+    m, config = mixer.module, model.config.get_text_config()
+    m.index_kpool_always_select_tail = tail
+    torch.manual_seed(0)
+    x, query = torch.randn(2, 30, config.hidden_size), torch.randn(2, 30, config.q_lora_rank)
+    cache = sc.StateCache(model.config, rows=2, dtype=torch.float32, device="cpu", capacity=40)
+    sc.prepare(model)
+    got: list[list[set[int]]] = [[], []]
+    with torch.no_grad():
+        want = mixer.unmodified(x, query, attention_mask=torch.ones(2, 30, dtype=torch.bool), **{FUNCTIONS_TAKE: None})
+        for counts in ([9, 7], [1, 0], [5, 8], [15, 15]):
+            done, width = torch.tensor([[len(row)] for row in got]), max(counts)
+            at = (done + torch.arange(width)).clamp(max=29)[..., None]
+            writer = cache.begin(x, width, counts, None, counted=None, operators=Operators())
+            index = mixer.forward(x.take_along_dim(at, 1), query.take_along_dim(at, 1), None, **{FUNCTIONS_TAKE: cache})
+            writer.end()
+            for row, n in enumerate(counts):
+                got[row] += [set(each.tolist()) - {-1} for each in index[row, :n]]
+    assert got == [[set(each.tolist()) - {-1} for each in row] for row in want]
+    assert max(len(chosen) for chosen in got[0]) <= config.index_topk + config.index_kpool - 1
+
+
+@pytest.mark.skipif("qwen4_exp" not in NAMES, reason="of later transformers")
+def test_a_block_index_chooses_what_the_modules_own_does() -> None:
+    """Of the tokens that there are, in every row at its own length; and not all of them."""
+    model = build("qwen4_exp")
+    mixer = next(m for m in mixers(model) if type(m).__name__ == "BlockIndex")
+    config, rotary, layer = model.config, model.model.rotary_emb, mixer.layer
+    torch.manual_seed(0)
+    x, causal = torch.randn(2, 30, config.hidden_size), torch.ones(30, 30, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    cache = sc.StateCache(config, rows=2, dtype=torch.float32, device="cpu", capacity=40)
+    sc.prepare(model)
+    got: list[list[set[int]]] = [[], []]
+    with torch.no_grad():
+        want = mixer.unmodified(x, rotary(x, torch.arange(30).expand(3, 2, -1)), causal, None)
+        for counts in ([9, 7], [1, 0], [5, 8], [15, 15]):
+            done, width = torch.tensor([[len(row)] for row in got]), max(counts)
+            place = done + torch.arange(width)
+            part = x.take_along_dim(place.clamp(max=29)[..., None], 1)
+            writer, new = (
+                cache.begin(x, width, counts, None, counted=None, operators=Operators()),
+                place.expand(3, 2, -1),
+            )
+            place = torch.cat([cache.positions(layer), new], -1)
+            cache.take_positions(layer, place)
+            seen = mixer.forward(part, rotary(x, place), None, cache)
+            writer.end()
+            for row, n in enumerate(counts):
+                got[row] += [set(each.nonzero().flatten().tolist()) for each in seen[row, 0, :n]]
+    assert got == [[set(each.nonzero().flatten().tolist()) for each in row[0]] for row in want]
+    assert max(len(chosen) for chosen in got[0]) == config.indexer_budget + config.indexer_compress_ratio - 1
+
+
+@pytest.mark.skipif("qwen4_exp" not in NAMES, reason="of later transformers")
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+def test_a_block_index_tells_every_form_of_attention(form: str) -> None:
+    plain = families.build("qwen4_exp", attn=form)[0]
+    model, ids = sc.prepare(copy.deepcopy(plain)), draw(2, 24)
+    cache = sc.StateCache(model.config)
+    with torch.no_grad():
+        got = torch.cat([feed(model, cache, part) for part in ids.split((15, 1, 8), 1)], 1)
+        assert_same(got, plain(ids, use_cache=False).logits)
+
+
 # ---- the operator of a module
 
 
@@ -77,12 +189,10 @@ def tokens(mixer: Recurrent, n: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor
     """Inputs and gates of n tokens (2, n, *shape), queries, and a state."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, n, *shape) for shape in mixer.inputs]
-    gates = [torch.rand(2, n, *shape) for shape in mixer.gates]
-    if mixer.operator.query == "q":
-        query = torch.randn(2, n, *mixer.inputs[0])
-        gates[0] = torch.ones_like(gates[0]) if len(gates) == 1 else -gates[0]
-    else:
-        query = torch.randn(2, n, *mixer.inputs[1])
+    drawn = {"g": lambda *shape: -torch.rand(shape), "alive": torch.ones}
+    names = mixer.operator.taken[len(inputs) :]
+    gates = [drawn.get(name, torch.rand)(2, n, *shape) for name, shape in zip(names, mixer.gates, strict=True)]
+    query = torch.randn(2, n, *mixer.query)
     spec = next(s for s in model_spec(mixer.module.config).layers[mixer.layer].states if s.name == "recurrent")
     return (*inputs, *gates), query, torch.randn(2, *spec.shape)
 
@@ -420,7 +530,7 @@ def test_a_token_passes_few_functions() -> None:
     assert len(entered) == 9 * model.config.num_hidden_layers, entered
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5", "minimax"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5", "minimax", "recurrent_gemma"])
 def test_a_kernel_may_stand_in_for_the_whole_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`advance` is all that touches the states: what stands in for it, and calls it, changes no bit."""
     model, ids, seen = sc.prepare(build(name)), draw(2, 7), []

@@ -29,25 +29,6 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SIZE = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
 DENSE = {**SIZE, **HEADS, **NO_END, "num_hidden_layers": 2}
 MIXED = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-LATENT = {
-    **SIZE,
-    **NO_END,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 4,
-    "moe_intermediate_size": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
-    "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
-}
-
 # name: (configuration class, model class, arguments)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", DENSE),
@@ -68,79 +49,74 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**DENSE, **MIXED, "head_dim": 16, "sliding_window": WINDOW},
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {**DENSE, "sliding_window": WINDOW}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", DENSE),
-    "kimi_linear": (
-        *("KimiLinearConfig", "KimiLinearForCausalLM"),
-        {**LATENT, "linear_head_dim": 16, "linear_num_heads": 4},
-    ),
-    "bailing_hybrid": ("BailingHybridConfig", "BailingHybridForCausalLM", {**LATENT, "head_dim": 16}),
-    "lfm3": (
-        *("Lfm3Config", "Lfm3ForCausalLM"),
+    "dory": (
+        *("DoryConfig", "DoryForCausalLM"),
         {
             **DENSE,
             "num_hidden_layers": 5,
             "head_dim": 16,
             "sliding_window": WINDOW,
-            "layer_types": ["conv", "sliding_attention", "conv", "full_attention", "conv"],
+            "n_input_layers": 1,
+            "n_output_layers": 1,
+            "n_recurrent_loops": 3,
+            "initializer_range": 0.1,
+            "ngpt_alpha_init": 0.5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", *["sliding_attention"] * 2],
         },
     ),
-    "zaya": (
-        *("ZayaConfig", "ZayaForCausalLM"),
-        {
-            **{k: v for k, v in DENSE.items() if k != "intermediate_size"},
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "num_experts": 4,
-            "moe_intermediate_size": 32,
-            "router_hidden_size": 16,
-            "sliding_window": WINDOW,
-            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
-        },
-    ),
-    "inkling": (
-        *("InklingTextConfig", "InklingForCausalLM"),
-        {
-            **DENSE,
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "sliding_window_size": WINDOW,
-            "conv_kernel_size": 4,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 16,
-            "d_rel": 4,
-            "rel_extent": 32,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "route_scale": 1.0,
-            "logits_mup_width_multiplier": 1.0,
-            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
-        },
-    ),
-    "inkling2": (
-        *("Inkling2TextConfig", "Inkling2ForCausalLM"),
-        {
-            **{k: v for k, v in DENSE.items() if k != "intermediate_size"},
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "unpadded_vocab_size": V,
-            "sliding_window_size": WINDOW,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 16,
-            "d_rel": 4,
-            "rel_extent": 32,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_layers_per_attn_res_block": 2,
-            "route_scale": 1.0,
-            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
-        },
-    ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", DENSE),
 }
+
+
+IMAGE, START, END = 95, 97, 98  # words that stand for a part of a picture, and around it
+EYE = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64}
+# name: (configuration class, model class), of models that give pictures positions of their own
+SEEING = {
+    "qwen3_5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": ("Qwen3_5MoeConfig", "Qwen3_5MoeForConditionalGeneration"),
+}
+
+
+def build_seeing(name: str) -> Any:
+    """A float64 model with an eye before its decoder."""
+    config_class, model_class = (getattr(transformers, cls) for cls in SEEING[name])
+    torch.manual_seed(0)
+    config = config_class(
+        text_config=dict(families.FAMILIES[name]["kwargs"]),
+        vision_config={**EYE, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 64},
+        image_token_id=IMAGE,
+        video_token_id=IMAGE + 1,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    config.text_config._experts_implementation = "eager"  # torch has no grouped product in float64
+    model = families._reinit(model_class(config), 0, long_memory=True).double().eval()
+    settings = model.generation_config
+    settings.eos_token_id, settings.bos_token_id, settings.pad_token_id, settings.do_sample = None, None, 0, False
+    return model
+
+
+def build_bidirectional(name: str) -> Any:
+    """A float64 gemma3 or paligemma with an eye: tokens of a picture, or of a prompt, attend to those behind them."""
+    text = {**SIZE, **HEADS, **NO_END, "head_dim": 16, "num_hidden_layers": 3}
+    eye = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eye.update(image_size=8, patch_size=4)
+    torch.manual_seed(0)
+    if name == "gemma3":
+        text.update(MIXED, sliding_window=WINDOW)
+        of: dict[str, Any] = {"mm_tokens_per_image": 4, "image_token_index": IMAGE}
+        config = transformers.Gemma3Config(text_config=text, vision_config=eye, **of)
+        model: Any = transformers.Gemma3ForConditionalGeneration(config)
+    else:
+        text.update(model_type="gemma")
+        config = transformers.PaliGemmaConfig(
+            text_config=text, vision_config={**eye, "model_type": "siglip_vision_model"}, image_token_index=IMAGE
+        )
+        model = transformers.PaliGemmaForConditionalGeneration(config)
+    families._reinit(model, 0, long_memory=True).double().eval()
+    settings = model.generation_config
+    settings.eos_token_id, settings.bos_token_id, settings.pad_token_id, settings.do_sample = None, None, 0, False
+    return model
 
 
 def available(name: str) -> bool:

@@ -8,40 +8,54 @@ B rows, T new tokens, S keys, H heads, G of them with keys and values of their o
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from statecache.errors import ConfigError, StepError, UnknownLayerError
-from statecache.models.masks import mask, untold
-from statecache.models.table import model_spec
+from statecache.mask import additive
+from statecache.models.decoder import layers_of
+from statecache.models.masks import mask, places, untold
+from statecache.models.table import KINDS, LOOPS, Kind, model_spec
 from statecache.spec import StateSpec
 from statecache.states import States
 from statecache.step import Step
 
-NAME = "statecache"  # of `attend`, among the attn_implementations
+FORM = "statecache"  # of `attend`, among the attn_implementations
 ARGUMENT = "statecache_pass"  # under which models hand an `AttentionPass` on to it
 
 Attention = tuple[Tensor, Tensor | None]  # (B, T, H, D); the weights (B, H, T, S), in forms that make them
 
 
 class AttentionPass:
-    """The pass that is open, as attention needs it: the step, and the masks made for it so far."""
+    """The pass that is open, as attention needs it: the step, and the masks and distances made for it so far."""
 
     def __init__(self, states: States, step: Step) -> None:
         self.states, self.step = states, step
         self._masks: dict[Any, Tensor | None] = {}
+        self._distances: dict[Any, Tensor] = {}
 
-    def mask(self, form: str, keys: StateSpec, query: Tensor) -> Tensor | None:
+    def mask(self, form: str, keys: StateSpec, chunked: bool, query: Tensor) -> Tensor | None:
         """What `form` is to be told of layers with these keys; made once for each window on each device. See `mask`."""
-        key = form, keys.window, query.device, query.dtype
+        key = form, keys.window, chunked, query.device, query.dtype
         if key not in self._masks:
-            self._masks[key] = mask(form, query.dtype, query.device, keys, self.states, self.step)
+            self._masks[key] = mask(form, query.dtype, query.device, keys, chunked, self.states, self.step)
         return self._masks[key]
+
+    def distance(self, keys: StateSpec, device: torch.device) -> Tensor:
+        """How far each token stands behind each of these keys: (B or 1, 1, T, S), below zero for those after it."""
+        key = keys.window, device
+        if key not in self._distances:
+            queries = self.step.places(device).unsqueeze(-1)
+            self._distances[key] = (queries - places(device, keys, self.states, self.step).unsqueeze(1)).unsqueeze(1)
+        return self._distances[key]
 
 
 def attend(
@@ -61,12 +75,18 @@ def attend(
     config: Any = module.config
     if not isinstance(config, Attending):
         raise ConfigError(
-            f'attn_implementation="{NAME}" is what statecache.prepare(model) gives attention layers: load the model '
+            f'attn_implementation="{FORM}" is what statecache.prepare(model) gives attention layers: load the model '
             'with attn_implementation="sdpa", and prepare it'
         )
     own = config.own
-    if statecache_pass is not None:
-        attention_mask = statecache_pass.mask(own._attn_implementation, config.keys, query)
+    if config.kind.indexed:
+        # the model has made a mask of what its index chose, and may have known no form that takes it
+        if own._attn_implementation == "sdpa" and attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask == 0
+        elif own._attn_implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = additive(attention_mask, query.dtype)
+    elif statecache_pass is not None:
+        attention_mask = statecache_pass.mask(own._attn_implementation, config.keys, config.kind.chunked, query)
     elif untold(attention_mask):
         raise StepError(
             f"a {type(module).__name__} did not get the pass of its cache: {ARGUMENT}= must go with the other "
@@ -77,19 +97,20 @@ def attend(
     return out
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(FORM, attend)
 
 
 class Attending:
     """A configuration that names `attend`, and is `own` in all else, now and after changes.
 
-    keys: the state that holds the keys of the module that it is for. eager: what attends there in plain PyTorch.
+    keys: the state that holds the keys of the module that it is for. kind: of its layer. eager: what attends there in
+    plain PyTorch.
     """
 
-    _attn_implementation = NAME
+    _attn_implementation = FORM
 
-    def __init__(self, own: Any, keys: StateSpec, eager: Callable[..., Attention]) -> None:
-        vars(self).update(own=own, keys=keys, eager=eager)
+    def __init__(self, own: Any, keys: StateSpec, kind: Kind, eager: Callable[..., Attention]) -> None:
+        vars(self).update(own=own, keys=keys, kind=kind, eager=eager)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # of copy and pickle, before `own` is there
@@ -115,29 +136,81 @@ def attention(decoder: nn.Module) -> list[tuple[nn.Module, Attending]]:
 
     Layers that share a module share its window. Raises UnknownLayerError for a layer whose attention is fixed.
     """
-    layers: Any = decoder.layers
     found: dict[nn.Module, Attending] = {}
-    for spec, layer in zip(model_spec(decoder.config).layers, layers, strict=True):
+    layers = layers_of(decoder)
+    for spec, layer in zip(model_spec(decoder.config).layers[: len(layers)], layers, strict=True):
         keys = next((state for state in spec.states if state.name == "key"), None)
         if keys is None:
             continue
-        asking = {module: _eager(module) for module in layer.modules()}
-        here = {module: eager for module, eager in asking.items() if eager is not None}
-        if not here:
+        here = _attending(layer)
+        why = _fixed(decoder, layer, list(here), KINDS[spec.kind])
+        if why is not None:
             raise UnknownLayerError(
-                f'layer {spec.index} ("{spec.kind}") is a {type(layer).__name__} in which nothing asks transformers\' '
-                "AttentionInterface how to attend, so that it cannot be told what rows see; the model was left as it is"
+                f'layer {spec.index} ("{spec.kind}") is a {type(layer).__name__} {why}, so that it cannot be told what '
+                "rows see; the model was left as it is"
             )
         for module, eager in here.items():
-            found.setdefault(module, Attending(module.config, keys, eager))
+            found.setdefault(module, Attending(module.config, keys, KINDS[spec.kind], eager))
     return list(found.items())
 
 
-def _eager(module: nn.Module) -> Callable[..., Attention] | None:
-    """The plain function of the file of an attention module; None of a module that does not ask the interface."""
+def counts_columns(decoder: nn.Module) -> bool:
+    """Whether layers ask the cache how long it is, and so take all rows to be as long."""
+    asking = [module for layer in layers_of(decoder) for module in (layer, *_attending(layer))]
+    return any("get_seq_length" in _asked(forward.__code__) for module in asking for forward in _forwards(module))
+
+
+def _fixed(decoder: nn.Module, layer: nn.Module, attending: list[nn.Module], kind: Kind) -> str | None:
+    """Why a layer's attention cannot be told what rows see; None where it can."""
+    config: Any = decoder.config
+    if not attending:
+        return "in which nothing asks transformers' AttentionInterface how to attend to what a cache holds"
+    if len(attending) > 1:
+        return f"that attends {len(attending)} times"
+    if getattr(attending[0], "is_causal", True) is False:
+        return "that attends to what comes after, too"
+    masking = sorted(name for name in _asked(next(_forwards(attending[0])).__code__) if name.endswith("_mask"))
+    if masking and not kind.indexed:
+        return f"whose attention makes masks of its own ({masking[0]})"
+    if "keys" in _asked(next(_forwards(decoder)).__code__) and config.model_type not in LOOPS:
+        return "of a decoder that reads the keys of its cache by itself"
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return "of a decoder that takes no position_ids"
+    for module in (decoder, layer, *attending):
+        if not _hands_on(next(_forwards(module))):
+            return f"in which {type(module).__name__}.forward does not hand further arguments on (**kwargs)"
+    return None
+
+
+def _attending(layer: nn.Module) -> dict[nn.Module, Callable[..., Attention]]:
+    """The modules of a layer that ask the interface how to attend to what a cache holds; the plain function of each."""
+    found: dict[nn.Module, Callable[..., Attention]] = {}
+    for module in layer.modules():
+        for forward in _forwards(module):
+            asked, plain = _asked(forward.__code__), forward.__globals__.get("eager_attention_forward")
+            if {"ALL_ATTENTION_FUNCTIONS", "update"} <= asked and plain is not None:  # `update` of a cache
+                found.setdefault(module, plain)
+    return found
+
+
+@lru_cache
+def _asked(code: CodeType) -> frozenset[str]:
+    """The names of globals and attributes in a function's code, and in what is written inside it."""
+    return frozenset(code.co_names).union(*[_asked(inner) for inner in code.co_consts if isinstance(inner, CodeType)])
+
+
+def _hands_on(forward: FunctionType) -> bool:
+    """Whether a function takes any keywords, and uses them."""
+    code = forward.__code__
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    keywords = inspect.getargs(code).varkw
+    return any(do.argval == keywords for do in dis.get_instructions(code) if do.opname.startswith("LOAD_"))
+
+
+def _forwards(module: nn.Module) -> Iterator[FunctionType]:
+    """The forward of a module's class, and of those that it inherits from, without what decorates them."""
     for cls in type(module).__mro__:
         forward = inspect.unwrap(vars(cls).get("forward", nn.Module.forward))
-        if isinstance(forward, FunctionType) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names:
-            eager: Callable[..., Attention] = forward.__globals__["eager_attention_forward"]
-            return eager
-    return None
+        if isinstance(forward, FunctionType):
+            yield forward

@@ -14,21 +14,27 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache
 
-from statecache.errors import LayerError, OptionError, RowsError, SlackError, StateCacheError, StepError
+from statecache.errors import OptionError, RowsError, SlackError, StateCacheError, StepError
 from statecache.lease import Lease
+from statecache.models.checks import no_token
+from statecache.models.interface import check_version
 from statecache.models.layers import Layer
 from statecache.models.prepared import Prepared
-from statecache.models.table import KINDS, model_spec
+from statecache.models.ready import check_kept
+from statecache.models.table import KINDS, model_spec, shares_last
 from statecache.models.unmodified import Unmodified
 from statecache.replay import Operators
 from statecache.round import Round
 from statecache.snapshot import Mark, Snapshot
 from statecache.spec import ModelSpec, Sizes
 from statecache.states import Capability, States
-from statecache.step import offset
+from statecache.step import Step, offset
+
+check_version(transformers.__version__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Expected:
 
 
 class StateCache(Cache):
-    """The state of every layer of a hybrid model, for `past_key_values=` (or `cache_params=`) of transformers.
+    """The state of every layer of a hybrid model, for `cache=` of transformers (`past_key_values=` before 5.24).
 
     - `capacity`: tokens a row may hold, at addresses that never move, for torch.compile and CUDA graphs; None grows.
     - `slack`: how many of its last tokens each row can forget.
@@ -49,7 +55,8 @@ class StateCache(Cache):
     - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for slack.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
-    Raises OptionError for options that make no sense, UnknownLayerError for a layer type that the table does not know.
+    Raises OptionError for options that make no sense, ConfigError for a model that keeps nothing in a cache,
+    UnknownLayerError for a layer type that the table does not know, or that cannot be kept.
     """
 
     def __init__(
@@ -59,7 +66,7 @@ class StateCache(Cache):
         capacity: int | None = None,
         slack: int = 0,
         rows: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         back: bool = True,
     ) -> None:
@@ -68,6 +75,13 @@ class StateCache(Cache):
                 f"StateCache takes a model's configuration, not a {type(config).__name__}: give model.config"
             )
         spec = model_spec(config)
+        made_for = spec.digest()  # what a prepared model compares with its own
+        check_kept(spec.model, made_for)
+        if capacity is not None and shares_last(config):
+            raise OptionError(
+                f"capacity={capacity}: the loops of this {spec.model} model read keys off cache.layers, and its masks "
+                'have no room for slots that are empty: leave capacity= out, or set recurrent_kv_cache_mode="per_loop"'
+            )
         self.states = States(
             spec if slack else spec.in_order(),
             capacity=capacity,
@@ -76,7 +90,7 @@ class StateCache(Cache):
             dtype=dtype,
             device=device,
             back=back,
-            made_for=spec.digest(),  # what a prepared model compares with its own
+            made_for=made_for,
         )
         self.writer: Unmodified | Prepared = Unmodified(self.states)
         self.expected: Expected | None = None
@@ -84,7 +98,7 @@ class StateCache(Cache):
         self.offloading, self.layer_class_to_replicate = False, None
 
     def __repr__(self) -> str:
-        held = "empty" if self.rows is None else f"{self.rows} rows, {self.nbytes()}"
+        held = "empty" if self.rows is None else f"lengths {self.lengths.tolist()}, {self.nbytes()}"
         room = "growing" if self.capacity is None else f"capacity {self.capacity}"
         return f"StateCache({self.spec.model}, {len(self)} layers, {room}, slack {self.slack}: {held})"
 
@@ -146,15 +160,27 @@ class StateCache(Cache):
         return self.states.capabilities
 
     def held(self, layer_idx: int, name: str) -> Tensor | None:
-        """The entries of one state as they lie: without a window in order of position, up to the length if growing."""
+        """The entries of one state in order of position, None before its first write.
+
+        Of a window those that the next token attends to, zeros before the first; without one up to the longest row if
+        growing, else all slots.
+        """
         self.writer.finish()
         state, clock = self.states.held.get(f"{layer_idx}.{name}"), self.states.clock
         if state is None or clock is None:
             return None
         if isinstance(state, Lease):
             return state.entry
-        growing = self.capacity is None and not state.wraps
-        return state.store.read(slice(0, max(clock.sync().lengths) if growing else state.capacity))
+        longest = max(clock.sync().lengths)
+        if state.wraps and state.spec.window is not None:
+            return state.past(min(longest, state.spec.window - 1), Step(0, clock.lengths))
+        growing = self.capacity is None
+        return state.store.read(slice(0, longest + self.under_way(layer_idx) if growing else state.capacity))
+
+    def under_way(self, layer_idx: int) -> int:
+        """Tokens of a pass that is open, of which an indexed layer asks after it has written its keys; else 0."""
+        step = self.states.step
+        return step.tokens if step is not None and KINDS[self.spec.layers[layer_idx].kind].indexed else 0
 
     # ---- between passes
 
@@ -242,6 +268,34 @@ class StateCache(Cache):
         with self._between():
             self.states.admit(row, snapshot)
 
+    # ---- where rotary factors change with the length of a row
+
+    def turned(self, row: int, tokens: int) -> bool:
+        """Whether the keys that this row holds would have to be rotated anew for it to take in `tokens` more.
+
+        A pass that brings them is refused: `reset` the row, and feed its whole text. May wait for the device.
+        """
+        rotary, clock = self.spec.rotary, self.states.clock
+        if rotary is None or clock is None:
+            return False
+        known = clock.sync()
+        length = known.lengths[row]
+        return length > 0 and tokens > 0 and rotary.shortest(length + tokens) != known.rotated[row]
+
+    def alike(self, count: Sequence[int], rows: Sequence[int] | None = None) -> list[list[int]]:
+        """Which rows may share a pass that brings them so many tokens: the indices of `count`, in groups.
+
+        `rows`: of the cache, that the pass is over; None for all. May wait for the device.
+        """
+        rotary, clock = self.spec.rotary, self.states.clock
+        if rotary is None:
+            return [list(range(len(count)))]
+        lengths = [0] * len(count) if clock is None else clock.sync().lengths
+        groups: dict[int, list[int]] = {}
+        for n, (row, tokens) in enumerate(zip(range(len(count)) if rows is None else rows, count, strict=True)):
+            groups.setdefault(rotary.shortest(lengths[row] + tokens), []).append(n)
+        return list(groups.values())
+
     # ---- the pass of a prepared model
 
     def expect(self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None) -> None:
@@ -283,9 +337,9 @@ class StateCache(Cache):
             raise RowsError(f"expect() was told of {len(expected.count)} rows, and a batch of {rows} came")
         return expected
 
-    def holds_pads(self, mask: Tensor) -> bool:
-        """Whether an unprepared model has fed the tokens held, and `mask` (B, n) says that some of them were pads."""
-        return self.writer.holds_pads(mask)
+    def check_mask(self, mask: Tensor) -> None:
+        """Raise RaggedError where `mask` (B, n), of the columns held, hides what the cache has taken in as tokens."""
+        self.writer.check_mask(mask)
 
     # ---- what layers call
 
@@ -351,13 +405,19 @@ class StateCache(Cache):
         self.writer.finish()
         return self.writer.seq_length()
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
-        """The position of a pass's first token."""
-        return self.writer.registry.query_offset()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:
-        """How many keys `update` will return to T = `query_length` tokens, and the position of the first."""
+    def get_query_offset(self, layer_idx: int = 0) -> int | float | Tensor:
+        """The position of a pass's first token. Raises RaggedError where rows differ; in a prepared pass it is NaN."""
         self.writer.finish()
+        return self.writer.query_offset()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | float | Tensor]:
+        """How many keys `update` will return to T = `query_length` tokens, and the position of the first.
+
+        In a prepared model's pass over rows that differ no two numbers say that: they are T, and NaN.
+        """
+        self.writer.finish()
+        if not query_length:
+            raise no_token(self.lengths.tolist())
         clock, spec = self.states.clock, self.writer.registry.attention(layer_idx)
         window = None if spec is None else spec.window
         if self.capacity is not None:
@@ -366,7 +426,10 @@ class StateCache(Cache):
             if clock is None:
                 return window - 1 + query_length, 0
             return window - 1 + query_length, offset(clock.lengths[0], window)
-        length = 0 if clock is None else clock.uniform()
+        length = self.get_query_offset()
+        if isinstance(length, float):
+            return query_length, length
+        assert isinstance(length, int)
         past = length if window is None else min(length, window - 1)
         return past + query_length, length - past
 
@@ -459,9 +522,20 @@ class StateCache(Cache):
             states.allocate_all(batch_size, states.dtype or dtype, torch.device(device))
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        raise LayerError(
-            f"layer {layer_idx} has no index of keys: sparse attention is not in the table of layer kinds yet"
-        )
+        """Take in index keys (B, T, D), after the keys; return the index of all keys that `update` returned."""
+        return self.writer.update_index(layer_idx, indexer_key_states)
+
+    def positions(self, layer_idx: int) -> Tensor | None:
+        """Where the tokens stand that an index chooses from, (3, B, S), in the layer that keeps it; None before any.
+
+        In a pass of a prepared model what lies beyond a row's end is junk.
+        """
+        self.writer.finish()
+        return self.writer.positions(layer_idx)
+
+    def take_positions(self, layer_idx: int, positions: Tensor) -> None:
+        """Take in where the tokens of a pass stand, before its layers: the last of `positions` (3, B, S + T)."""
+        self.writer.take_positions(layer_idx, positions)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         raise StateCacheError("nothing to prefetch: this cache keeps its states on the model's devices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def check(
             f'state "{name}": came in {new.dtype}, and the cache holds {state.dtype}: make it with dtype={new.dtype}, '
             "or leave dtype= out"
         )
+
+
+def no_token(held: Sequence[int]) -> ShapeError:
+    """What is said of a pass without tokens. `held`: how many each row of its cache has taken in."""
+    told = "no token came: a forward pass takes at least one"
+    if any(held):
+        told += (
+            f". The cache holds {' and '.join(map(str, held))} tokens: to go on from them the whole text comes, longer "
+            "than that; for another text reset() the cache"
+        )
+    return ShapeError(told)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -29,7 +29,10 @@ class Answers(Protocol):
     def is_recording_past(self, layer_idx: int) -> bool: ...
     def held(self, layer_idx: int, name: str) -> Tensor | None: ...
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor: ...
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]: ...
+    def under_way(self, layer_idx: int) -> int: ...
+    def positions(self, layer_idx: int) -> Tensor | None: ...
+    def take_positions(self, layer_idx: int, positions: Tensor) -> None: ...
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | float | Tensor]: ...
     def get_max_length(self, layer_idx: int | None = None) -> int: ...
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool: ...
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None: ...
@@ -86,9 +89,9 @@ class Layer:
         return self.cache.held(self.index, "value")
 
     def get_seq_length(self) -> int | Tensor:
-        return self.cache.get_seq_length(self.index)
+        return self.cache.get_seq_length(self.index) + self.cache.under_way(self.index)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | float | Tensor]:
         return self.cache.get_mask_sizes(query_length, self.index)
 
     def get_max_length(self) -> int:
@@ -99,6 +102,14 @@ class Layer:
     @property
     def max_cache_len(self) -> int:
         return self.get_max_length()
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        return self.cache.positions(self.index)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor) -> None:
+        self.cache.take_positions(self.index, positions)
 
     # ---- recurrences and convolutions
 
@@ -113,7 +124,7 @@ class Layer:
     @property
     def has_previous_state(self) -> Mapping[int, bool]:
         fed = self.cache.has_previous_state(self.index)
-        return dict.fromkeys(range(len(self.conv_states)), fed)
+        return dict.fromkeys(range(max(len(self.conv_states), len(self.recurrent_states))), fed)
 
 
 class _States(Mapping[int, "Tensor | None"]):
@@ -127,7 +138,8 @@ class _States(Mapping[int, "Tensor | None"]):
         return get(self.index, number)
 
     def __len__(self) -> int:
-        return max(1, sum(s.name.startswith(self.kind) for s in self.cache.spec.layers[self.index].states))
+        layer = self.cache.spec.layers[self.index]
+        return max(int(layer.open), sum(s.name.startswith(self.kind) for s in layer.states))
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self)))

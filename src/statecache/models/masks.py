@@ -21,17 +21,34 @@ from statecache.step import Step, offset
 # What models hand on where a mask would be. Of one with four axes transformers makes no other, and without entries
 # nothing can be attended with it: were it not replaced, that would be an error, not a wrong answer.
 UNTOLD = torch.empty((0, 0, 0, 0), device="cpu")
+# Of layers whose index chooses among what this lets them see.
+UNCHOSEN = torch.ones((), dtype=torch.bool, device="cpu")
 
 
-def check_form(config: Any, cache: StateCache, width: int, ragged: bool) -> None:
-    """Whether the attention can be told what rows see, before anything is changed."""
+class Given(dict[str, Any]):
+    """A caller's `mask` as a dict, the form in which wrappers that make masks hand on what is made already."""
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        self.mask = mask
+
+
+def check_form(config: Any, cache: StateCache, width: int, ragged: bool, counts: bool) -> None:
+    """Whether the attention can be told what rows see, before anything is changed. `counts`: see `counts_columns`."""
     form, clock = config._attn_implementation, cache.states.clock
     ragged = ragged or (clock is not None and clock.known.ragged)
-    plain = cache.capacity is None and not ragged and ("flash" in form or width == 1)
-    if form not in ("sdpa", "eager") and not plain and any(s.name == "key" for _, s in cache.spec.states()):
+    if ragged and counts:
         raise RaggedError(
-            f'rows of different lengths, padding and a fixed capacity need masks, and attn_implementation="{form}" '
-            'takes none of them: load the model with attn_implementation="sdpa"'
+            f"attention of {config.model_type} models goes by one length for all rows: give it rows of one length, "
+            "without padding, or one row at a time"
+        )
+    if form in ("sdpa", "eager") or not any(s.name == "key" for _, s in cache.spec.states()):
+        return
+    chunked = any(KINDS[layer.kind].chunked for layer in cache.spec.layers)
+    if ragged or chunked or cache.capacity is not None or not ("flash" in form or width == 1):
+        raise RaggedError(
+            "rows of different lengths, padding, a fixed capacity and attention by chunks need masks, and "
+            f'attn_implementation="{form}" takes none of them: load the model with attn_implementation="sdpa"'
         )
 
 
@@ -40,7 +57,8 @@ def unmasked(spec: ModelSpec) -> Tensor | dict[str, Tensor | None]:
     kinds = {state.kind for layer in spec.layers for state in layer.states if state.name == "key"}
     if len(kinds) == 1 and not any(KINDS[layer.kind].mixer for layer in spec.layers):
         return UNTOLD  # not every model of attention alone takes a dict
-    return {name: UNTOLD if kind.attention and not kind.mixer else None for name, kind in KINDS.items()}
+    attending = {name: kind for name, kind in KINDS.items() if kind.attention and not kind.mixer}
+    return dict.fromkeys(KINDS) | {name: UNCHOSEN if kind.indexed else UNTOLD for name, kind in attending.items()}
 
 
 def untold(given: Any) -> bool:
@@ -49,31 +67,41 @@ def untold(given: Any) -> bool:
 
 
 def mask(
-    form: str, dtype: torch.dtype, device: torch.device, keys: StateSpec, states: States, step: Step
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: StateSpec,
+    chunked: bool,
+    states: States,
+    step: Step,
 ) -> Tensor | None:
     """The mask of layers that keep these `keys`, (B or 1, 1, T, S), over those that `Ring.extend` returns.
 
-    None where `form` needs none.
+    None where `form` needs none. `chunked`: whether what is seen begins anew after every window.
     """
     width, start, window = step.tokens, step.start, keys.window
     growing = states.capacity is None
     if isinstance(start, int) and growing:
         # the keys end with the last token: SDPA needs no mask if there is one query, or nothing before the queries
-        short = width == 1 or (form == "sdpa" and start == 0 and (window is None or width <= window))
+        short = (width == 1 and not chunked) or (form == "sdpa" and start == 0 and (window is None or width <= window))
         if short or "flash" in form:
             return None
     step = step.on(device)
-    starts = torch.full((1,), start, device=device) if isinstance(start, int) else step.start
+    real = None if step.count is None else step.takes()
+    key = places(device, keys, states, step)
+    seen = visible(step.places(device), key, window, None if real is None else real.to(device), chunked)
+    return seen if form == "sdpa" else additive(seen, dtype)
+
+
+def places(device: torch.device, keys: StateSpec, states: States, step: Step) -> Tensor:
+    """The positions (B or 1, S) of the `keys` that `Ring.extend` returns in this step."""
+    start, window, growing = step.start, keys.window, states.capacity is None
+    starts = torch.full((1,), start, device=device) if isinstance(start, int) else step.on(device).start
     assert isinstance(starts, Tensor)
-    query = starts[:, None] + torch.arange(width, device=device)
     if window is None or keys.holds_all(states.capacity, states.slack):
         held = step.end if growing else states.capacity
-        key = torch.arange(held or 0, device=device)[None]
-    elif isinstance(start, int) and growing:
+        return torch.arange(max(1, held or 0), device=device)[None]
+    if isinstance(start, int) and growing:
         past = min(start, window - 1)
-        key = (starts - past)[:, None] + torch.arange(past + width, device=device)
-    else:
-        key = offset(starts, window)[:, None] + torch.arange(window - 1 + width, device=device)
-    real = None if step.count is None else step.takes()
-    seen = visible(query, key, window, None if real is None else real.to(device))
-    return seen if form == "sdpa" else additive(seen, dtype)
+        return (starts - past)[:, None] + torch.arange(past + step.tokens, device=device)
+    return offset(starts, window)[:, None] + torch.arange(window - 1 + step.tokens, device=device)

@@ -16,12 +16,14 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from statecache.errors import StepError, UnknownLayerError
+from statecache.errors import OptionError, StepError, UnknownLayerError
 from statecache.models.attention import Attending, attention
-from statecache.models.forward import Forward, stands_in
-from statecache.models.generation import EitherName, Generation
+from statecache.models.decoder import decoder_of, layers_of
+from statecache.models.forward import Forward, StandIn, door, stands_in
+from statecache.models.generation import AnyName, Generate, Generation, Inputs
 from statecache.models.mixers import MIXERS, Mixer, Recurrent
-from statecache.models.table import GROUPED_QUERY, KINDS, layer_types
+from statecache.models.table import KINDS, layer_types, model_spec, shares_last
+from statecache.models.wrappers import PLACES, Masks, Pictures, makes_masks, wrappers
 from statecache.replay import Operators
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,6 +34,7 @@ def prepare(model: Model) -> Model:
 
     Raises UnknownLayerError for a mixer that statecache has no operator for, and changes nothing then.
     """
+    _check(model)
     with _alone():
         _prepare(model)
     return model
@@ -42,6 +45,7 @@ def unprepare(model: Model) -> Model:
 
     Raises StepError while a stream of `generate` uses the model.
     """
+    _check(model)
     with _alone():
         if any(module in _lent for module in model.modules()):
             raise StepError("a stream of generate() still writes with this model: end or close it first")
@@ -55,35 +59,60 @@ def is_prepared(model: nn.Module) -> bool:
         return any(stands_in(module) for module in model.modules())
 
 
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"this is a {type(model).__name__}, and no model: load one with transformers, and give that")
+
+
 def _prepare(model: nn.Module) -> None:
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     if decoder in _lent:
         _lent[decoder].prepared = True
+    # all that may be refused, before anything is changed
+    mixers: list[tuple[int, Mixer]] = []
+    attending, forward = [], None
     if not stands_in(decoder):
+        if shares_last(decoder.config):
+            raise UnknownLayerError(
+                "the loops of this model read off cache.layers what the last one kept, row by row alike, so that what "
+                'they see depends on how a text is split: set recurrent_kv_cache_mode="per_loop"; the model was left '
+                "as it is"
+            )
         mixers, attending = _mixers(decoder), attention(decoder)
-        for module, config in attending:
-            vars(module)["config"] = config
-        for mixer in mixers.values():
-            _stand_in(mixer.module, mixer.forward)
-        operators = Operators({f"{n}.recurrent": mixer for n, mixer in mixers.items() if isinstance(mixer, Recurrent)})
-        _stand_in(decoder, Forward(decoder, _own(decoder), operators).forward)
-    for module in model.modules():
-        generates = hasattr(module, "_prepare_cache_for_generation") and hasattr(
-            module, "prepare_inputs_for_generation"
-        )
-        if generates and not any(isinstance(_owner(value), Generation) for value in vars(module).values()):
-            Generation(module, decoder).install()
+        operators = Operators({f"{n}.recurrent": mixer for n, mixer in mixers if isinstance(mixer, Recurrent)})
+        forward = Forward(decoder, _own(decoder), operators)
+    generating = [Generation(module, decoder) for module in model.modules() if _generates(module)]
+    around = wrappers(model, decoder)
+    placing = [module for module in around if hasattr(module, PLACES) and PLACES not in vars(module)]
+    masking = [module for module in around if makes_masks(module) and not isinstance(_own(module), Masks)]
+    for module, config in attending:
+        vars(module)["config"] = config
+    for _, mixer in mixers:
+        _stand_in(mixer.module, mixer.forward)
+    if forward is not None:
+        _stand_in(decoder, forward)
+    for wrapper in placing:
+        setattr(wrapper, PLACES, Pictures(getattr(wrapper, PLACES), wrapper, decoder))
+        door(decoder).whole = wrapper.config
+    for wrapper in masking:
+        _stand_in(wrapper, Masks(_own(wrapper), wrapper, decoder))
+    for generation in generating:
+        of = generation.model
+        generation.install()
+        _stand_in(of, AnyName(_own(of), generation.cache_name))
+        of.generate = Generate(of.generate, generation.cache_name)
+        of.prepare_inputs_for_generation = Inputs(of.prepare_inputs_for_generation, decoder)
 
 
 def _unprepare(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in list(vars(module).items()):
             owner = _owner(value)
-            if isinstance(owner, (Generation, EitherName)):
+            if isinstance(owner, Generation):
                 delattr(module, name)
             elif isinstance(value, Attending):
                 setattr(module, name, value.own)
-            elif isinstance(owner, (Mixer, Forward)):
+            elif isinstance(owner, (Mixer, StandIn)):
                 _restore(module, name, owner)
 
 
@@ -146,7 +175,7 @@ def lend(model: nn.Module) -> Loan:
     What is prepared by its owner meanwhile stays so. Raises UnknownLayerError where `prepare` does.
     """
     with _alone():
-        decoder = _decoder(model)
+        decoder = decoder_of(model)
         before = _lent.get(decoder)
         if before is None:
             before = _Before(stands_in(decoder), [module for module in model.modules() if module.training])
@@ -161,7 +190,7 @@ def _end(loan: Loan) -> None:
     model, loan.model = loan.model, None
     if model is None:
         return
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     before = _lent[decoder]
     before.users -= 1
     if not before.users:
@@ -185,32 +214,21 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 # ---- parts of a model
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    """The module that runs the layers, and so is handed the cache."""
-    whole: Any = getattr(model, "config", None)
-    text = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else None
-    for module in model.modules():
-        layers, config = getattr(module, "layers", None), getattr(module, "config", None)
-        counted = isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None)
-        if counted and getattr(config, "model_type", None) == getattr(text, "model_type", ""):  # not a vision tower
-            return module
-    raise UnknownLayerError(
-        f"{type(model).__name__} has no list of decoder layers that its configuration counts: prepare() takes a "
-        "transformers model, or its decoder"
-    )
-
-
-def _mixers(decoder: nn.Module) -> dict[int, Mixer]:
+def _mixers(decoder: nn.Module) -> list[tuple[int, Mixer]]:
+    """What is to stand in for modules of the decoder's layers, each with the index of its layer."""
     config: Any = decoder.config
-    layers: Any = decoder.layers
-    found: dict[int, Mixer] = {}
-    for index, (kind, layer) in enumerate(zip(layer_types(config), layers, strict=True)):
+    specs = model_spec(config).layers
+    found: list[tuple[int, Mixer]] = []
+    for index, (kind, layer) in enumerate(zip(layer_types(config), layers_of(decoder), strict=True)):
         row = KINDS.get(kind)
         known = [module for module in layer.modules() if type(module).__name__ in MIXERS]
-        if row is not None and row.mixer and len(known) == 1:
-            module = known[0]
-            found[index] = MIXERS[type(module).__name__](module, _own(module))
-        elif row is None or row.mixer or config.model_type not in GROUPED_QUERY:
+        indexed = any(state.name == "index" for state in specs[index].states)
+        if row is not None and (row.mixer or indexed) and known:
+            for module in known:
+                mixer = MIXERS[type(module).__name__](module, _own(module))
+                mixer.layer = index
+                found.append((index, mixer))
+        elif row is None or row.mixer or indexed:
             mixers = [type(m).__name__ for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
             inside = mixers or [type(module).__name__ for module in layer.children()]
             raise UnknownLayerError(
@@ -219,6 +237,13 @@ def _mixers(decoder: nn.Module) -> dict[int, Mixer]:
                 "statecache.models.mixers.MIXERS (docs/adding_a_layer.md); the model was left as it is"
             )
     return found
+
+
+def _generates(module: nn.Module) -> bool:
+    """Whether a module has `generate`, and nothing stands in for it yet."""
+    if not hasattr(module, "_prepare_cache_for_generation") or not hasattr(module, "prepare_inputs_for_generation"):
+        return False
+    return not any(isinstance(_owner(value), Generation) for value in vars(module).values())
 
 
 def _owner(value: Any) -> Any:
@@ -242,7 +267,7 @@ def _stand_in(module: nn.Module, forward: Any) -> None:
 
 def _restore(module: nn.Module, name: str, owner: Any) -> None:
     own = owner.unmodified
-    if name == "forward" and getattr(own, "__func__", None) is type(module).forward:
+    if getattr(own, "__func__", None) is getattr(type(module), name, owner):
         delattr(module, name)
     else:
         setattr(module, name, own)

@@ -5,13 +5,16 @@ B rows, T new tokens, C channels, K width of a convolution. Time is axis 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from statecache.errors import LayerError, ShapeError, StepError
+from statecache.clock import capturing
+from statecache.errors import LayerError, RaggedError, ShapeError, StepError
 from statecache.lease import Lease
 from statecache.models.checks import no_gradient
 from statecache.models.registry import Registry
@@ -28,6 +31,7 @@ class Prepared:
     def __init__(self, states: States, fed: bool) -> None:
         self.states, self.registry, self.fed = states, Registry(states), fed
         self.step: Step | None = None  # of the pass that is open
+        self.whole = False  # whether nothing stands before that pass, so that gradients need not go through states
         self.layers = [LayerState(self, layer.index) for layer in states.spec.layers]
 
     # ---- a pass
@@ -56,7 +60,7 @@ class Prepared:
 
     def end(self) -> None:
         """Close the pass."""
-        step, self.step = self.step, None
+        step, self.step, self.whole = self.step, None, False
         assert step is not None
         self.states.close(step)
         if not step.tentative:
@@ -64,7 +68,7 @@ class Prepared:
 
     def give_up(self) -> None:
         """The pass was left by an exception."""
-        self.step = None
+        self.step, self.whole = None, False
 
     # ---- what layers and transformers call
 
@@ -75,12 +79,34 @@ class Prepared:
         for name, new in zip(names, (key, value), strict=True):
             self.registry.check_heads(name, new, tokens)
         step = self._open(names[0], tokens)
-        exact = self.states.capacity is None
         keys, values = (
-            no_gradient(self.registry.ring(name, new, tokens).extend(new, step, exact), new)
-            for name, new in zip(names, (key, value), strict=True)
+            self.registry.extend(name, new, tokens, step) for name, new in zip(names, (key, value), strict=True)
         )
+        if self.whole and key.requires_grad:  # as many as the ring shows, for which there is a mask
+            more = keys.shape[-2] - tokens
+            return F.pad(key, (0, 0, 0, more)), F.pad(value, (0, 0, 0, more))
         return keys, values
+
+    def update_index(self, layer: int, new: Tensor) -> Tensor:
+        """See `StateCache.update_indexer`."""
+        name, tokens = self.registry.name(layer, "index"), new.shape[1]
+        self.registry.check_index(name, new)
+        return self.registry.extend(name, new, tokens, self._open(name, tokens))
+
+    def positions(self, layer: int) -> Tensor | None:
+        """See `StateCache.positions`. S is the longest row's length, or at a fixed capacity this."""
+        clock = self.states.clock
+        if clock is None:
+            return None
+        slots = max(clock.known.lengths) if self.states.capacity is None else self.states.capacity
+        return self.registry.positions(layer, slots, None if self.step is None else self.step.rows)
+
+    def take_positions(self, layer: int, positions: Tensor) -> None:
+        """See `StateCache.take_positions`."""
+        name = self.registry.name(layer, "position")
+        if self.step is None:
+            raise _foreign(name)
+        self.registry.put_positions(layer, positions, self.step)
 
     def get_conv_state(self, layer: int, number: int) -> Tensor | None:
         """See `StateCache.get_conv_state`."""
@@ -88,9 +114,11 @@ class Prepared:
         if not self.fed or state is None or clock is None:
             return None
         if isinstance(state, Lease):
-            return state.entry
-        assert state.spec.window is not None
-        return state.past(state.spec.window, Step(0, clock.lengths))
+            past = state.entry if self.step is None else state.read(self.step)
+        else:
+            assert state.spec.window is not None
+            past = state.past(state.spec.window, self.step or Step(0, clock.lengths))
+        return past if state.spec.blank is None else past + state.spec.blank
 
     def get_recurrent_state(self, layer: int, number: int) -> Tensor | None:
         """See `StateCache.get_recurrent_state`."""
@@ -98,8 +126,26 @@ class Prepared:
         return state.entry if self.fed and isinstance(state, Lease) else None
 
     def update_conv_state(self, layer: int, number: int, new: Tensor, width: int | None) -> Tensor:
-        """Refuse: the mixers of a prepared model do this themselves."""
-        raise _foreign(self.registry.name(layer, "conv", number))
+        """See `StateCache.update_conv_state`: of a convolution that no mixer has taken over."""
+        name = self.registry.name(layer, "conv", number)
+        if self.step is None:
+            raise _foreign(name)
+        spec = self.states.declared[name]
+        assert spec.shape is not None and spec.window is not None
+        if spec.blank is not None:  # a short beginning comes behind blanks, which are not tokens
+            new = new[..., -self.step.tokens :] - spec.blank
+        step, held = self._open(name, new.shape[-1]), spec.shape[-1] if spec.leased else spec.window
+        self.registry.check(name, (*(spec.shape[:-1] if spec.leased else spec.shape), new.shape[-1]), new)
+        step.write()
+        state = self.states.held.get(name) or self.registry.allocate_like(name, new, step.tokens)
+        past = state.read(step) if isinstance(state, Lease) else state.past(held, step)
+        wide = torch.cat([past, new], -1)
+        if isinstance(state, Ring):
+            state.put(new, step)
+        else:
+            state.write(_newest(wide, held, step.on(state.device).count), step)
+        wide = new if self.whole and new.requires_grad else no_gradient(wide, new)
+        return wide if spec.blank is None else wide + spec.blank
 
     def update_recurrent_state(self, layer: int, number: int, new: Tensor, tokens: int | None) -> Tensor:
         """Refuse, as above."""
@@ -112,6 +158,16 @@ class Prepared:
     def has_previous(self, layer: int | None, number: int | None) -> bool:
         """See `StateCache.has_previous_state`."""
         return self.fed
+
+    def query_offset(self) -> int | float | Tensor:
+        """See `StateCache.get_query_offset`. NaN in a pass whose rows differ.
+
+        What a model makes of it there is made anew, row by row; where it was not, that cannot go unseen.
+        """
+        step, clock = self.step, self.states.clock
+        if step is not None and clock is not None and (step.rows is not None or clock.known.ragged):
+            return math.nan
+        return self.registry.query_offset()
 
     def seq_length(self) -> int | Tensor:
         """Columns taken in, pads included."""
@@ -127,9 +183,22 @@ class Prepared:
         """The same for a copy of the states."""
         return Prepared(states, self.fed)
 
-    def holds_pads(self, mask: Tensor) -> bool:
-        """Whether pads were fed as tokens: never."""
-        return False
+    def check_mask(self, mask: Tensor) -> None:
+        """Raise RaggedError where `mask` (B, n), of all columns fed, hides tokens that a row has taken in.
+
+        `generate` feeds pads behind the end of a row that ends early, and shows them as tokens until its next call.
+        """
+        clock = self.states.clock
+        if clock is None or torch.compiler.is_compiling() or capturing(mask) or mask.shape[1] != clock.known.width:
+            return
+        if len(mask) != clock.rows:  # of some rows, which the pass names
+            return
+        for row, (real, held) in enumerate(zip((mask != 0).sum(1).tolist(), clock.known.lengths, strict=True)):
+            if real < held:
+                raise RaggedError(
+                    f"row {row} holds {held} tokens, and the mask shows {real}: pads were fed behind its end, as "
+                    f"tokens; forget them with rollback(), given slack, or begin the row anew in another cache"
+                )
 
     def finish(self, name: str | None = None) -> None:
         """Nothing to find out: passes end where they are said to."""
@@ -157,10 +226,11 @@ class Writer(Protocol):
     states: States
     registry: Registry
     step: Step | None
+    whole: bool
 
 
 class LayerState:
-    """The states of one layer: its convolution's inputs, its recurrent state, and the log of what that consumed."""
+    """The states of one layer: its convolutions' inputs, its recurrent state, and the log of what that consumed."""
 
     def __init__(self, writer: Writer, index: int) -> None:
         self.writer, self.index = writer, index
@@ -168,36 +238,49 @@ class LayerState:
 
     def forget(self) -> None:
         """Look up and check everything again."""
-        self._conv: Ring | Lease | None = None
-        self._convolved: Any = None  # what the convolution's last input was, once it has been checked
+        names = [state.name for state in self.writer.states.spec.layers[self.index].states if state.kind == "conv"]
+        self._convs: list[Ring | Lease | None] = [None] * max(1, len(names))
+        self._convolved: list[Any] = [None] * len(self._convs)  # what each one's last input was, once it was checked
         self._found: tuple[Lease, Log | None] | None = None  # the recurrent state, and its log
         self._consumed: Any = None  # the same of the recurrence
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        silu: bool,
+        number: int = 0,
+        heads: conv.Heads | None = None,
+    ) -> Tensor:
         """Convolve x (B, T, C) causally with weight (C, K) behind the inputs before it, and keep it: (B, T, C).
 
-        Raises StepError outside of a pass.
+        Weights (B, T, C, K) are each token's own. `number`: of the layer's convolutions. `heads`: the weight and bias
+        of a second one behind it, over the channels of each head: see `statecache.ops.conv`. Raises StepError outside
+        of a pass.
         """
         step = self.writer.step
         if step is None:
             raise _alone(self.index)
-        held = None if torch.compiler.is_compiling() else self._conv  # compiled code is guarded by what it reads
-        if held is None or self._convolved != (x.shape, x.dtype, x.device):
-            held = self._find_conv(x)
+        # compiled code is guarded by what it reads
+        held = None if torch.compiler.is_compiling() else self._convs[number]
+        if held is None or self._convolved[number] != (x.shape, x.dtype, x.device):
+            held = self._find_conv(x, number)
         if step.pending is not None:
             step.pending()
+        width = weight.shape[-1] if heads is None else conv.span(weight, heads)
         if isinstance(held, Ring):
-            past: Tensor | None = held.past(weight.shape[-1] - 1, step)
+            past: Tensor | None = held.past(width - 1, step)
         else:
             past = held.shown if step.rows is None else None
             past = held.read(step) if past is None else past
         assert past is not None
         if step.tokens == 1:
-            y, wide = conv.step(x, weight, bias, past, silu)
+            y, wide = conv.step(x, weight, bias, past, silu, heads)
         else:
-            y, wide = conv.chunk(x, weight, bias, past, silu), None
+            y, wide = conv.chunk(x, weight, bias, past, silu, heads), None
         if isinstance(held, Ring):
-            held.put(x.mT, step)
+            held.put(x.mT if x.dtype == held.dtype else x.mT.to(held.dtype), step)
         elif wide is not None and step.count is None:
             after = wide.detach()[:, 1:].mT
             if past is held.shown:
@@ -206,8 +289,8 @@ class LayerState:
                 held.write(after, step)
         else:
             count = step.on(held.device).count
-            held.write(conv.window(x.detach(), past, weight.shape[-1], count), step)
-        return no_gradient(y, x) if x.requires_grad else y
+            held.write(conv.window(x.detach(), past, width, count), step)
+        return no_gradient(y, x) if x.requires_grad and not self.writer.whole else y
 
     def recur(self, recurrence: Recurrence, taken: Parts, query: Tensor) -> Tensor:
         """Take the parts (B, T, *shape) of T tokens into the state; the outputs for `query` (B, T, ...)."""
@@ -227,17 +310,26 @@ class LayerState:
                 y = recurrence.step(tuple([part[:, 0] for part in taken]), query[:, 0], state.shown)[:, None]
             else:
                 y = run(recurrence, taken, query, state, step, log)
+        if self.writer.whole and any(part.requires_grad for part in (*taken, query)):
+            return STATELESS.recur(recurrence, taken, query)
         return no_gradient(y, first) if first.requires_grad else y
 
-    def _find_conv(self, x: Tensor) -> Ring | Lease:
-        name, registry = f"{self.index}.conv", self.writer.registry
+    def places(self, x: Tensor) -> Tensor:
+        """The position of each of x (B, T, ...) in its row: (B, T), or (1, T) where all rows stand alike."""
+        step = self.writer.step
+        if step is None:
+            raise _alone(self.index)
+        return step.places(x.device)
+
+    def _find_conv(self, x: Tensor, number: int) -> Ring | Lease:
+        name, registry = f"{self.index}.conv{number or ''}", self.writer.registry
         spec = self.writer.states.declared.get(name)
         if spec is None or spec.shape is None:
-            raise LayerError(f"layer {self.index} of {registry.model} has no convolution")
-        registry.check(name, (x.shape[1], spec.shape[0]), x)
+            raise LayerError(f"layer {self.index} of {registry.model} has no convolution {number or ''}".rstrip())
+        registry.check(name, (x.shape[1], spec.shape[0]), x, cast=spec.dtype is not None)
         held = self.writer.states.held.get(name) or registry.allocate_like(name, x, x.shape[1])
         if not torch.compiler.is_compiling():
-            self._conv, self._convolved = held, (x.shape, x.dtype, x.device)
+            self._convs[number], self._convolved[number] = held, (x.shape, x.dtype, x.device)
         return held
 
     def _find_state(self, recurrence: Recurrence, taken: Parts) -> tuple[Lease, Log | None]:
@@ -254,7 +346,7 @@ class LayerState:
                     if part == "inputs":
                         registry.check(log, (tokens, *(states.declared[log].shape or ())), like)
                     registry.ring(log, like, tokens)
-        found = registry.lease(name, first), states.log(name)
+        found = registry.lease(name, first), states.logs[name]
         if not torch.compiler.is_compiling():
             self._found, self._consumed = found, (first.shape, first.dtype, first.device)
         return found
@@ -263,16 +355,36 @@ class LayerState:
 class Stateless:
     """What a mixer sees of a forward without a cache: nothing before it, nothing kept."""
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        silu: bool,
+        number: int = 0,
+        heads: conv.Heads | None = None,
+    ) -> Tensor:
         """See `LayerState.convolve`."""
-        return conv.chunk(x, weight, bias, None, silu)
+        return conv.chunk(x, weight, bias, None, silu, heads)
 
     def recur(self, recurrence: Recurrence, taken: Parts, query: Tensor) -> Tensor:
         """See `LayerState.recur`."""
         return recurrence.chunk(taken, query, None)[0]
 
+    def places(self, x: Tensor) -> Tensor:
+        """See `LayerState.places`."""
+        return torch.arange(x.shape[1], device=x.device)[None]
+
 
 STATELESS = Stateless()
+
+
+def _newest(wide: Tensor, held: int, count: Tensor | None) -> Tensor:
+    """The last of `held` inputs and T new ones behind them (B, ..., held + T), after `count` (B,) of these, or all."""
+    if count is None:
+        return wide[..., -held:]
+    index = count[:, None] + torch.arange(held, device=wide.device)
+    return wide.take_along_dim(index.view(len(index), *[1] * (wide.dim() - 2), held), -1)
 
 
 def _alone(layer: int) -> StepError:

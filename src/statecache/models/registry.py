@@ -11,10 +11,11 @@ from torch import Tensor
 from statecache.clock import Clock
 from statecache.errors import LayerError, ShapeError
 from statecache.lease import Lease
-from statecache.models.checks import check
+from statecache.models.checks import check, no_gradient
 from statecache.ring import Ring
 from statecache.spec import LayerSpec, StateSpec
 from statecache.states import States
+from statecache.step import Step
 
 
 class Registry:
@@ -74,6 +75,32 @@ class Registry:
         assert spec.shape is not None
         self.check(name, (spec.shape[0], tokens, spec.shape[1]), new)
 
+    def check_index(self, name: str, new: Tensor) -> None:
+        """Check index keys (B, T, D)."""
+        shape = self.states.declared[name].shape
+        assert shape is not None
+        self.check(name, (new.shape[1], *shape), new)
+
+    def positions(self, layer: int, slots: int, rows: Tensor | None = None) -> Tensor | None:
+        """Where the tokens in the first `slots` of this layer's ring stand, (3, B, S); None where there are none.
+
+        `rows` (R,): of these alone.
+        """
+        state = self.states.held.get(self.name(layer, "position"))
+        if not slots or not isinstance(state, Ring):
+            return None
+        seen = state.store.read(slice(0, slots))
+        return (seen if rows is None else seen.index_select(0, rows)).transpose(0, 1)
+
+    def put_positions(self, layer: int, given: Tensor, step: Step) -> None:
+        """Write where the T tokens of this step stand: the last of `given` (3, B or 1, S + T)."""
+        name, clock = self.name(layer, "position"), self.states.clock
+        assert clock is not None
+        rows = clock.rows if step.rows is None else len(step.rows)
+        new = given[..., -step.tokens :].transpose(0, 1).expand(rows, -1, -1)
+        self.check(name, (len(given), step.tokens), new)
+        self.ring(name, new, step.tokens).put(new, step)
+
     def forget(self) -> None:
         """Check again what comes: rows have changed."""
         self._passed.clear()
@@ -101,6 +128,10 @@ class Registry:
         state = self.states.held.get(name) or self.allocate_like(name, new, tokens)
         assert isinstance(state, Ring)
         return state
+
+    def extend(self, name: str, new: Tensor, tokens: int, step: Step) -> Tensor:
+        """Take T tokens' entries into the ring of this name; what they may attend to, see `Ring.extend`."""
+        return no_gradient(self.ring(name, new, tokens).extend(new, step, exact=self.states.capacity is None), new)
 
     def lease(self, name: str, new: Tensor) -> Lease:
         """The lease of this name, in a model that computes in the dtype of `new`."""

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from statecache.clock import capturing
-from statecache.errors import ConfigError, ShapeError, StepError
+from statecache.errors import ConfigError, RaggedError, ShapeError, StepError
 from statecache.lease import Lease
 from statecache.models.checks import no_gradient
 from statecache.models.prepared import LayerState, Prepared
+from statecache.models.ready import not_kept
 from statecache.models.registry import Registry
-from statecache.models.table import DROPS_STATE, KINDS, SHIFTS_IN_PLACE, WRITES_BY_HEAD
+from statecache.models.table import DROPS_STATE, KINDS, ON_MODULES, SHIFTS_IN_PLACE, WRITES_BY_HEAD
 from statecache.spec import ModelSpec, StateSpec
 from statecache.states import WAY_OUT, States
 from statecache.step import Step
@@ -34,11 +35,19 @@ class Unmodified:
     def __init__(self, states: States) -> None:
         self.states, self.registry = states, Registry(states)
         self.step: Step | None = None  # of a prepared model: none
+        self.whole = False
         self.fed = False  # whether any row holds a token: the models ask whether there is a previous state
         self.boundaries = Boundaries(states.spec)
         self._owed: dict[
             str, int | None
         ] = {}  # states that the last layer has yet to overwrite, and the version each then has
+        self._early: dict[str, Tensor] = {}  # what was written before anything showed how many tokens it is of
+        self._positions: Tensor | None = None  # of the pass that begins, (3, B, S + T)
+
+    @property
+    def ran(self) -> bool:
+        """Whether any pass of a model has gone through it."""
+        return self.boundaries.first is not None
 
     @property
     def layers(self) -> list[LayerState]:
@@ -54,13 +63,37 @@ class Unmodified:
         for name, new in zip(names, (key, value), strict=True):
             self.registry.check_heads(name, new, tokens)
         step = self._begin(names[0], key, tokens)
-        exact = self.states.capacity is None
         keys, values = (
-            no_gradient(self.registry.ring(name, new, tokens).extend(new, step, exact), new)
-            for name, new in zip(names, (key, value), strict=True)
+            self.registry.extend(name, new, tokens, step) for name, new in zip(names, (key, value), strict=True)
         )
         self._wrote(layer, names[0], counts=True)
         return keys, values
+
+    def update_index(self, layer: int, new: Tensor) -> Tensor:
+        """See `StateCache.update_indexer`."""
+        name, tokens = self.registry.name(layer, "index"), new.shape[1]
+        self.registry.check_index(name, new)
+        positioned = f"{layer}.position" in self.states.declared
+        positions = self._positions if positioned else None
+        if positioned and positions is None:
+            raise StepError(f'state "{layer}.position": keys of the index came before the positions: call the model')
+        step = self._begin(name, new, tokens)
+        index = self.registry.extend(name, new, tokens, step)
+        if positions is not None:
+            self.registry.put_positions(layer, positions, step)
+            self._positions = None
+        self._wrote(layer, name, counts=True)
+        return index
+
+    def positions(self, layer: int) -> Tensor | None:
+        """See `StateCache.positions`."""
+        clock = self.states.clock
+        return None if clock is None else self.registry.positions(layer, clock.uniform())
+
+    def take_positions(self, layer: int, positions: Tensor) -> None:
+        """See `StateCache.take_positions`. They are written with the index, since no pass is open yet."""
+        self.registry.name(layer, "position")
+        self._positions = positions
 
     def get_conv_state(self, layer: int, number: int) -> Tensor | None:
         """See `StateCache.get_conv_state`."""
@@ -77,7 +110,7 @@ class Unmodified:
             self.boundaries.handed[name] = past
         if self.registry.model in SHIFTS_IN_PLACE:  # it will not ask: what it did to the copy is looked at afterwards
             self.boundaries.handed[name] = past = past.clone()
-        return past
+        return past if state.spec.blank is None else past + state.spec.blank
 
     def update_conv_state(self, layer: int, number: int, new: Tensor, width: int | None) -> Tensor:
         """See `StateCache.update_conv_state`."""
@@ -87,6 +120,16 @@ class Unmodified:
         assert spec.shape is not None and spec.window is not None
         if width is None:
             return self._update_window(name, spec, new, layer)
+        if spec.blank is not None:
+            step = self.states.step
+            if not self.fed and step is None:
+                early, held = new - spec.blank, spec.shape[-1] if spec.leased else 0
+                if held:  # the window that it keeps
+                    early = torch.nn.functional.pad(early, (max(held - new.shape[-1], 0), 0))[..., -held:]
+                self._early[name] = early
+                return new
+            # a short beginning comes behind blanks, which are not tokens
+            new = (new if self.fed or step is None else new[..., -step.tokens :]) - spec.blank
         held, tokens = spec.shape[-1] if spec.leased else spec.window, new.shape[-1]
         self._check_inputs(name, spec, new, held, width)
         step = self._begin(name, new, tokens)
@@ -103,9 +146,9 @@ class Unmodified:
         if isinstance(state, Lease):
             state.put(wide.narrow(-1, wide.shape[-1] - held, held))
         else:
-            state.put(new, step)
+            state.put(new.to(state.dtype), step)
         self._wrote(layer, name, counts=True)
-        return wide
+        return wide if spec.blank is None else wide + spec.blank
 
     def _check_inputs(self, name: str, spec: StateSpec, new: Tensor, held: int, width: int) -> None:
         """Whether a convolution of K = `width` may hand in these inputs (B, C, T), of which the cache has `held`."""
@@ -116,7 +159,8 @@ class Unmodified:
                 f"from the configuration of the {model} model that uses it"
             )
         assert spec.shape is not None
-        self.registry.check(name, (*(spec.shape[:-1] if spec.leased else spec.shape), tokens), new)
+        shape = (*(spec.shape[:-1] if spec.leased else spec.shape), tokens)
+        self.registry.check(name, shape, new, cast=spec.dtype is not None)
         if tokens > 1 and self.fed and model in DROPS_STATE:
             raise StepError(
                 f'state "{name}": {tokens} tokens came on top of others, and the code of a {model} model then starts '
@@ -124,14 +168,33 @@ class Unmodified:
             )
 
     def _update_window(self, name: str, spec: StateSpec, window: Tensor, layer: int) -> Tensor:
-        """Take in the window that a layer has cut itself."""
-        assert spec.shape is not None
-        self.registry.check(name, spec.shape, window)
+        """Take in the window that a layer has cut itself; before its first write, which shows its tokens, later."""
+        assert spec.shape is not None and spec.window is not None
+        self.registry.check(name, spec.shape if spec.leased else (*spec.shape, spec.window), window)
+        if self.states.step is None and layer == self.boundaries.last and not self.boundaries.attends:
+            raise StepError(
+                f'state "{name}": it is the last of its pass, in which no state showed how many tokens it took in: see '
+                "docs/adding_a_layer.md"
+            )
         self._declare(name, spec)
-        self._keep(layer)
-        self._lease(name, window).put(window)
-        self._wrote(layer, name, counts=True)
+        self.boundaries.handed.pop(name, None)
+        if self.states.step is None:
+            self._early[name] = window
+        else:
+            self._put_window(name, window, layer, self._begin(name, window, self.states.step.tokens))
         return window
+
+    def _put_window(self, name: str, window: Tensor, layer: int, step: Step) -> None:
+        """Of a window (B, C, n), n inputs up to the pass's last, a ring takes those that came in the pass."""
+        self._keep(layer)
+        state = self.states.held.get(name) or self.registry.allocate_like(name, window, window.shape[-1])
+        if isinstance(state, Lease):
+            state.put(window)
+        else:
+            new = min(step.tokens, window.shape[-1])
+            last = Step(new, step.start + (step.tokens - new), end=step.end)
+            state.put(window[..., window.shape[-1] - new :], last)
+        self._wrote(layer, name, counts=True)
 
     def get_recurrent_state(self, layer: int, number: int) -> Tensor | None:
         """See `StateCache.get_recurrent_state`."""
@@ -154,6 +217,10 @@ class Unmodified:
         assert spec.shape is not None
         self.registry.check(name, spec.shape, new, cast=True)
         self._take_shifted(layer)
+        if self._early:  # as the convolution before it
+            self._declare(name, spec)
+            self._early[name] = new
+            return new
         alone = not self._convolves(layer) and not KINDS[states.spec.layers[layer].kind].attention
         if alone:
             tokens = states.step.tokens if tokens is None and states.step is not None else tokens
@@ -164,10 +231,15 @@ class Unmodified:
                 )
             self._begin(name, new, tokens)
         self._declare(name, spec)
-        lease = self._lease(name, new)
+        return no_gradient(self._overwrite(name, new, layer, counts=alone), new)
+
+    def _overwrite(self, name: str, new: Tensor, layer: int, counts: bool) -> Tensor:
+        """Have a state (B, *D) be `new`; the state as it is kept."""
+        self.registry.clock_for(new)
+        lease = self.registry.lease(name, new)
         lease.put(new)
-        self._wrote(layer, name, counts=alone)
-        return no_gradient(lease.entry, new)
+        self._wrote(layer, name, counts)
+        return lease.entry
 
     def records(self, layer: int) -> bool:
         """See `StateCache.is_recording_past`."""
@@ -182,6 +254,10 @@ class Unmodified:
                 if state.kind in ("conv", "recurrent") and (asked is None or state.name in asked):
                     self.finish(f"{layer}.{state.name}")
         return self.fed
+
+    def query_offset(self) -> int | float | Tensor:
+        """See `StateCache.get_query_offset`."""
+        return self.registry.query_offset()
 
     def seq_length(self) -> int | Tensor:
         """Columns taken in, pads included. Raises RaggedError where rows differ."""
@@ -209,11 +285,13 @@ class Unmodified:
         other.fed, other.boundaries = self.fed, copy.deepcopy(self.boundaries)
         return other
 
-    def holds_pads(self, mask: Tensor) -> bool:
-        """Whether `mask` (B, n) says that some of the tokens held were pads, which were fed as tokens."""
-        if not self.fed or torch.compiler.is_compiling() or capturing(mask):
-            return False
-        return not bool((mask != 0).all())
+    def check_mask(self, mask: Tensor) -> None:
+        """Raise RaggedError where `mask` (B, n) says that pads are among what was fed, all of it as tokens."""
+        if self.fed and not torch.compiler.is_compiling() and not capturing(mask) and not bool((mask != 0).all()):
+            raise RaggedError(
+                "the mask shows pads among the tokens that an unprepared model fed to this cache, as tokens: begin "
+                "with a new cache, or prepare the model before the first turn"
+            )
 
     def finish(self, name: str | None = None) -> None:
         """Close the first pass of a family that is in no table, if this call (about `name`) shows that it is over."""
@@ -228,7 +306,9 @@ class Unmodified:
         self.fed = clock is not None and any(clock.known.lengths)
         self.registry.forget()
         self._owed.clear()
-        self.boundaries.handed.clear()  # shown before, by a pass that was interrupted
+        self._early.clear()  # of a pass that was interrupted, as is what was shown
+        self._positions = None
+        self.boundaries.handed.clear()
         if dropped:
             self.boundaries.drop()
 
@@ -236,6 +316,8 @@ class Unmodified:
 
     def _begin(self, name: str, new: Tensor, tokens: int) -> Step:
         """The open step; a new one, if this is its first write."""
+        if self.registry.model in ON_MODULES:
+            raise not_kept(self.registry.model)
         if not torch.compiler.is_compiling():
             if name in self.boundaries.written:
                 self.finish()
@@ -262,8 +344,18 @@ class Unmodified:
             last = self.states.spec.layers[self.boundaries.last]
             owed = [f"{last.index}.{state.name}" for state in last.states if state.kind == "recurrent" and state.leased]
             self._owed = {name: self._version(name, ahead=True) for name in owed}
+        self._take_early(step)
         self.boundaries.busy = name
         return step
+
+    def _take_early(self, step: Step) -> None:
+        """Take in what was written before the pass was open."""
+        for name in list(self._early):
+            new, layer = self._early.pop(name), int(name.partition(".")[0])
+            if self.states.declared[name].kind == "conv":
+                self._put_window(name, new, layer, step)
+            else:
+                self._overwrite(name, new, layer, counts=False)
 
     def _wrote(self, layer: int, name: str, counts: bool) -> None:
         self.boundaries.busy = None
@@ -274,11 +366,7 @@ class Unmodified:
 
     def _end(self) -> None:
         step = self.states.step
-        if step is None:
-            raise StepError(
-                f"layer {self.boundaries.last} ended a pass in which no state showed how many tokens it took in: "
-                "see docs/adding_a_layer.md"
-            )
+        assert step is not None
         self.boundaries.end()
         self.states.close(step)
         self.fed = True
@@ -341,10 +429,6 @@ class Unmodified:
         if name not in self.states.declared:
             self.states.declare(name, spec)
 
-    def _lease(self, name: str, new: Tensor) -> Lease:
-        self.registry.clock_for(new)
-        return self.registry.lease(name, new)
-
     def _convolves(self, layer: int) -> bool:
         return any(state.kind == "conv" for state in self.states.spec.layers[layer].states)
 
@@ -354,12 +438,13 @@ class Boundaries:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.model = spec.model
-        holding = [layer.index for layer in spec.layers if layer.states or layer.open] or [-1]
+        passed = [spec.layers[index] for index in spec.order] or spec.layers
+        holding = [layer.index for layer in passed if layer.states or layer.open] or [-1]
         self.last = holding[-1]
         self.ends = {holding[0], holding[-1]}  # the layers where a pass begins and ends
         self.attends = self.last >= 0 and any(state.name == "key" for state in spec.layers[self.last].states)
         kind = spec.layers[self.last].kind if self.last >= 0 else ""
-        self.like = [n.index for n in spec.layers if n.kind == kind and n.index != self.last]
+        self.like = [n.index for n in passed if n.kind == kind and n.index != self.last]
         self.first: int | None = None  # the layer that begins a pass
         self.due = _due(spec, self.last)  # writes that the last layer makes; None until they have been seen
         self.left = 0  # of them, in this pass
@@ -430,8 +515,8 @@ def _due(spec: ModelSpec, last: int) -> int | None:
     if last < 0 or spec.layers[last].open:
         return None
     states = spec.layers[last].states
-    attention = any(state.name == "key" for state in states)
-    return attention + sum(state.kind == "conv" for state in states) or len(states)
+    attending = sum(state.name in ("key", "index") for state in states)
+    return attending + sum(state.kind == "conv" for state in states) or len(states)
 
 
 def _first_conv(name: str, new: Tensor, width: int | None, slack: int) -> StateSpec:

@@ -10,57 +10,57 @@ B rows, T new tokens, n entries of a log, E the model's width, *D a recurrence's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
-from statecache.errors import StepError
-from statecache.models.cache import StateCache
-from statecache.models.prepared import STATELESS, LayerState, Stateless
+from statecache.models.given import layer_states
+from statecache.models.prepared import LayerState, Stateless
 
 Shapes = tuple[tuple[int, ...], ...]
 
 
 class Mixer:
-    """Stands in for `module.forward`. `unmodified` is what it replaced, for caches of another kind."""
+    """Stands in for `module.forward`. `unmodified` is what it replaced, for caches of another kind.
 
-    convolution: ClassVar[str] = "conv1d"  # the submodule whose weights are used without a call; "" for none
+    `layer`: which of the decoder's layers it is in, as `prepare` says; not every module knows.
+    """
+
+    convolutions: ClassVar[tuple[str, ...]] = ("conv1d",)  # submodules whose weights are used without a call
+    asks: ClassVar[tuple[str, ...]] = ()  # what `mix` takes of the module's other arguments, by name
+    layer: int
 
     def __init__(self, module: nn.Module, unmodified: Any) -> None:
         self.module, self.unmodified = module, unmodified
-        self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.inside = 0  # calls of a hooked module's forward that are under way
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Mix hidden_states (B, T, E) along time."""
-        cache = None
-        for given in (kwargs.get("past_key_values"), kwargs.get("cache_params"), *args):
-            if isinstance(given, Cache):
-                cache = given
-                break
-        if cache is not None and not isinstance(cache, StateCache):
+        states = layer_states(self.layer, args, kwargs)
+        if states is None:
             return self.unmodified(hidden_states, *args, **kwargs)
-        for packed in ("seq_idx", "cu_seq_lens_q"):
-            if kwargs.get(packed) is not None:
-                raise StepError(f"layer {self.layer}: prepared models take no packed sequences ({packed}=)")
-        states = STATELESS if cache is None else cache.writer.layers[self.layer]
-        conv = getattr(self.module, self.convolution) if self.convolution else None
-        if "_hf_hook" in vars(self.module) or (conv is not None and "_hf_hook" in vars(conv)):
-            with self._inside(conv):
-                return self.mix(hidden_states, states)
-        return self.mix(hidden_states, states)
+        asked = tuple(map(kwargs.get, self.asks))
+        module = self.module
+        hooked = "_hf_hook" in vars(module)
+        for name in self.convolutions:
+            hooked = hooked or "_hf_hook" in vars(getattr(module, name))
+        if hooked:
+            with self._inside():
+                return self.mix(hidden_states, states, *asked)
+        return self.mix(hidden_states, states, *asked)
 
     @contextmanager
-    def _inside(self, conv: nn.Module | None) -> Iterator[None]:
-        """The forward of a hooked module: its own weights are there, and its convolution's are brought."""
+    def _inside(self) -> Iterator[None]:
+        """The forward of a hooked module: its own weights are there, and its convolutions' are brought."""
         self.inside += 1
         try:
-            with nullcontext() if conv is None else awake(conv):
+            with ExitStack() as brought:
+                for name in self.convolutions:
+                    brought.enter_context(awake(getattr(self.module, name)))
                 yield
         finally:
             self.inside -= 1
@@ -69,8 +69,8 @@ class Mixer:
         """With the module's weights, also outside of its forward."""
         return nullcontext() if self.inside else awake(self.module)
 
-    def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Any:
-        """From hidden_states (B, T, E) to what the module returns."""
+    def mix(self, hidden_states: Tensor, states: LayerState | Stateless, *asked: Any) -> Any:
+        """From hidden_states (B, T, E) and what it `asks` for to what the module returns."""
         raise NotImplementedError
 
 
@@ -105,8 +105,7 @@ class Recurrent(Mixer):
         Runs outside of a forward too: brings an offloaded module's weights.
         """
         with self.weights():
-            arguments = self._arguments(taken, anew=True)
-            arguments[self.operator.query] = query
+            arguments = self._arguments(taken, query, anew=True)
             return self.operator.module.chunk(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
 
     def step(self, taken: tuple[Tensor, ...], query: Tensor, state: Tensor) -> Tensor:
@@ -114,8 +113,7 @@ class Recurrent(Mixer):
 
         Without gradients, which is not checked here.
         """
-        arguments = self._arguments(taken)
-        arguments[self.operator.query] = query
+        arguments = self._arguments(taken, query)
         step, device = self.operator.module.step, state.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             step = step.__wrapped__  # its guard, against gradients and autocast, would cost a call a token
@@ -127,10 +125,12 @@ class Recurrent(Mixer):
         Runs outside of a forward too: brings an offloaded module's weights.
         """
         with torch.no_grad(), self.weights():
-            self.operator.module.fold(**self._arguments(taken), state=state, count=count)
+            self.operator.module.fold(**self._arguments(taken, None), state=state, count=count)
 
-    def _arguments(self, taken: tuple[Tensor, ...], anew: bool = False) -> dict[str, Tensor]:
+    def _arguments(self, taken: tuple[Tensor, ...], query: Tensor | None, anew: bool = False) -> dict[str, Tensor]:
         arguments = dict(zip(self.operator.taken, taken, strict=True))
+        if query is not None and self.operator.query:
+            arguments[self.operator.query] = query
         if self.constant is not None:
             arguments[self.operator.constant] = self.constant(self.module, anew)
         return arguments
@@ -140,12 +140,13 @@ class Recurrent(Mixer):
 class Operator:
     """A module of `statecache.ops` with chunk, step and fold, and what these call their arguments.
 
-    `taken`: the inputs and gates of a token, in the order of the log; `constant`: what all tokens share, or "".
+    `taken`: the inputs and gates of a token, in the order of the log; `query`: what it asks of the state, or "";
+    `constant`: what all tokens share, or "".
     """
 
     module: ModuleType
     taken: tuple[str, ...]
-    query: str
+    query: str = ""
     constant: str = ""
 
 

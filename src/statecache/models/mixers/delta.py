@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from statecache.models.mixers.base import Derived, Operator, Recurrent, decay
 from statecache.models.prepared import LayerState, Stateless
@@ -82,7 +83,7 @@ class Delta(Recurrent):
         beta = b.sigmoid()
         beta = beta * 2 if self.doubled else beta
         qkv = states.convolve(qkv, m.conv1d.weight.squeeze(1), m.conv1d.bias, self.silu)
-        qkv = qkv if self.silu else m.act(qkv)
+        qkv = qkv if self.silu else ACT2FN[m.activation](qkv)
         q, k, v = qkv.split_with_sizes(self.convolved, -1)
         by_key, by_value = self.inputs
         q, k, v = torch.unflatten(q, -1, by_key), torch.unflatten(k, -1, by_key), torch.unflatten(v, -1, by_value)

@@ -20,7 +20,7 @@ class Lightning(Recurrent):
     """Lightning attention; its layer expects the output and the weights, of which there are none."""
 
     operator = Operator(lightning, taken=("k", "v", "alive"), query="q", constant="slope")
-    convolution = ""
+    convolutions = ()
 
     def __init__(self, module: nn.Module, unmodified: Any) -> None:
         super().__init__(module, unmodified)

@@ -1,4 +1,4 @@
-"""The gated short convolution of lfm2, which has no recurrence."""
+"""The gated short convolution of lfm2 and lfm3, which has no recurrence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statecache.models.prepared import LayerState, Stateless
 class ShortConv(Mixer):
     """A convolution between two gates."""
 
-    convolution = "conv"
+    convolutions = ("conv",)
 
     def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Tensor:
         m: Any = self.module
