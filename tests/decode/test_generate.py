@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -320,6 +321,27 @@ def test_streams_over_one_model_may_overlap(tiny):
     got[1] += [t for new in second for t in new]
     assert got == [want, want]
     assert not is_prepared(tiny)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_ids_go_where_an_offloaded_embedding_is_brought(tiny, several):
+    model, rows = copy.deepcopy(tiny), ids_of([5, 6, 7, 5, 6])
+    want = sc.generate(model, rows, max_new_tokens=5)
+    embedding = model.get_input_embeddings()
+    weight, own, away = embedding.weight, embedding.forward, torch.nn.Parameter(embedding.weight.to("meta"))
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:  # as accelerate has it
+        embedding.weight = weight
+        out = own(ids)
+        embedding.weight = away
+        return out
+
+    hook = SimpleNamespace(execution_device="cpu")
+    embedding._hf_hook = SimpleNamespace(hooks=[object(), hook]) if several else hook
+    embedding.forward, embedding.weight = forward, away
+    assert next(model.parameters()).is_meta
+    for options in ({}, {"lookup": 2}, {"assistant": model}):
+        assert torch.equal(sc.generate(model, rows, max_new_tokens=5, **options), want)
 
 
 # ---- reports

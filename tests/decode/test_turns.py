@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import families
 import pytest
 import torch
 from full_forwards import argmax_loop
+from tokenizers.processors import TemplateProcessing
 
 import statecache as sc
+from statecache.decode.prompt import tokens_of
 from statecache.models.prepare import is_prepared
 
 ONCE = "Once upon a time"
@@ -176,3 +179,110 @@ def test_fixed_cache_needs_room_for_all_tokens_but_the_last():
         cache = sc.StateCache(model.config, capacity=12, slack=6)
         got = sc.generate(model, rows, max_new_tokens=10, cache=cache, lookup=lookup)
         assert torch.equal(got, argmax_loop(model, rows, 10))
+
+
+def test_prompt_that_repeats_what_the_cache_holds_is_refused(story, tokenizer):
+    cache = sc.StateCache(story.config, slack=9)
+    one = sc.generate(story, ONCE, tokenizer, max_new_tokens=6, cache=cache)
+    two = sc.generate(story, " The next day", tokenizer, max_new_tokens=6, cache=cache)
+    held = cache.lengths.tolist()
+    ids = torch.tensor(tokenizer(one + two + " and")["input_ids"])
+    for prompt in (one + two + " and", one + two, ids):
+        with pytest.raises(sc.errors.OptionError) as error:
+            sc.generate(story, prompt, tokenizer, cache=cache)
+        assert str(error.value).startswith(f"row 0: the cache holds {held[0]} tokens, and the prompt begins with these")
+        assert str(error.value).endswith("reset() the cache for a new text")
+    assert cache.lengths.tolist() == held
+    cache.rollback(2)  # what is left is known, too
+    with pytest.raises(sc.errors.OptionError, match=f"the cache holds {held[0] - 2} tokens"):
+        sc.generate(story, ids, cache=cache)
+    cache.reset()
+    assert sc.generate(story, one, tokenizer, max_new_tokens=6, cache=cache).startswith(one)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+def test_prompt_shorter_than_what_the_cache_holds_is_told_so_by_the_models_own_generate(family, prepared):
+    model = families.build(family)[0]
+    if prepared:
+        sc.prepare(model)
+    cache = sc.StateCache(model.config)
+    model.generate(ids_of([5, 6, 7, 8], [8, 9, 10, 11]), **{families.cache_arg(model): cache}, max_new_tokens=3)
+    with pytest.raises(sc.errors.ShapeError) as error:
+        model.generate(ids_of([5, 6], [7, 8]), **{families.cache_arg(model): cache}, max_new_tokens=3)
+    assert "The cache holds 6 and 6 tokens: to go on" in str(error.value)
+    assert str(error.value).endswith("for another text reset() the cache")
+    assert cache.lengths.tolist() == [6, 6]
+    cache.reset()
+    assert model.generate(ids_of([5, 6], [7, 8]), **{families.cache_arg(model): cache}, max_new_tokens=3).shape == (
+        2,
+        5,
+    )
+
+
+# ---- messages
+
+
+@pytest.fixture
+def speaking(tokenizer):
+    """The same tokenizer as a chat model has it: texts begin with a token, and so does what its template makes."""
+    chat = copy.deepcopy(tokenizer)
+    begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    chat.backend_tokenizer.post_processor = begin
+    chat.chat_template = (
+        "<|endoftext|>{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return chat
+
+
+def test_text_that_begins_as_the_tokenizer_begins_texts_gets_no_second_beginning(story, tokenizer, speaking):
+    reports = []
+    for text in (ONCE, "<|endoftext|>" + ONCE):
+        assert speaking(text)["input_ids"][0] == 0
+        sc.generate(story, text, speaking, max_new_tokens=2, report=reports.append)
+    assert [report.prompt for report in reports] == [5, 5]
+    assert tokens_of("<|endoftext|>", speaking) == [0]
+    assert tokens_of(ONCE, speaking, first=False) == tokenizer(ONCE)["input_ids"]
+
+
+def test_messages_give_the_answer_alone(story, speaking):
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who was the king?"}]
+    whole = "<|endoftext|>[system]Be kind.\n[user]Who was the king?\n[assistant]"
+    ids = torch.tensor([speaking(whole, add_special_tokens=False)["input_ids"]])
+    want = speaking.decode(argmax_loop(story, ids, 9)[0, ids.shape[1] :], skip_special_tokens=True)
+    assert sc.generate(story, talk, speaking, max_new_tokens=9) == want
+    assert sc.generate(story, [talk, talk[1:]], speaking, max_new_tokens=9)[0] == want
+    assert "".join(sc.generate(story, talk, speaking, max_new_tokens=9, stream=True)) == want
+
+
+def test_messages_are_read_from_where_the_cache_stands(story, speaking):
+    cache, reports, talk = sc.StateCache(story.config), [], [{"role": "user", "content": "Who was the king?"}]
+    options = {"max_new_tokens": 9, "stop": ".", "report": reports.append}
+    answer = sc.generate(story, talk, speaking, cache=cache, **options)
+    talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And the queen?"}]
+    held = int(cache.lengths[0])
+    again = sc.generate(story, talk, speaking, cache=cache, **options)
+    assert again == sc.generate(story, talk, speaking, **options)
+    assert reports[2].prompt == held + reports[1].prompt
+    before = cache.lengths.tolist()
+    for other in (talk, [{"role": "user", "content": "Who?"}]):
+        with pytest.raises(sc.errors.OptionError, match="row 0: the messages do not begin with what the cache holds"):
+            sc.generate(story, other, speaking, cache=cache)
+    assert cache.lengths.tolist() == before
+
+
+@pytest.mark.parametrize(
+    ("talk", "template", "told"),
+    [
+        ([{"role": "user"}], True, "prompt: {'role': 'user'} is no message: give {\"role\""),
+        ([[{"role": "user", "content": "a"}, "b"]], True, "prompt: 'b' is no message: give"),
+        ([{"role": "robot", "content": "a"}], True, "the chat template refuses these messages: no robots"),
+        ([{"role": "user", "content": "a"}], False, "messages take a chat template, which the tokenizer lacks: give"),
+        ([{"role": "user", "content": "a"}], None, "messages take a tokenizer: give tokenizer= of a chat model"),
+    ],
+)
+def test_messages_that_cannot_be_told_to_the_model_are_refused(story, tokenizer, speaking, talk, template, told):
+    with pytest.raises(sc.errors.OptionError) as error:
+        sc.generate(story, talk, None if template is None else speaking if template else tokenizer)
+    assert str(error.value).startswith(told)

@@ -5,7 +5,7 @@ B rows that have not ended, K drafted tokens, V tokens of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from statecache.decode.drafters import Drafter
-from statecache.decode.feed import advance, feed
-from statecache.decode.report import Report
+from statecache.decode.feed import advance, feed, input_device
+from statecache.decode.processors import processed
+from statecache.decode.report import Reason, Report
 from statecache.decode.request import Request
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.decode.text import Text
@@ -31,9 +32,21 @@ class Row:
     text: Text | None = None
     tokens: list[int] = field(init=False)  # of the prompt, and new ones
     over: bool = False
+    anew: bool = False  # whether its row of the cache has been emptied, and is to be read from its first token on
+    reason: Reason = "closed"
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+
+    @property
+    def known(self) -> list[int]:
+        """Its tokens, behind those of its cache that are known."""
+        return [*self.request.history, *self.tokens]
+
+    @property
+    def unread(self) -> list[int]:
+        """Of a row that waits, the tokens that its cache does not hold."""
+        return self.known if self.anew else self.tokens
 
     @property
     def left(self) -> int:
@@ -47,6 +60,7 @@ class Row:
             stopped = self.text is not None and self.text.push(token)
             if stopped or token in self.request.ends or not self.left:
                 self.over = True
+                self.reason = "stop" if stopped else "end" if token in self.request.ends else "length"
                 return list(new[:n])
         return list(new)
 
@@ -62,7 +76,7 @@ class Batch:
         self.model, self.cache, self.drafter, self.keep_rows = model, cache, drafter, keep_rows
         self.waiting: list[Row] = []  # joined since the last round
         self.live: list[Row] = []  # the others that have not ended
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self._sampler: Sampler | None = None  # of the live rows
         self._goes_on = False  # whether those that wait are all rows of the cache
         self._prompt = self._tokens = self._forwards = self._turns = 0
@@ -97,6 +111,7 @@ class Batch:
 
         If rows have joined it gives them their first tokens, and the others wait. Waits for the device once.
         """
+        self._start_over()
         new = self._read() if self.waiting else self._step()
         self._forwards += 1
         self._turns += len(new)
@@ -109,12 +124,8 @@ class Batch:
         gone = set(rows)
         if gone.isdisjoint([*self.live, *self.waiting]):
             return
-        staying = [n for n, row in enumerate(self.live) if row not in gone]
-        if self.drafter is not None and len(staying) < len(self.live):
-            self.drafter.keep(staying)
-        self.live = [self.live[n] for n in staying]
+        self._part_with(gone)
         self.waiting = [row for row in self.waiting if row not in gone]
-        self._sampler = None
         if self.keep_rows or not self.running:
             return
         left = [*self.live, *self.waiting]
@@ -126,9 +137,12 @@ class Batch:
     @torch.no_grad()
     def take_in(self, rows: Sequence[Row]) -> None:
         """Feed the last token of these rows to the cache, for which they must have ended or left."""
-        if rows:
-            ids = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)
-            advance(self.model, self.cache, ids, None, self._places(rows))
+        anew = {row for row in rows if self._turned(row, 1)}
+        if anew:
+            self.cache.reset([row.place for row in anew])
+        last = {row: row.known if row in anew else row.tokens[-1:] for row in rows}
+        for part in self._parts(list(rows), last):
+            feed(self.model, self.cache, [last[row] for row in part], self._places(part))
 
     def report(self) -> Report:
         """What has been done so far."""
@@ -148,16 +162,23 @@ class Batch:
     def _read(self) -> dict[Row, list[int]]:
         """Take in the prompts of those that wait; their first tokens."""
         rows = sorted(self.waiting, key=lambda row: row.place)
-        if self._goes_on or self._places(rows) is None:
-            logits = feed(self.model, self.cache, [row.tokens for row in rows])
-        else:  # rows of one length at a time need no padding
-            rows.sort(key=lambda row: len(row.tokens))
-            parts = [list(part) for _, part in groupby(rows, key=lambda row: len(row.tokens))]
+        unread = {row: row.unread for row in rows}
+        whole = self._goes_on or self._places(rows) is None
+        if whole and len(self.cache.alike([len(unread[row]) for row in rows])) == 1:
+            logits = feed(self.model, self.cache, list(unread.values()))
+        else:
+            if self.cache.rows is None:
+                self.cache.states.clock_for(len(rows), self.device)
+            parts = self._parts(rows, unread)
+            rows = [row for part in parts for row in part]
             self._forwards += len(parts) - 1
             logits = torch.cat(
-                [feed(self.model, self.cache, [r.tokens for r in part], self._places(part)) for part in parts]
+                [feed(self.model, self.cache, [unread[r] for r in part], self._places(part)) for part in parts]
             )
+        for row in rows:
+            row.anew = False
         lengths = torch.tensor([len(row.tokens) for row in rows], device=self.device)
+        logits = _processed(logits[:, None], rows)[:, 0]
         token, _ = Sampler([row.request for row in rows], self.device).draw(logits, lengths)
         self.live, self.waiting, self._sampler = self.live + self.waiting, [], None
         self._goes_on = False
@@ -168,15 +189,30 @@ class Batch:
         rows, drafts = self.live, None
         if self._sampler is None:
             self._sampler = Sampler([row.request for row in rows], self.device)
-        if self.drafter is not None:
+        parts = self.cache.alike([1] * len(rows), [row.place for row in rows])
+        if self.drafter is not None and len(parts) == 1:  # a round is one pass
             # k drafts and the token that follows them are within the limit
-            drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], self._sampler)
+            drafts = self.drafter.propose(
+                [row.tokens for row in rows], [self._most(row) for row in rows], self._sampler
+            )
         if drafts is not None:
             return self._check(self._sampler, drafts)
         packed = torch.tensor([[row.tokens[-1], len(row.tokens)] for row in rows], device=self.device)
-        logits = advance(self.model, self.cache, packed[:, :1], None, self._places(rows))[:, -1]
+        logits = _processed(self._advance(packed[:, :1], parts), rows)[:, -1]
         token, _ = self._sampler.draw(logits, packed[:, 1])
         return {row: row.write([n]) for row, n in zip(rows, token.tolist(), strict=True)}
+
+    def _advance(self, ids: Tensor, parts: list[list[int]]) -> Tensor:
+        """Take in ids (B, 1) of the live rows, each of the `parts` of them in a pass of its own: logits (B, 1, V)."""
+        if len(parts) == 1:
+            return advance(self.model, self.cache, ids, None, self._places(self.live))
+        self._forwards += len(parts) - 1
+        apart = [
+            advance(self.model, self.cache, ids[part], None, self._places([self.live[n] for n in part]))
+            for part in parts
+        ]
+        order = torch.tensor([n for part in parts for n in part], device=ids.device)
+        return torch.cat(apart)[order.argsort().to(apart[0].device)]
 
     def _check(self, sampler: Sampler, drafts: Drafts) -> dict[Row, list[int]]:
         """Feed the last token of each row and its drafts; keep what the model would have written."""
@@ -187,6 +223,7 @@ class Batch:
         tokens = ids[:, 1:]
         with self.cache.speculate(ids.shape[1]) as draft:
             logits = advance(self.model, self.cache, ids, counts, places, counted)
+            logits = _processed(logits, rows, drafts)
             verdict = sampler.verify(logits, drafts, tokens, counted - 1, lengths)
             agreed, written = self._download(drafts, verdict)
             new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
@@ -221,7 +258,46 @@ class Batch:
         pairs = zip(told, drafts.tokens, strict=True)
         return [n for n, _ in told], [[*tokens[:n], token] for (n, token), tokens in pairs]
 
+    # ---- rotary factors that change with the length of a row
+
+    def _start_over(self) -> None:
+        """Have rows whose keys would have to be rotated anew wait: they are read again, as far as they are known."""
+        turned = [row for row in self.live if self._turned(row, 1)]
+        again = [*turned, *(row for row in self.waiting if self._turned(row, len(row.tokens)))]
+        if not again:
+            return
+        self._part_with(set(turned))
+        self.waiting += turned
+        self.cache.reset([row.place for row in again])
+        for row in again:
+            row.anew = True
+
+    def _turned(self, row: Row, tokens: int) -> bool:
+        known = len(row.request.history) == row.request.before
+        return known and self.cache.spec.rotary is not None and self.cache.turned(row.place, tokens)
+
+    def _most(self, row: Row) -> int:
+        """How many drafts of a row can be checked: less than it may write, and rotated as its last token is."""
+        rotary, n = self.cache.spec.rotary, row.request.before + len(row.tokens)
+        longest = None if rotary is None else rotary.longest(n)
+        return row.left - 1 if longest is None else min(row.left - 1, longest - n)
+
     # ---- rows of the cache
+
+    def _part_with(self, gone: set[Row]) -> None:
+        """Have these rows live no longer."""
+        staying = [n for n, row in enumerate(self.live) if row not in gone]
+        if self.drafter is not None and len(staying) < len(self.live):
+            self.drafter.keep(staying)
+        self.live = [self.live[n] for n in staying]
+        self._sampler = None
+
+    def _parts(self, rows: list[Row], tokens: Mapping[Row, Sequence[int]]) -> list[list[Row]]:
+        """The rows in passes that bring all of their rows as many tokens, so that there is no padding."""
+        rows = sorted(rows, key=lambda row: len(tokens[row]))
+        parts = [list(part) for _, part in groupby(rows, key=lambda row: len(tokens[row]))]
+        alike = [(part, self.cache.alike([len(tokens[r]) for r in part], [r.place for r in part])) for part in parts]
+        return [[part[n] for n in group] for part, groups in alike for group in groups]
 
     def _places(self, rows: Sequence[Row]) -> list[int] | None:
         """Where these rows are in the cache; None where they are all of it, in order."""
@@ -248,3 +324,15 @@ class Batch:
         if free:
             self.cache.reset(free)
         return free
+
+
+def _processed(logits: Tensor, rows: Sequence[Row], drafts: Drafts | None = None) -> Tensor:
+    """Logits (B, T, V) as each row's processors leave them. Waits for the device where drafts are there alone."""
+    changes = [row.request.processors for row in rows]
+    if not any(changes):
+        return logits
+    drafted = [list[int]()] * len(rows)
+    if drafts is not None:
+        tokens = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
+        drafted = [row[:n] for row, n in zip(tokens, drafts.counts, strict=True)]
+    return processed(logits, changes, [row.known for row in rows], drafted)

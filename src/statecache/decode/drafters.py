@@ -16,6 +16,7 @@ from statecache.decode.feed import feed
 from statecache.decode.noise import Purpose
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.models.cache import StateCache
+from statecache.models.ready import promised
 
 
 class Drafter(Protocol):
@@ -109,7 +110,8 @@ class Assistant:
 
     def __init__(self, model: Any, most: int, cost: float, device: torch.device) -> None:
         self.model, self.most, self.cost, self.device, self.forwards = model, most, cost, device, 0
-        self.cache: Any = StateCache(model.config)
+        with promised():
+            self.cache: Any = StateCache(model.config)
         self._mark: Any = None  # before the drafts
         self.lengths: list[DraftLength] = []
         self.held: list[int] = []  # tokens of each row that the cache holds
@@ -120,6 +122,7 @@ class Assistant:
         """See `Drafter`."""
         self._admit(len(rows))
         wanted = [min(length.length(), limit) for length, limit in zip(self.lengths, most, strict=True)]
+        wanted = self._rotated(rows, wanted)
         n = max(wanted)
         if not n:
             return None
@@ -161,6 +164,24 @@ class Assistant:
             self.cache.reset(list(range(known, rows)))
         self.held += [0] * (rows - known)
         self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8) for _ in range(known, rows)]
+
+    def _rotated(self, rows: Sequence[list[int]], wanted: list[int]) -> list[int]:
+        """How many drafts can be made, by row, with keys that are rotated as those of the row's last token are.
+
+        Rows whose keys would have to be rotated anew are read again, and all others with them.
+        """
+        rotary, ends = self.cache.spec.rotary, [len(row) for row in rows]
+        if rotary is None:
+            return wanted
+        missing = [end - held for end, held in zip(ends, self.held, strict=True)]
+        if any(self.cache.turned(b, n) for b, n in enumerate(missing)):
+            self.cache.reset()
+            self.held = [0] * len(rows)
+            missing = ends
+        if len(self.cache.alike(missing)) > 1:
+            return [0] * len(rows)
+        rooms = [longest - end for end in ends if (longest := rotary.longest(end)) is not None]
+        return [min(n, 1 + min(rooms, default=n)) for n in wanted]
 
     def _feed(self, tokens: Sequence[list[int]] | Tensor) -> Tensor:
         """Take in some tokens of each row; the logits after the last ones (B, V)."""

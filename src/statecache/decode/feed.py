@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statecache.models.names import cache_name
+
 
 def feed(model: Any, cache: Any, tokens: Sequence[list[int]] | Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """Take in tokens, each row its own number of them, or (B, T); the logits (B, V) after each row's last.
 
     `rows`: of the cache, and all of one length; None for all rows, of any lengths.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     if isinstance(tokens, Tensor):
         ids, widths = tokens.to(device), [tokens.shape[1]] * len(tokens)
     else:
@@ -49,13 +51,30 @@ def advance(
     """
     if rows is not None or (counts is not None and min(counts) < ids.shape[1]):
         cache.expect(counts or [ids.shape[1]] * len(ids), rows, counted=counted)
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **options).logits
+    logits: Tensor = model(ids, **{_cache_name(model.__class__): cache}, use_cache=True, **options).logits
     return logits
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its ids: where its embedding is, or where accelerate brings it from elsewhere."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        if getattr(each, "execution_device", None) is not None:
+            return torch.device(each.execution_device)
+    device: torch.device = embedding.weight.device
+    return device
 
 
 def left_padding(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
     """A mask (B, T) of rows whose last `counts` of T = `width` columns are tokens."""
     return (torch.arange(width, 0, -1, device=device) <= torch.tensor(counts, device=device)[:, None]).long()
+
+
+@lru_cache
+def _cache_name(kind: Any) -> str:
+    """The name under which a model of this class takes its cache."""
+    return cache_name(kind.forward)
 
 
 @lru_cache

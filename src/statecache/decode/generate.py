@@ -2,42 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from statecache.decode.batch import Batch, Row
 from statecache.decode.drafters import Assistant, Drafter, Lookup
+from statecache.decode.feed import input_device
 from statecache.decode.options import (
+    after,
     check_counts,
     check_kinds,
+    check_new,
     check_room,
+    check_turns,
     end_ids,
     most_drafts,
     pad_id,
     relative_cost,
 )
-from statecache.decode.prompt import rows_of, stops_of, texts_of
+from statecache.decode.processors import APPLIED, Processor, asked, made, refused
+from statecache.decode.prompt import conversations_of, rows_of, stops_of, templated, texts_of
 from statecache.decode.report import Report
 from statecache.decode.request import Request, check_seed, row_seed
 from statecache.decode.stream import Run, Stream
 from statecache.decode.text import Text, special_tokens
 from statecache.errors import OptionError
 from statecache.models.cache import StateCache
+from statecache.models.ready import promised
+
+
+class Options(TypedDict, total=False):
+    """What `generate` may be told beside the prompt."""
+
+    max_new_tokens: int
+    temperature: float | Sequence[float]
+    top_p: float | Sequence[float]
+    top_k: int | Sequence[int]
+    min_p: float | Sequence[float] | None
+    repetition_penalty: float | None
+    processors: Sequence[Processor] | None
+    seed: int | Sequence[int] | None
+    stop: str | int | Sequence[str | int] | None
+    cache: StateCache | None
+    lookup: int
+    assistant: Any
+    report: Callable[[Report], object] | None
+
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+
+@overload
+def generate(
+    model: Any, prompt: str, tokenizer: Any = None, *, stream: Literal[False] = False, **options: Unpack[Options]
+) -> str: ...
+@overload
+def generate(
+    model: Any, prompt: Sequence[Message], tokenizer: Any, *, stream: Literal[False] = False, **options: Unpack[Options]
+) -> str: ...
+@overload
+def generate(
+    model: Any,
+    prompt: Iterable[str] | Sequence[Sequence[Message]],
+    tokenizer: Any,
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[Options],
+) -> list[str]: ...
+@overload
+def generate(
+    model: Any, prompt: Tensor, tokenizer: Any = None, *, stream: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def generate(
+    model: Any, prompt: Tensor, tokenizer: Any = None, *, stream: Literal[True], **options: Unpack[Options]
+) -> Stream[list[Any]]: ...
+@overload
+def generate(
+    model: Any,
+    prompt: Iterable[str] | Sequence[Message] | Sequence[Sequence[Message]],
+    tokenizer: Any,
+    *,
+    stream: Literal[True],
+    **options: Unpack[Options],
+) -> Stream[str]: ...
+@overload
+def generate(
+    model: Any, prompt: Any, tokenizer: Any = None, *, stream: bool = False, **options: Unpack[Options]
+) -> Any: ...
 
 
 def generate(
     model: Any,
-    prompt: str | Sequence[str] | Tensor,
+    prompt: Any,
     tokenizer: Any = None,
     *,
     max_new_tokens: int = 128,
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
     top_k: int | Sequence[int] = 0,
+    min_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | None = None,
+    processors: Sequence[Processor] | None = None,
     seed: int | Sequence[int] | None = None,
     stop: str | int | Sequence[str | int] | None = None,
     stream: bool = False,
@@ -47,16 +118,20 @@ def generate(
     report: Callable[[Report], object] | None = None,
 ) -> Any:
     """Go on with a prompt: one text gives the whole text, several give a list, ids (B, T) or (T,) give ids, T + new.
+    Messages, {"role": ..., "content": ...}, give the answer alone, and lists of them a list.
 
     A row ends after `max_new_tokens`, with an end token of `model.generation_config`, or with one of `stop`: ids, or
     strings, at which its text is cut; a special token may go by its name. Ids of rows that end early are filled up with
-    the pad token (else the end token, else 0). Nothing else of that configuration is heeded: no penalties, no other
-    processors. Rows of ids hold no padding; texts may differ in length.
+    the pad token (else the end token, else 0). Rows of ids hold no padding; texts may differ in length.
 
     Temperature 0 takes the likeliest token. What is drawn depends on the row's seed, on the position of the token and
     on the model, never on the rows beside it. One `seed` gives each row one of its own, `row_seed(seed, row)`; without
     one, they come from torch's own generator. `temperature`, `top_p`, `top_k` and `seed` may be lists, one for each
     row.
+
+    `processors`: functions of a row's ids (1, L) and the logits (1, V) float32 after them, that give other logits, such
+    as transformers' own; with drafts they see every drafted position. Left out, the model's generation_config says
+    which, and `min_p`; OptionError where it asks for one that is not known here. `repetition_penalty` comes first.
 
     `stream=True` returns an iterator: for one text, of pieces of new text; for ids, of lists of ids, what each round
     adds to each row, empty where the row has ended. It has a `close()`, and is a context.
@@ -72,8 +147,8 @@ def generate(
     each row's tokens but the last, with which the next prompt begins; of texts every token that they show, so that the
     next prompt is new text alone, after a stream that was closed early too. After one that was dropped, unclosed, it
     holds all but the last: what a collector finds runs no forward pass. Texts show neither special tokens nor the
-    configuration's end tokens: such a last token stays out. Drafts need a slack of at least 2 there, and use all of
-    it. Only prepared models can go on with that cache.
+    configuration's end tokens: such a last token stays out. Messages come as a whole each time. Drafts need a slack of
+    at least 2 there, and use all of it. Only prepared models can go on with that cache.
 
     A model is prepared and in eval mode until the call, or the iterator, is over, and then as it was. Raises
     OptionError, ConfigError, RowsError, CapacityError or SlackError before anything is computed, UnknownLayerError
@@ -81,15 +156,23 @@ def generate(
     """
     check_kinds(model, tokenizer, cache, assistant, report)
     check_counts(max_new_tokens, lookup, assistant)
-    given = prompt if isinstance(prompt, Tensor) else texts_of(prompt)
+    talks = conversations_of(prompt)
+    given = prompt if isinstance(prompt, Tensor) else [templated(t, tokenizer) for t in talks] or texts_of(prompt)
     special = special_tokens(tokenizer)
     stops, ends = stops_of(stop, model, tokenizer, special)
     held = [] if cache is None else cache.lengths.tolist()
-    rows = rows_of(given, model, tokenizer, first=not any(held))
+    rows = rows_of(given, model, tokenizer, first=not any(held) and not talks)
     if stream and not isinstance(given, Tensor) and len(rows) > 1:
         raise OptionError(f"stream=True with {len(rows)} texts: their pieces would mix; give one text, or ids")
+    history = [list[int]()] * len(rows)
     if cache is not None:
-        check_room(cache, held, rows, max_new_tokens - isinstance(given, Tensor))
+        history = _history(cache, held) or history
+        if talks and any(held):
+            rows = after(rows, history)
+        check_new(rows, history)
+        more = max_new_tokens - isinstance(given, Tensor)
+        check_room(cache, held, rows, more)
+        check_turns(cache, held, rows, history, more)
     most = most_drafts(cache, lookup, assistant)
     config = getattr(model, "generation_config", None)
     requests = _requests(
@@ -97,9 +180,10 @@ def generate(
         held if any(held) else [0] * len(rows),
         max_new_tokens,
         frozenset(ends | end_ids(config)),
-        {"temperature": temperature, "top_p": top_p, "top_k": top_k},
+        {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or 0.0},
         seed,
     )
+    requests = _process(requests, history, config, min_p, repetition_penalty, processors, input_device(model))
     hidden = frozenset(end_ids(config) | set(special.values()))
     texts: list[Text | None] = [None] * len(rows)
     if stops or not isinstance(given, Tensor):
@@ -108,14 +192,16 @@ def generate(
     if lookup:
         drafter = Lookup(lookup, most)
     elif assistant is not None:
-        drafter = Assistant(assistant, most, relative_cost(assistant, model), next(model.parameters()).device)
+        drafter = Assistant(assistant, most, relative_cost(assistant, model), input_device(model))
     if cache is None:
-        own = StateCache(model.config, slack=1 + most if most else 0, back=False)
+        with promised():
+            own = StateCache(model.config, slack=1 + most if most else 0, back=False)
         batch = Batch(model, own, drafter)
         written = batch.join(requests, texts)
     else:
         batch = Batch(model, cache, drafter, keep_rows=True)
         written = batch.join(requests, texts, goes_on=True)
+        _written[cache] = history, written
 
     def shown() -> list[Row]:
         """The rows whose last tokens the next turn of texts takes for granted."""
@@ -135,11 +221,24 @@ def generate(
         run.forget()
     if isinstance(given, Tensor):
         return _as_ids([row.tokens for row in written], given, pad_id(config))
-    whole = [before + _end(row) for before, row in zip(given, written, strict=True)]
+    new = [_end(row) for row in written]
+    if talks:
+        return new[0] if isinstance(prompt[0], Mapping) else new
+    whole = [before + text for before, text in zip(given, new, strict=True)]
     return whole[0] if isinstance(prompt, str) else whole
 
 
 # ---- what goes in
+
+# of each cache that a call went on from: the tokens that it held before, and the rows that the call wrote
+_written: WeakKeyDictionary[Any, tuple[list[list[int]], list[Row]]] = WeakKeyDictionary()
+
+
+def _history(cache: Any, held: list[int]) -> list[list[int]]:
+    """The tokens that each row of a cache holds, as far as calls of `generate` put them there; else nothing."""
+    before, rows = _written.get(cache, ([], []))
+    known = [[*tokens, *row.tokens][:n] for tokens, row, n in zip(before, rows, held, strict=False)]
+    return known if list(map(len, known)) == held else []
 
 
 def _requests(
@@ -158,6 +257,40 @@ def _requests(
         for row, prompt in enumerate(prompts)
     ]
     return [replace(request, seed=s) for request, s in zip(requests, _seeds(seed, requests), strict=True)]
+
+
+def _process(
+    requests: list[Request],
+    history: list[list[int]],
+    config: Any,
+    min_p: Any,
+    penalty: float | None,
+    processors: Sequence[Processor] | None,
+    device: torch.device,
+) -> list[Request]:
+    """The requests with what changes their logits: given, or asked for by the model's generation configuration."""
+    settings: dict[str, Any] = {}
+    if processors is None:
+        if names := refused(config, draws=any(request.temperature for request in requests)):
+            raise OptionError(
+                f"the model's generation_config sets {names}, which statecache does not apply: write without with "
+                "processors=[]"
+            )
+        settings = asked(config, APPLIED)
+        if min_p is None and (least := getattr(config, "min_p", None)):
+            requests = [replace(request, min_p=least) for request in requests]
+    if penalty is not None:
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+            raise OptionError(f"repetition_penalty={penalty!r}: give 1 for none, or more to avoid what was said before")
+        settings["repetition_penalty"] = float(penalty)
+    for processor in processors or ():
+        if not callable(processor):
+            raise OptionError(f"processors: came a {type(processor).__name__}, expected functions of ids and logits")
+    changed = []
+    for request, held in zip(requests, history, strict=True):
+        own = made(settings, end_ids(config), len(held) + len(request.prompt), device)
+        changed.append(replace(request, processors=[*own, *(processors or ())], history=held))
+    return changed
 
 
 def _each(name: str, value: Any, n: int) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from statecache.decode.limits import LONGEST_RUN, MOST_DRAFTS
-from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, SlackError
+from statecache.errors import CapacityError, ConfigError, OptionError, RotaryError, RowsError, SlackError
 from statecache.models.cache import StateCache
 
 
@@ -49,6 +49,27 @@ def check_counts(max_new_tokens: int, lookup: int, assistant: Any) -> None:
         raise OptionError(f"lookup={lookup} and assistant= are two ways to draft: give one of them")
 
 
+def check_new(rows: list[list[int]], history: list[list[int]]) -> None:
+    """Whether no row brings once more all that its cache holds, as far as that is known."""
+    for b, (row, held) in enumerate(zip(rows, history, strict=False)):
+        if held and row[: len(held)] == held:
+            raise OptionError(
+                f"row {b}: the cache holds {len(held)} tokens, and the prompt begins with these once more: give what "
+                "comes after them alone, or reset() the cache for a new text"
+            )
+
+
+def after(rows: list[list[int]], history: list[list[int]]) -> list[list[int]]:
+    """What whole conversations bring after the tokens that a cache holds of them."""
+    for b, (row, held) in enumerate(zip(rows, history, strict=False)):
+        if not held or row[: len(held)] != held or row == held:
+            raise OptionError(
+                f"row {b}: the messages do not begin with what the cache holds, as far as generate() wrote it: give "
+                "the conversation that it holds, and more, or reset() the cache"
+            )
+    return [row[len(held) :] for row, held in zip(rows, history, strict=False)]
+
+
 def check_room(cache: Any, held: list[int], rows: list[list[int]], more: int) -> None:
     """Whether a cache whose rows hold so many tokens has a row for each of `rows`, and room for `more` tokens each."""
     held = held or [0] * len(rows)
@@ -63,6 +84,17 @@ def check_room(cache: Any, held: list[int], rows: list[list[int]], more: int) ->
             raise CapacityError(
                 f"row {b} holds {length} tokens, its prompt brings {len(row)} and {more} more are to come: make the "
                 f"cache with capacity={need} or more, not {cache.capacity}, or give a smaller max_new_tokens="
+            )
+
+
+def check_turns(cache: Any, held: list[int], rows: list[list[int]], history: list[list[int]], more: int) -> None:
+    """Whether rows of a cache whose tokens are not known can take in theirs and `more` without being read anew."""
+    for b, (row, known, length) in enumerate(zip(rows, history, held, strict=False)):
+        if len(known) != length and any(cache.turned(b, n) for n in (len(row), len(row) + more)):
+            raise RotaryError(
+                f"row {b}: its cache holds {length} tokens that generate() did not put there, the prompt brings "
+                f"{len(row)} and {more} more are to come, but {cache.spec.rotary.told}: reset() the cache and give the "
+                "whole text, or a smaller max_new_tokens="
             )
 
 

@@ -12,6 +12,44 @@ from statecache.decode.options import token_ids
 from statecache.errors import OptionError
 
 
+def conversations_of(prompt: Any) -> list[list[Any]]:
+    """The one conversation, a list of messages, or each of several; none where the prompt is something else."""
+    several = prompt if isinstance(prompt, list | tuple) else []
+    if several and all(isinstance(message, Mapping) for message in several):
+        several = [several]
+    talks = [list(talk) for talk in several if isinstance(talk, list | tuple)]
+    if not talks or len(talks) < len(several):
+        return []
+    for talk in talks:
+        for message in talk:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise OptionError(f'prompt: {message!r} is no message: give {{"role": "user", "content": "..."}}')
+    return talks
+
+
+def templated(talk: list[Any], tokenizer: Any) -> str:
+    """A conversation in the model's own form, up to where its answer begins."""
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        told = "a tokenizer" if tokenizer is None else "a chat template, which the tokenizer lacks"
+        raise OptionError(f"messages take {told}: give tokenizer= of a chat model, or a text")
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise OptionError(f"the chat template refuses these messages: {error}") from error
+
+
+def tokens_of(text: str, tokenizer: Any, first: bool = True) -> list[int]:
+    """The tokens of a text; with those that begin one, if it is the `first` and does not begin with them itself."""
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not first:
+        return plain
+    whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    more = len(whole) - len(plain)
+    return plain if whole[more:] == plain and whole[:more] == plain[:more] else whole
+
+
 def texts_of(prompt: Any) -> list[str]:
     """The one text, or each of several."""
     if isinstance(prompt, Mapping):
@@ -53,10 +91,11 @@ def _ids(prompt: Tensor) -> list[list[int]]:
 def _tokenize(texts: list[str], tokenizer: Any, first: bool) -> list[list[int]]:
     if tokenizer is None:
         raise OptionError("a text prompt takes the model's tokenizer: give tokenizer=, or a tensor of ids")
-    rows = [list(tokenizer(text, add_special_tokens=first)["input_ids"]) for text in texts]
+    rows = [tokens_of(text, tokenizer, first) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not row:
-            raise OptionError(f"prompt {text!r} has no token: give at least one word")
+            way_out = "is the tokenizer the model's own?" if text.strip() else "give at least one word"
+            raise OptionError(f"prompt {text!r} has no token: {way_out}")
     return rows
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+# why a row ended: an end token, or an id of `stop`; a string of `stop`; `max_new_tokens`; or the stream was closed
+Reason = Literal["end", "stop", "length", "closed"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Report:
     accepted: int = 0  # of them
     rounds: int = 0  # turns with drafts
     assistant_forwards: int = 0
+    reasons: tuple[Reason, ...] = ()  # of each row
 
     @property
     def tokens_per_forward(self) -> float:

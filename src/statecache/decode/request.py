@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from statecache.errors import OptionError
 
@@ -23,7 +23,10 @@ class Request:
     - `max_new_tokens`: after so many the row ends; `ends`: ids that end it before, and are its last token then.
     - `temperature`: 0 takes the likeliest token, more draws; `top_k`, 0 for all, and `top_p`, of which tokens.
     - `seed`: what is drawn depends on it, on the position of the token in its row, and on the model. On nothing else.
-    - `before`: tokens that the row's cache holds already, from which positions are counted on.
+    - `min_p`: draw only from tokens at least that likely, as a part of the likeliest one's probability.
+    - `processors`: change logits before all that, see `statecache.decode.processors`.
+    - `before`: tokens that the row's cache holds already, from which positions are counted on; `history`: those tokens,
+      if they are known, which processors see before the prompt.
 
     Raises OptionError for values that make no sense.
     """
@@ -34,8 +37,11 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    processors: Sequence[Callable[..., Any]] = ()
     seed: int = 0
     before: int = 0
+    history: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -45,6 +51,10 @@ class Request:
             raise OptionError(f"temperature={self.temperature!r}: give 0 for the likeliest token, or more to draw")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise OptionError(f"top_p={self.top_p!r}: give a probability above 0, up to 1 for all tokens")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise OptionError(
+                f"min_p={self.min_p!r}: give a part of the likeliest token's probability, 0 for all tokens"
+            )
         if not _is_integer(self.top_k) or self.top_k < 0:
             raise OptionError(f"top_k={self.top_k!r}: give the number of tokens to draw from, or 0 for all of them")
         check_seed(self.seed)

@@ -47,6 +47,7 @@ class Sampler:
         self._greedy_rows = not all(r.temperature for r in requests)
         self._most = max((r.top_k for r in requests), default=0)
         self._cuts = any(r.top_p < 1 for r in requests)
+        self._floors = any(r.min_p for r in requests)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distributions (B, T, V) float32 that tokens are drawn from, of logits (B, T, V)."""
@@ -66,6 +67,8 @@ class Sampler:
         p = logits.softmax(-1)
         if self._cuts:
             p = self._nucleus(p)
+        if self._floors:
+            p = self._above(p)
         return p if certain is None else torch.where(self._greedy, certain, p)
 
     def draw(self, logits: Tensor, lengths: Tensor, purpose: Purpose = Purpose.DRAW) -> tuple[Tensor, Tensor | None]:
@@ -110,6 +113,11 @@ class Sampler:
         cut = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
         return torch.where(self._top_p > 1, p, cut / kept)
 
+    def _above(self, p: Tensor) -> Tensor:
+        """Of p (B, T, V) the tokens that have each row's part of the greatest, scaled to 1."""
+        cut = p.masked_fill(p < self._min_p * p.amax(-1, keepdim=True), 0.0)
+        return torch.where(self._min_p > 0, cut / cut.cumsum(-1)[..., -1:], p)
+
     # ---- options, (B,) or (B, 1, 1)
 
     def _column(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
@@ -132,6 +140,10 @@ class Sampler:
     @cached_property
     def _top_k(self) -> Tensor:
         return self._column([r.top_k for r in self.requests], torch.long)
+
+    @cached_property
+    def _min_p(self) -> Tensor:
+        return self._column([r.min_p for r in self.requests], torch.float)
 
     @cached_property
     def _seeds(self) -> Tensor:

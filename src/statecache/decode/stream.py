@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -75,7 +76,7 @@ class Run:
     def _end(self) -> None:
         self.forget()
         if self._begun and self.report is not None:
-            self.report(self.batch.report())
+            self.report(replace(self.batch.report(), reasons=tuple(row.reason for row in self.rows)))
 
 
 class Stream(Generic[Piece]):
