@@ -17,13 +17,26 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import statecache as sc
 from statecache.cli import chat, main
-from statecache.cli.model import PROCESSORS, WARPERS, Settings, drawing, load
+from statecache.cli.measure import measure, ratio
+from statecache.cli.model import Settings, drawing, load, load_model
 from statecache.cli.writing import Stop, write_on
+from statecache.decode.processors import APPLIED, REFUSED, REFUSED_DRAWN
+from statecache.models.names import FUNCTIONS_TAKE
+from statecache.models.prepare import is_prepared
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -79,7 +92,10 @@ def program(*args: str, **options) -> subprocess.Popen[str]:
 # ---- starting
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["demo", "-h"], ["bench", "-h"]],
+)
 def test_help_answers_without_torch(args):
     code = (
         "import sys, statecache.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
@@ -117,6 +133,8 @@ def test_version_is_that_of_the_package(statecache):
         (["generate", "a", "--lookup", "65"], False, 2, "Invalid value for '--lookup': 65: give 1 to 64"),
         (["generate", "a", "--draft", ""], False, 2, "Invalid value for '--draft': it is empty: give a folder"),
         (["generate", "a", "--model", ""], False, 2, "Invalid value for '--model' / '-m': it is empty"),
+        (["bench", "--repeats", "2"], False, 2, "Invalid value for '--repeats'"),
+        (["bench", "-m", "./no/model"], False, 1, 'there is no folder "./no/model": give'),
         (["inspect", "-m", " "], False, 2, "Invalid value for '--model' / '-m': it is empty"),
         (["generate", "a", "--seed", str(2**63)], False, 2, "Invalid value for '--seed'"),
         (["generate", "a", "--top-p", "0"], False, 2, "Invalid value for '--top-p': 0.0: give a probability above 0"),
@@ -131,6 +149,12 @@ def test_version_is_that_of_the_package(statecache):
         (["generate", "a", "-n", "0"], False, 2, "Invalid value for '--max-new-tokens' / '-n'"),
         (["generate", "a", "--dtype", "int4"], False, 2, "Invalid value for '--dtype'"),
         (["generate", "a", "--nonsense"], False, 2, "No such option: --nonsense"),
+        (
+            ["generate", "Once", "upon", "a"],
+            False,
+            2,
+            "Got unexpected extra argument(s) (upon a) (put a prompt of several",
+        ),
         (["nonsense"], False, 2, "No such command 'nonsense'"),
         (["generate", "a", "--model", "./no/such/folder"], False, 1, 'there is no folder "./no/such/folder": give'),
         (["inspect", "--model", "tests"], False, 1, '"tests" holds no config.json: give the folder of'),
@@ -142,6 +166,42 @@ def test_bad_call_is_one_line(statecache, args, terminal, code, message):
     assert (got, out) == (code, "")
     assert err.startswith(f"statecache: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["generate", "Once"], ["generate", "Once", "--lookup", "2"], ["chat"]])
+def test_model_that_cannot_be_prepared_is_refused_before_anything_is_written(statecache, checkpoint, tmp_path, command):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    BloomForCausalLM(BloomConfig(vocab_size=259, n_layer=1, n_head=2, hidden_size=8)).save_pretrained(tmp_path)
+    code, out, err = statecache(*command, "-m", str(tmp_path), stdin="Once")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f'statecache: cannot write with "{tmp_path}", which prepare() does not take: layer 0')
+    assert "is a BloomBlock in which nothing asks" in err
+
+
+def test_minimax_writes_and_chats(statecache, tmp_path):
+    save_checkpoint("minimax", tmp_path)
+    args = ("-m", str(tmp_path), "-n", "3")
+    assert statecache("generate", "Once", *args)[0] == 0
+    assert "3 written" in statecache("chat", *args, stdin="Once\nupon")[2]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "llama"])  # with a class of tokenizer, which is empty then, and without
+def test_model_without_a_tokenizer_is_told_so(statecache, checkpoint, tmp_path, kind):
+    config = json.loads(Path(checkpoint, "config.json").read_text()) | {"model_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = statecache("generate", "Once", "-m", str(tmp_path))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f'statecache: "{tmp_path}" has no tokenizer that transformers can read: save the model')
+
+
+def test_closed_standard_output_is_one_line(checkpoint):
+    code = "from statecache.cli import main; main()"
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, "generate", "Once", "-m", checkpoint]
+    run = subprocess.run(shell, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
+    assert (run.returncode, run.stderr) == (
+        1,
+        "statecache: standard output is closed: there is nowhere to write\n",
+    )
 
 
 def test_unreachable_hub_is_one_line():
@@ -211,6 +271,8 @@ def test_json_is_one_object_with_what_was_asked_and_what_it_cost(statecache, che
     report = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert report["tokens"] == {"prompt": 4, "new": 9}
+    assert report["finish_reason"] == "length"
+    assert 0 < report["seconds_to_first_token"] < report["seconds"]
     assert report["tokens_per_second"] == pytest.approx(9 / report["seconds"], rel=0.01)
     sizes = report["bytes"]
     assert min(sizes["conv"], sizes["recurrent"], sizes["attention"]) > 0
@@ -231,6 +293,7 @@ def test_same_seed_gives_the_same_text(statecache, checkpoint):
 def test_greedy_text_is_the_argmax_of_full_forwards(statecache, checkpoint):
     _, out, _ = statecache("generate", "Once upon", "--model", checkpoint, "-n", "16", "--temperature", "0", "--json")
     loaded = load(Settings(checkpoint, device="cpu"))
+    sc.unprepare(loaded.model)
     ids = torch.tensor([loaded.tokenizer("Once upon")["input_ids"]])
     before = ids.shape[1]
     for _ in range(16):
@@ -290,10 +353,14 @@ def test_json_shows_the_values_used_with_and_without_drafts(statecache):
 @pytest.mark.parametrize(
     ("config", "temperature", "named"),
     [
-        ({"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}, "0", "repetition_penalty, no_repeat_ngram_size"),
-        ({"suppress_tokens": [5]}, "1", "suppress_tokens"),
-        ({"min_p": 0.1, "typical_p": 0.9}, "1", "min_p, typical_p"),
+        ({"guidance_scale": 1.3, "forced_bos_token_id": 3}, "0", "guidance_scale, forced_bos_token_id"),
+        ({"min_p": 0.1, "typical_p": 0.9, "top_h": 0.4}, "1", "top_h, typical_p"),
         ({"min_p": 0.1, "typical_p": 0.9}, "0", None),  # nothing is drawn
+        (
+            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "suppress_tokens": [5]},
+            "1",
+            None,
+        ),  # these are applied
         ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0}, "1", None),
     ],
 )
@@ -333,9 +400,16 @@ def test_checkpoint_that_asks_for_processors_is_refused_unless_they_are_ignored(
 def test_every_field_that_changes_logits_is_known():
     source = inspect.getsource(GenerationMixin._get_logits_processor)
     fields = set(re.findall(r"generation_config\.(\w+)", source))
-    heeded = {"do_sample", "temperature", "top_k", "top_p"}
-    harmless = {"remove_invalid_values", "renormalize_logits", "num_beams", "use_cache", "max_length"}
-    assert fields - heeded - harmless - {"_eos_token_tensor"} == {*PROCESSORS, *WARPERS}
+    heeded = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
+    harmless = {
+        "remove_invalid_values",
+        "renormalize_logits",
+        "num_beams",
+        "num_return_sequences",
+        "use_cache",
+        "max_length",
+    }
+    assert fields - heeded - harmless - {"_eos_token_tensor"} == {*APPLIED, *REFUSED, *REFUSED_DRAWN}
 
 
 def test_drafted_text_with_the_same_seed_is_the_same(statecache):
@@ -390,6 +464,42 @@ def test_text_comes_in_whole_characters(checkpoint, monkeypatch):
     ]
     assert written.text == "".join(pieces[1:])
     assert written.tokens == tokens
+
+
+def test_messages_and_a_system_message_reach_the_model(statecache, checkpoint, tmp_path):
+    folder = tmp_path / "chat"
+    save_checkpoint("qwen3_5", folder, TEMPLATE)
+    talk = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Once"}]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    (tmp_path / "asks.json").write_text(json.dumps(talk[1:]))
+    args = ("-m", str(folder), "-n", "6", "--temperature", "0", "--json")
+    whole = "<|system|>Be kind<|end|><|user|>Once<|end|><|assistant|>"
+    want = json.loads(statecache("generate", whole, *args)[1])
+    for how in (
+        ["--messages", str(tmp_path / "talk.json")],
+        ["--messages", str(tmp_path / "asks.json"), "--system", "Be kind"],
+        ["Once", "--system", "Be kind"],
+    ):
+        got = json.loads(statecache("generate", *how, *args)[1])
+        assert got["prompt"] == talk
+        assert (got["text"], got["tokens"]) == (want["text"], want["tokens"])
+    assert statecache("generate", *how, *args[:-1], "-q")[1] == want["text"] + "\n"
+    read = want["tokens"]["prompt"]
+    assert f"0 tokens reused, {read} read" in statecache("chat", *args[:-1], "--system", "Be kind", stdin="Once")[2]
+    for bad, told in (
+        ("{", "this is no JSON"),
+        ('{"role": "user"}', "give a JSON list such as"),
+        ("[]", "give a JSON"),
+    ):
+        (tmp_path / "bad.json").write_text(bad)
+        code, out, err = statecache("generate", "--messages", str(tmp_path / "bad.json"), *args)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"statecache: --messages: {told}")
+    for command in (["chat"], ["generate", "Once"]):  # the embedded model knows no chat
+        code, out, err = statecache(*command, "--system", "Be kind")
+        assert (out, err.count("\n")) == ("", 1)
+        assert code
+        assert "chat template" in err
 
 
 # ---- Ctrl-C
@@ -451,15 +561,17 @@ def test_second_ctrl_c_interrupts_at_once():
 def stepwise(talk: chat.Conversation, fed: list[int], written: list[int]) -> None:
     """Every written token is the argmax of one full forward over what came before it."""
     ids = torch.tensor([[*fed, *written]])
+    model = sc.unprepare(talk.loaded.model)
     with torch.no_grad():
-        best = talk.loaded.model(ids, use_cache=False).logits[0].argmax(-1)
+        best = model(ids, use_cache=False).logits[0].argmax(-1)
     assert best[len(fed) - 1 : -1].tolist() == written
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["story", "template"])
 @pytest.mark.parametrize("family", ["qwen3_5", "mamba", "mamba2", "jamba", "bamba"])
 def test_chat_never_reads_a_token_twice(tmp_path, family, template):
-    talk = chat.Conversation(load(Settings(save_checkpoint(family, tmp_path, template), device="cpu")))
+    settings = Settings(save_checkpoint(family, tmp_path, template), device="cpu")
+    talk = chat.Conversation(load(settings), settings)
     options = {"max_new_tokens": 7}
     for turn, line in enumerate(("Once upon a time", "there was a fox", "and it ran")):
         held, before = talk.held(), list(talk.ids)
@@ -474,7 +586,8 @@ def test_chat_never_reads_a_token_twice(tmp_path, family, template):
 
 
 def test_chat_goes_on_after_ctrl_c(checkpoint, monkeypatch):
-    talk = chat.Conversation(load(Settings(checkpoint, device="cpu")))
+    settings = Settings(checkpoint, device="cpu")
+    talk = chat.Conversation(load(settings), settings)
     pieces = []
 
     def press_ctrl_c(text):
@@ -496,7 +609,8 @@ def test_chat_goes_on_after_ctrl_c(checkpoint, monkeypatch):
 
 
 def test_chat_goes_on_after_an_interrupt_within_a_forward(checkpoint, monkeypatch):
-    talk = chat.Conversation(load(Settings(checkpoint, device="cpu")))
+    settings = Settings(checkpoint, device="cpu")
+    talk = chat.Conversation(load(settings), settings)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -521,9 +635,194 @@ def test_chat_command_reports_reuse_and_obeys(statecache, checkpoint):
     assert "0 tokens reused, 4 read, 6 written" in err
     assert "9 tokens reused, 6 read, 6 written" in err  # 4 + 6 - 1, then the one left over and " upon"
     assert "tokens in the cache" in err
-    assert "No command /what: /stats shows" in err
+    assert "No command /what: /undo takes" in err
     assert "0 tokens reused, 6 read, 6 written" in err
     assert "never" not in err + out
+
+
+@pytest.mark.parametrize("how", [{}, {"lookup": 2}], ids=["plain", "lookup"])
+def test_chat_takes_turns_back_and_keeps_copies(checkpoint, how):
+    settings = Settings(checkpoint, device="cpu", **how)
+    talk, kept = chat.Conversation(load(settings), settings), []
+    options = {"max_new_tokens": 7, **how}
+
+    def turn(talk: chat.Conversation, line: str) -> list[int]:
+        talk.say(line)
+        fed = list(talk.ids)
+        with Stop() as stop:
+            written = talk.answer(options, stop)
+        stepwise(talk, fed, written.tokens)
+        assert talk.held() == len(talk.ids) - 1
+        return talk.ids
+
+    first = list(turn(talk, "Once upon a time"))
+    kept.append(talk.fork())
+    second = list(turn(talk, "there was a fox"))
+    assert talk.undo() == "there was a fox"
+    assert (talk.ids, talk.held()) == (first, len(first) - 1)
+    assert turn(talk, "it ran") != second
+    assert turn(kept[0], "there was a fox") == second
+    assert [talk.undo(), talk.undo(), talk.turns, talk.ids, talk.held()] == ["it ran", "Once upon a time", [], [], 0]
+    assert turn(talk, "Once upon a time") == first
+    assert kept[0].undo() == "there was a fox"
+    assert not kept[0].turns  # what came before the copy stays
+
+
+def test_chat_takes_a_turn_back_after_an_interrupt(checkpoint, monkeypatch):
+    settings = Settings(checkpoint, device="cpu")
+    talk = chat.Conversation(load(settings), settings)
+    talk.say("Once")
+    with Stop() as stop:
+        talk.answer({"max_new_tokens": 5}, stop)
+    ids = list(talk.ids)
+    talk.say("upon")
+    with Stop() as stop, monkeypatch.context() as patch:
+        patch.setattr(chat, "show", lambda *_: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
+        assert talk.answer({"max_new_tokens": 5}, stop) is None
+    assert (talk.undo(), talk.ids, talk.held()) == ("upon", ids, 0)
+    talk.say("a time")
+    fed = list(talk.ids)
+    with Stop() as stop:
+        stepwise(talk, fed, talk.answer({"max_new_tokens": 5}, stop).tokens)
+
+
+def test_chat_command_undoes_and_returns(statecache, checkpoint):
+    lines = "/undo\n/back\nOnce\n/fork\nupon\n/undo\n/retry\n/undo\n/retry\n/back\n/stats\n/undo\n"
+    args = ("chat", "-m", checkpoint, "-n", "6", "--temperature", "0", "--lookup", "2")
+    code, out, err = statecache(*args, stdin=lines)
+    assert code == 0
+    told = [line for line in err.splitlines() if line and line[0].isalnum()]
+    assert [line.partition(";")[0].partition(", 6 written")[0] for line in told] == [
+        "There is no turn to take back.",
+        "There is no copy: /fork keeps one.",
+        "0 tokens reused, 4 read",
+        "Kept: 10 tokens",
+        "9 tokens reused, 6 read",
+        "Taken back: upon",
+        "0 tokens reused, 4 read",
+        "Taken back: Once",
+        "There is no turn to take back.",
+        "Back at 10 tokens.",
+        "There is no turn to take back.",
+    ]
+    once = statecache("generate", "Once", *args[1:], "-q")[1].removeprefix("Once")
+    assert out.startswith(once)
+    assert out.endswith(once)
+
+
+def test_demo_writes_a_story_and_measures_what_was_saved(statecache):
+    code, out, err = statecache("demo", "-n", "40", "--seed", "1")
+    assert code == 0
+    assert out == statecache("generate", "Once upon a time", "-n", "40", "--seed", "1", "-q")[1]
+    cells = dict(re.findall(r"\u2502 (\S.*?) +\u2502 +(\S.*?) \u2502", err))
+    assert (cells["prompt tokens"], cells["new tokens"], cells["seed"]) == ("4", "40", "1")
+    for name in ("prompt tokens per second", "new tokens per second", "tokens per forward pass"):
+        assert float(cells[name]) >= 1
+    assert {"40 tokens, likeliest each", "the same text, --lookup 3", "recurrent state", "all states"} <= cells.keys()
+    assert cells["second turn: tokens reused"] == "43 of 47"
+    assert all(cells[name].endswith(" ms") for name in ("first token after", "without the cache"))
+
+
+# ---- bench
+
+SHORT = ("--prompt-tokens", "12", "-n", "4", "--repeats", "3")
+
+
+def test_bench_measures_three_caches_on_the_same_tokens(statecache, checkpoint):
+    code, out, err = statecache("bench", "-m", checkpoint, *SHORT, "--rows", "2", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["settings"] == {"prompt_tokens": 12, "new_tokens": 4, "rows": 2, "rounds": 3}
+    assert report["versions"]["transformers"] == transformers.__version__
+    own, plain, prepared = report["caches"]
+    assert [x["cache"] for x in report["caches"]] == ["transformers' own", "StateCache", "StateCache, prepared"]
+    for part, tokens in (("prefill", 24), ("decode", 8)):
+        assert own[part]["beside"] is None
+        for told in (plain, prepared):
+            seconds, beside = told[part]["seconds"], told[part]["beside"]
+            assert told[part]["tokens_per_second"] == pytest.approx(tokens / sorted(seconds)[1], rel=1e-2)
+            ratios = sorted(a / b for a, b in zip(seconds, own[part]["seconds"], strict=True))
+            assert beside["median"] == pytest.approx(ratios[1], rel=1e-2)
+            assert beside["low"] == pytest.approx((ratios[0] + ratios[1]) / 2, rel=1e-2)
+            assert beside["noise"] == (beside["low"] <= 1 <= beside["high"])
+    model = load_model(Settings(checkpoint, device="cpu"))
+    cache = sc.StateCache(model.config)
+    model(torch.ones(2, 12, dtype=torch.long), **{FUNCTIONS_TAKE: cache})
+    assert plain["bytes"] == prepared["bytes"] == cache.nbytes().total
+    assert own["bytes"] > 0
+
+
+def test_bench_table_says_what_is_noise(statecache):
+    code, out, _ = statecache("bench", *SHORT)
+    assert code == 0
+    assert "1 row of 12 tokens at once and 4 one by one, medians of 3 rounds:" in out
+    rows = [line for line in out.splitlines() if re.match(r"transformers' own |StateCache", line)]
+    assert len(rows) == 3
+    assert all(re.search(r" ~?\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\) .* ~?\d+\.\d\d \(", row) for row in rows[1:])
+    assert "~: the middle half of the rounds lies on both sides of 1, which is noise." in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("ours", "noise"), [([0.8, 1.2, 0.9, 1.1], True), ([1.2, 1.3, 1.2, 0.9], False), ([0.5, 0.6, 0.9, 1.1], False)]
+)
+def test_ratio_is_noise_where_the_middle_half_has_one(ours, noise):
+    found = ratio(ours, [1.0] * 4)
+    assert found.noise == noise
+    assert found.low <= found.median <= found.high
+
+
+def test_bench_says_why_a_cache_has_no_figures(statecache, checkpoint, tmp_path):
+    BloomForCausalLM(BloomConfig(vocab_size=259, n_layer=1, n_head=2, hidden_size=8)).save_pretrained(
+        tmp_path / "bloom"
+    )
+    code, out, _ = statecache("bench", "-m", str(tmp_path / "bloom"), *SHORT)
+    assert code == 0
+    assert re.search(r"^StateCache, prepared( +-){5}", out, re.MULTILINE)
+    assert 'StateCache, prepared: layer 0 ("full_attention") is a BloomBlock' in out
+    save_checkpoint("minimax", tmp_path / "minimax")
+    _, out, _ = statecache("bench", "-m", str(tmp_path / "minimax"), *SHORT, "--json")
+    own, plain, prepared = json.loads(out)["caches"]
+    assert "is not compatible with" in plain["why"]
+    assert "decode" not in plain
+    assert own["why"] is prepared["why"] is None
+    assert prepared["decode"]["tokens_per_second"] > 0
+
+
+def test_bench_of_a_model_that_takes_no_such_prompt_is_one_line(statecache, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_layer=1, n_head=2, n_embd=8, n_positions=4)).save_pretrained(tmp_path)
+    code, out, err = statecache("bench", "-m", str(tmp_path), *SHORT)
+    assert (code, out) == (1, "")
+    assert err == "statecache: this model runs with no cache at all: index out of range in self\n"
+
+
+def test_bench_leaves_the_model_as_it_was(checkpoint):
+    model = load_model(Settings(checkpoint, device="cpu"))
+    before = model(torch.ones(1, 3, dtype=torch.long)).logits
+    timings = measure(model, torch.ones(1, 9, dtype=torch.long), 2, 3)
+    assert [(len(x.prefill), len(x.decode), x.why) for x in timings] == [(3, 3, None)] * 3
+    assert not is_prepared(model)
+    assert torch.equal(model(torch.ones(1, 3, dtype=torch.long)).logits, before)
+
+
+def test_stop_and_top_k_reach_the_model(statecache):
+    args = ("generate", "Once upon a time", "-n", "20", "--temperature", "0", "--json")
+    free = json.loads(statecache(*args)[1])["text"]
+    for how in ([], ["--lookup", "2"]):
+        report = json.loads(statecache(*args, "--stop", "zebra", "--stop", free[9:13], *how)[1])
+        assert report["text"] == free[: free.index(free[9:13]) + 4]
+        assert report["finish_reason"] == "stop"
+    drawn = ("generate", "Once upon a time", "-n", "20", "--seed", "1", "--json", "--top-k")
+    assert json.loads(statecache(*drawn, "1")[1])["text"] == free
+    assert json.loads(statecache(*drawn, "3")[1])["settings"]["top_k"] == 3
+
+
+def test_package_runs_as_a_module_and_completes():
+    run = [sys.executable, "-m", "statecache"]
+    out = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout
+    assert out == "statecache 0.1.0\n"
+    asked = {**os.environ, "_STATECACHE_COMPLETE": "complete_bash", "COMP_WORDS": "statecache gen", "COMP_CWORD": "1"}
+    out = subprocess.run(run, capture_output=True, text=True, check=False, env=asked).stdout
+    assert "generate" in out.split()
 
 
 # ---- inspect
@@ -534,6 +833,14 @@ def test_inspect_shows_every_layer_and_the_total(statecache, checkpoint):
     assert (code, err) == (0, "")
     for word in ("linear_attention", "full_attention", "recurrent", "key", "per token", "2 rows of 100 tokens"):
         assert word in out
+
+
+def test_inspect_shows_equal_layers_once(statecache, checkpoint):
+    first = [line.partition("  ")[0] for line in statecache("inspect")[1].splitlines()]
+    assert [cell.split(" l")[0].split(" f")[0] for cell in first if "(" in cell] == ["0-2, 4-6 (6)", "3, 7 (2)"]
+    out = statecache("inspect", "--model", checkpoint)[1]
+    assert out.index("0, 2 (2) linear_attention") < out.index("1, 3 (2) full_attention")
+    assert out.count("recurrent ") == 2  # of the layers, and of the bytes
 
 
 def test_inspect_needs_no_weights_and_agrees_with_the_cache(statecache, checkpoint, tmp_path):

@@ -2,10 +2,11 @@
 
 import errno
 import importlib.metadata
+import json as json_format
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +19,6 @@ INTERRUPTED = 130
 COOLEST = 1e-6  # the lowest temperature that can be typed: below it is likely a slip, and draws what 0 takes
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -72,6 +72,12 @@ TopPOption = Annotated[
     float | None,
     typer.Option(callback=_top_p, help="Draw from the likeliest tokens that make up this probability, 1 for all."),
 ]
+TopKOption = Annotated[
+    int | None, typer.Option(min=0, help="Draw from that many of the likeliest tokens, 0 for all of them.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End where the text has this; may be given several times.")
+]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text. Left out: another one each time.")
 ]
@@ -101,6 +107,10 @@ IgnoreOption = Annotated[
         help="Write without the penalties and other processors that the checkpoint's generation_config asks for.",
     ),
 ]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What a chat model is told before all else, as its system message.")
+]
+RowsOption = Annotated[int, typer.Option(min=1, help="Sequences side by side.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -125,10 +135,17 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to go on from.", show_default=False)] = None,
     prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read it from a file; - is standard input.")] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='A conversation instead: JSON, [{"role": "user", "content": "..."}, ...].'),
+    ] = None,
+    system: SystemOption = None,
     model: ModelOption = None,
     max_new_tokens: NewTokensOption = 200,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    stop: StopOption = None,
     seed: SeedOption = None,
     lookup: LookupOption = None,
     draft: DraftOption = None,
@@ -143,26 +160,47 @@ def generate(
     With --lookup or --draft several tokens are checked in one forward pass. Greedy text stays the same, and with
     --lookup drawn text, too.
     """
-    text = _one_prompt(prompt, prompt_option, file)
-    if lookup and draft:
-        raise CommandError("--lookup and --draft are both given: keep one of them", 2)
+    asked: Any = _one_prompt(prompt, prompt_option, file, messages)
+    if messages is not None:
+        asked = _messages(asked)
+    elif system is not None:
+        asked = [{"role": "user", "content": asked}]
+    if system is not None:
+        asked = [{"role": "system", "content": system}, *asked]
+    _one_drafter(lookup, draft)
     with spinner("starting PyTorch", show=not quiet):
         from statecache.cli.generate import generate_command
         from statecache.cli.model import Settings
     settings = Settings(
-        model, device, dtype, max_new_tokens, temperature, top_p, seed, lookup or 0, draft, ignore_processors
+        model=model,
+        device=device,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=tuple(stop or ()),
+        seed=seed,
+        lookup=lookup or 0,
+        draft=draft,
+        ignore_processors=ignore_processors,
     )
-    if generate_command(text, settings, json=json, quiet=quiet):
+    if generate_command(asked, settings, json=json, quiet=quiet):
         raise typer.Exit(INTERRUPTED)
 
 
 @app.command(epilog="Example: statecache chat --temperature 0.7")
 def chat(
     model: ModelOption = None,
+    system: SystemOption = None,
     max_new_tokens: NewTokensOption = 200,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    stop: StopOption = None,
     seed: SeedOption = None,
+    lookup: LookupOption = None,
+    draft: DraftOption = None,
     ignore_processors: IgnoreOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -171,18 +209,70 @@ def chat(
 
     A model without a chat template, such as the embedded one, goes on with what you type.
     """
+    _one_drafter(lookup, draft)
     with spinner("starting PyTorch"):
         from statecache.cli.chat import chat_command
         from statecache.cli.model import Settings
-    chat_command(
-        Settings(model, device, dtype, max_new_tokens, temperature, top_p, seed, ignore_processors=ignore_processors)
+    settings = Settings(
+        model=model,
+        device=device,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=tuple(stop or ()),
+        seed=seed,
+        lookup=lookup or 0,
+        draft=draft,
+        ignore_processors=ignore_processors,
     )
+    chat_command(settings, system)
+
+
+@app.command(epilog="Example: statecache demo --seed 1")
+def demo(
+    model: ModelOption = None,
+    max_new_tokens: NewTokensOption = 200,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Write a story, then show what drafts and a cache that is kept save, measured here and now."""
+    with spinner("starting PyTorch"):
+        from statecache.cli.demo import demo_command
+        from statecache.cli.model import Settings
+    settings = Settings(model=model, device=device, dtype=dtype, max_new_tokens=max_new_tokens, seed=seed)
+    if demo_command(settings):
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command(epilog="Example: statecache bench --prompt-tokens 2048 --rows 4")
+def bench(
+    model: ModelOption = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, read at once.")] = 256,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens after it, one by one.")] = 32,
+    rows: RowsOption = 1,
+    repeats: Annotated[int, typer.Option(min=3, help="Rounds to take the medians of.")] = 7,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure a model on this machine, with transformers' own cache, with a StateCache, and prepared.
+
+    Tokens are random, so any checkpoint will do, with or without a tokenizer. Each round runs every cache once.
+    """
+    with spinner("starting PyTorch"):
+        from statecache.cli.bench import bench_command
+        from statecache.cli.model import Settings
+    settings = Settings(model=model, device=device, dtype=dtype, max_new_tokens=new_tokens)
+    bench_command(settings, prompt_tokens, rows, repeats, json=json)
 
 
 @app.command(epilog="Example: statecache inspect --rows 8 --length 32768")
 def inspect(
     model: ModelOption = None,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    rows: RowsOption = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens in each of them.")] = 2048,
     dtype: Annotated[Dtype | None, typer.Option(help="Left out: the checkpoint's own.")] = None,
     json: JsonOption = False,
@@ -193,15 +283,16 @@ def inspect(
     inspect_command(model, rows, length, dtype, json=json)
 
 
-def _one_prompt(argument: str | None, option: str | None, file: Path | None) -> str:
-    given = [name for name, x in (("PROMPT", argument), ("--prompt", option), ("--file", file)) if x is not None]
+def _one_prompt(argument: str | None, option: str | None, file: Path | None, messages: Path | None) -> str:
+    ways = {"PROMPT": argument, "--prompt": option, "--file": file, "--messages": messages}
+    given = [name for name, x in ways.items() if x is not None]
     if len(given) > 1:
         raise CommandError(f"{' and '.join(given)} are both given: keep one of them", 2)
     if not given and sys.stdin.isatty():
         raise CommandError("no prompt: give one as an argument, with --file, or through a pipe", 2)
     text = argument if argument is not None else option
     if text is None:
-        text = _read(file)
+        text = _read(file or messages)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -209,6 +300,21 @@ def _one_prompt(argument: str | None, option: str | None, file: Path | None) -> 
     if not text.strip():
         raise CommandError("the prompt is empty: give at least one word", 2)
     return text
+
+
+def _one_drafter(lookup: int | None, draft: str | None) -> None:
+    if lookup and draft:
+        raise CommandError("--lookup and --draft are both given: keep one of them", 2)
+
+
+def _messages(text: str) -> list[Any]:
+    try:
+        messages = json_format.loads(text)
+    except ValueError as error:
+        raise CommandError(f"--messages: this is no JSON: {error}", 2) from error
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise CommandError('--messages: give a JSON list such as [{"role": "user", "content": "..."}]', 2)
+    return messages
 
 
 def _read(file: Path | None) -> str:
@@ -223,12 +329,18 @@ def _read(file: Path | None) -> str:
 
 def main() -> None:
     """Run one command. Exit codes: 1 for what failed, 2 for a call that makes no sense, 130 after Ctrl-C."""
+    if sys.stdout is None:  # so Python has it where it was closed
+        sys.exit(1 if sys.stderr is None else _fail("standard output is closed: there is nowhere to write", 1))
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     try:
         code = app(prog_name="statecache", standalone_mode=False) or 0
         sys.stdout.flush()
     except typer.TyperException as error:
         message = error.format_message().rstrip(".")  # empty after a bare `statecache`, which has printed its help
-        code = _fail(f"{message} (statecache --help says what there is)", 2) if message else 2
+        words = "extra argument" in message
+        hint = "put a prompt of several words in quotes" if words else "statecache --help says what there is"
+        code = _fail(f"{message} ({hint})", 2) if message else 2
     except CommandError as error:
         code = _fail(str(error), error.code)
     except StateCacheError as error:

@@ -2,24 +2,30 @@
 
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import statecache as sc
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, options
+from statecache.cli.model import Loaded, Settings, load, new_cache, options
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
+from statecache.decode.prompt import templated, tokens_of
 
-COMMANDS = "/stats shows what the cache holds, /reset starts anew, /exit or Ctrl-D leaves"
+COMMANDS = (
+    "/undo takes the last turn back, /retry answers it anew, /fork keeps a copy to which /back returns, "
+    "/stats shows what the cache holds, /reset starts anew, /exit or Ctrl-D leaves"
+)
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-def chat_command(settings: Settings) -> None:
-    """Read what the user says, line by line, until there is no more."""
+def chat_command(settings: Settings, system: str | None = None) -> None:
+    """Read what the user says, line by line, until there is no more. `system`: what comes before all of it."""
     loaded = load(settings)
+    if system is not None and loaded.tokenizer.chat_template is None:
+        raise CommandError(f'--system takes a chat model, and "{loaded.name}" has no chat template: leave it out', 2)
     how = options(loaded.model.generation_config, settings)
-    talk = Conversation(loaded)
+    talk, kept = Conversation(loaded, settings, system), list[Conversation]()
     note = partial(console().print, style="dim", markup=False, soft_wrap=True)
     note(f"{COMMANDS}; Ctrl-C stops an answer.")
     while (line := _next_line()) is not None:
@@ -29,8 +35,23 @@ def chat_command(settings: Settings) -> None:
             case "/exit":
                 return
             case "/reset":
-                talk = Conversation(loaded)
+                talk = Conversation(loaded, settings, system)
                 note("The conversation starts anew.")
+            case "/undo" | "/retry" if not talk.turns:
+                note("There is no turn to take back.")
+            case "/undo":
+                note(f"Taken back: {talk.undo()}")
+            case "/retry":
+                how["seed"] = (how["seed"] + 1) % 2**63
+                note(_turn(talk, talk.undo(), how))
+            case "/fork":
+                kept.append(talk.fork())
+                note(f"Kept: {len(talk.ids)} tokens; /back returns there.")
+            case "/back" if not kept:
+                note("There is no copy: /fork keeps one.")
+            case "/back":
+                talk = kept.pop()
+                note(f"Back at {len(talk.ids)} tokens.")
             case "/stats":
                 sizes = talk.cache.nbytes()
                 rows = [("tokens so far", str(len(talk.ids))), ("tokens in the cache", str(talk.held()))]
@@ -53,13 +74,39 @@ def _turn(talk: "Conversation", line: str, how: dict[str, Any]) -> str:
     return f"{note}; stopped" if stop.requested else note
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Where a turn began: what the cache and the tokens were, and what the user said. mark: None where it is lost."""
+
+    mark: Any
+    ids: list[int]
+    line: str
+
+
 class Conversation:
     """The tokens so far, and a cache that holds all of them but the newest."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded = loaded
-        self.cache: Any = sc.StateCache(loaded.model.config)
+    def __init__(self, loaded: Loaded, settings: Settings, system: str | None = None) -> None:
+        self.loaded, self.settings, self.system = loaded, settings, system
+        self.cache: Any = new_cache(loaded, settings)
         self.ids: list[int] = []
+        self.turns: list[Turn] = []
+
+    def undo(self) -> str:
+        """Take the last turn back; what the user said in it. Where an interruption broke the cache, it starts anew."""
+        turn = self.turns.pop()
+        if turn.mark is None:
+            self.cache = new_cache(self.loaded, self.settings)
+        else:
+            self.cache.restore(turn.mark)
+        self.ids = turn.ids
+        return turn.line
+
+    def fork(self) -> "Conversation":
+        """A copy to go on from, whose turns so far cannot be taken back."""
+        other = Conversation(self.loaded, self.settings, self.system)
+        other.cache, other.ids = self.cache.fork(), list(self.ids)
+        return other
 
     def held(self) -> int:
         """How many of the tokens the cache has taken in."""
@@ -67,17 +114,19 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Append what the user says, in the model's own form, to the tokens."""
+        turn = Turn(self.cache.checkpoint(), list(self.ids), text)
         if self.loaded.tokenizer.chat_template is None:
             self._continue(text)
         else:
             self._next_message(text)
         if len(self.ids) <= self.held():
             raise CommandError("the tokenizer makes no token of this line")
+        self.turns.append(turn)
 
     def _continue(self, text: str) -> None:
         tokenizer = self.loaded.tokenizer
         if not self.ids:
-            self.ids = list(tokenizer(text)["input_ids"])
+            self.ids = tokens_of(text, tokenizer)
             return
         if self.ids[-1] == tokenizer.eos_token_id and self.held() < len(self.ids):
             self.ids.pop()  # the story goes on; the cache has not taken its end in
@@ -89,7 +138,9 @@ class Conversation:
         tokenizer, asks = self.loaded.tokenizer, [{"role": "user", "content": text}]
         if self.ids:
             asks = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}, *asks]
-        whole = tokenizer.apply_chat_template(asks, tokenize=False, add_generation_prompt=True)
+        elif self.system is not None:
+            asks = [{"role": "system", "content": self.system}, *asks]
+        whole = templated(asks, tokenizer)
         rest = whole.rpartition(ANSWER)[2] if self.ids else whole
         new = list(tokenizer(rest, add_special_tokens=False)["input_ids"])
         if self.ids and new[:1] == self.ids[-1:]:
@@ -104,7 +155,8 @@ class Conversation:
         try:
             written = write_on(self.loaded, self.ids, self.cache, how, stop, show)
         except KeyboardInterrupt:
-            self.cache = sc.StateCache(self.loaded.model.config)
+            self.cache = new_cache(self.loaded, self.settings)
+            self.turns = [replace(turn, mark=None) for turn in self.turns]
             return None
         self.ids += written.tokens
         return written

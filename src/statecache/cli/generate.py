@@ -3,38 +3,43 @@
 import json as json_format
 from typing import Any
 
-import statecache as sc
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, options
+from statecache.cli.model import Loaded, Settings, drafts, load, new_cache, options
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
-from statecache.decode.limits import MOST_DRAFTS
+from statecache.decode.prompt import conversations_of, templated, tokens_of
 
 
-def generate_command(prompt: str, settings: Settings, *, json: bool, quiet: bool) -> bool:
-    """Print the prompt and what the model makes of it; whether Ctrl-C cut it short."""
-    loaded = load(settings, show=not quiet)
-    ids = loaded.tokenizer(prompt)["input_ids"]
+def generate_command(
+    prompt: str | list[Any], settings: Settings, *, json: bool, quiet: bool, loaded: Loaded | None = None
+) -> bool:
+    """Print the prompt and what the model makes of it, of messages its answer; whether Ctrl-C cut it short."""
+    loaded = loaded or load(settings, show=not quiet)
+    text = prompt if isinstance(prompt, str) else templated(conversations_of(prompt)[0], loaded.tokenizer)
+    ids = tokens_of(text, loaded.tokenizer, first=text == prompt)
     if not ids:
         raise CommandError("the tokenizer makes no token of this prompt: give at least one word", 2)
     how = options(loaded.model.generation_config, settings)
-    drafts = settings.lookup > 0 or loaded.assistant is not None
-    cache = sc.StateCache(loaded.model.config, slack=1 + MOST_DRAFTS if drafts else 0)
+    cache = new_cache(loaded, settings)
     with Stop() as stop:
-        written = write_on(loaded, ids, cache, how, stop, _ignore if json else show, prompt)
+        first = prompt if isinstance(prompt, str) else ""
+        written = write_on(loaded, ids, cache, how, stop, _ignore if json else show, first)
     if json:
         result = _as_json(loaded, prompt, ids, written, cache, how, stop)
-        result["speculation"] = _gain(settings, written) if drafts else None
+        result["speculation"] = _gain(settings, written) if drafts(loaded, settings) else None
         show(json_format.dumps(result))
     show("\n")
     if not (json or quiet):
         rows = [
             ("prompt tokens", f"{len(ids)}"),
             ("new tokens", f"{len(written.tokens)}"),
-            ("tokens per second", f"{written.tokens_per_second:.1f}"),
+            ("prompt tokens per second", f"{len(ids) / written.first:.1f}" if written.first else "none"),
+            ("new tokens per second", f"{written.decoded_per_second:.1f}"),
         ]
+        if how["temperature"]:
+            rows.append(("seed", f"{how['seed']}"))
         report = written.report
-        if drafts:
+        if drafts(loaded, settings):
             rows += [
                 ("tokens per forward pass", f"{report.tokens_per_forward:.2f}"),
                 ("drafted tokens accepted", f"{report.accepted} of {report.drafted}"),
@@ -61,7 +66,13 @@ def _gain(settings: Settings, written: Written) -> dict[str, Any]:
 
 
 def _as_json(
-    loaded: Loaded, prompt: str, ids: list[int], written: Written, cache: Any, how: dict[str, Any], stop: Stop
+    loaded: Loaded,
+    prompt: str | list[Any],
+    ids: list[int],
+    written: Written,
+    cache: Any,
+    how: dict[str, Any],
+    stop: Stop,
 ) -> dict[str, Any]:
     sizes = cache.nbytes()
     return {
@@ -69,8 +80,10 @@ def _as_json(
         "text": written.text,
         "tokens": {"prompt": len(ids), "new": len(written.tokens)},
         "seconds": round(written.seconds, 4),
+        "seconds_to_first_token": round(written.first, 4),
         "tokens_per_second": round(written.tokens_per_second, 2),
         "interrupted": stop.requested,
+        "finish_reason": written.report.reasons[0],
         "bytes": {**sizes.by_kind, "total": sizes.total},
         "settings": {
             "model": loaded.name,

@@ -2,6 +2,7 @@
 
 import json as json_format
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from rich.table import Table
 from statecache.cli.model import load_config
 from statecache.cli.report import byte_rows, human_bytes, two_columns
 from statecache.models.table import model_spec
-from statecache.spec import ModelSpec, StateSpec
+from statecache.spec import LayerSpec, ModelSpec, StateSpec
 
 
 def inspect_command(model: str | None, rows: int, length: int, dtype: str | None, *, json: bool) -> None:
@@ -61,10 +62,13 @@ def _state(state: StateSpec, model: torch.dtype) -> dict[str, Any]:
 
 def _table(spec: ModelSpec, dtype: torch.dtype) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), title=f"{spec.model}, {_name(dtype)}", title_justify="left")
-    for name in ("layer", "kind", "state", "window", "entry", "dtype", "per row", "per token"):
-        table.add_column(name, justify="right" if name in ("layer", "window", "per row", "per token") else "left")
+    for name in ("layers", "kind", "state", "window", "entry", "dtype", "per row", "per token"):
+        table.add_column(name, justify="right" if name in ("window", "per row", "per token") else "left")
+    alike: dict[LayerSpec, list[int]] = {}
     for layer in spec.layers:
-        head = (str(layer.index), layer.kind)
+        alike.setdefault(replace(layer, index=0), []).append(layer.index)
+    for layer, indices in alike.items():
+        head = (f"{_runs(indices)} ({len(indices)})", layer.kind)
         for state in layer.states:
             x = _state(state, dtype)
             entry = "?" if x["shape"] is None else "x".join(map(str, x["shape"]))
@@ -75,6 +79,17 @@ def _table(spec: ModelSpec, dtype: torch.dtype) -> Table:
         if not layer.states:
             table.add_row(*head, "known at the first write" if layer.open else "none")
     return table
+
+
+def _runs(indices: list[int]) -> str:
+    """[0, 1, 2, 4] -> 0-2, 4."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _bytes(n: int | None) -> str:

@@ -13,31 +13,15 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+import statecache as sc
 from statecache.cli.failure import CommandError
 from statecache.cli.report import spinner
+from statecache.decode.limits import MOST_DRAFTS
+from statecache.decode.processors import refused
+from statecache.errors import UnknownLayerError
 
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "story"
 EMBEDDED_DRAFT = EMBEDDED.with_name("draft")
-# fields of a generation configuration that change logits: always, and where tokens are drawn
-PROCESSORS = (
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "guidance_scale",
-    "sequence_bias",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "min_length",
-    "min_new_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "watermarking_config",
-)
-WARPERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-NEUTRAL_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "typical_p")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -51,6 +35,8 @@ class Settings:
     max_new_tokens: int = 200
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
     seed: int | None = None
     lookup: int = 0
     draft: str | None = None
@@ -68,16 +54,38 @@ class Loaded:
 
 
 def load(settings: Settings, show: bool = True) -> Loaded:
-    """Read tokenizer and weights, onto the device. Raises CommandError where that cannot be done."""
+    """Read tokenizer and weights, onto the device, and prepare the model. Raises CommandError where that cannot be."""
+    source = find(settings.model)
+    with spinner("reading the tokenizer", show), reading(source):
+        transformers.AutoConfig.from_pretrained(source)  # what is wrong with it is no fault of the tokenizer's
+        tokenizer = _load_tokenizer(source)
+    model = prepared(load_model(settings, show), settings.model or "embedded")
+    assistant = None if settings.draft is None else _load_draft(settings.draft, model)
+    return Loaded(settings.model or "embedded", model, tokenizer, assistant)
+
+
+def load_model(settings: Settings, show: bool = True) -> Any:
+    """The model as it is, on its device. Raises CommandError where it cannot be read."""
     source, device = find(settings.model), pick_device(settings.device)
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "auto")
     with spinner(f"loading {settings.model or 'the embedded model'} onto {device}", show), reading(source):
-        config = transformers.AutoConfig.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return model.to(device).eval()
+
+
+def _load_tokenizer(source: str) -> Any:
+    """The model's tokenizer. Where a folder has none, transformers may make one that knows no word."""
+    cause: ValueError | None = None
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
-        model = model.to(device).eval()
-    assistant = None if settings.draft is None else _load_draft(settings.draft, model)
-    return Loaded(settings.model or "embedded", model, tokenizer, assistant)
+        if tokenizer("a", add_special_tokens=False)["input_ids"]:
+            return tokenizer
+    except ValueError as error:
+        cause = error
+    raise CommandError(
+        f'"{source}" has no tokenizer that transformers can read: save the model\'s own there, with '
+        f'tokenizer.save_pretrained("{source}")'
+    ) from cause
 
 
 def _load_draft(draft: str, model: Any) -> Any:
@@ -85,7 +93,25 @@ def _load_draft(draft: str, model: Any) -> Any:
     source = str(EMBEDDED_DRAFT) if draft == "tiny" else find(draft)
     with reading(source):
         assistant = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype)
-    return assistant.to(model.device).eval()
+    return prepared(assistant.to(model.device).eval(), draft)
+
+
+def prepared(model: Any, name: str) -> Any:
+    """The model with exact state operators, before anything is written with it."""
+    try:
+        return sc.prepare(model)
+    except UnknownLayerError as error:
+        raise CommandError(f'cannot write with "{name}", which prepare() does not take: {error}') from error
+
+
+def drafts(loaded: Loaded, settings: Settings) -> bool:
+    """Whether anything drafts."""
+    return settings.lookup > 0 or loaded.assistant is not None
+
+
+def new_cache(loaded: Loaded, settings: Settings) -> Any:
+    """An empty cache for the model, with room to take drafts back where there are any."""
+    return sc.StateCache(loaded.model.config, slack=1 + MOST_DRAFTS if drafts(loaded, settings) else 0)
 
 
 def load_config(model: str | None) -> Any:
@@ -145,27 +171,29 @@ def options(config: Any, settings: Settings) -> dict[str, Any]:
     if not settings.ignore_processors:
         _check_processors(config, draws=drawn["temperature"] > 0)
     seed = torch.seed() % 2**31 if settings.seed is None else settings.seed
-    return {"max_new_tokens": settings.max_new_tokens, "lookup": settings.lookup, "seed": seed, **drawn}
+    more: dict[str, Any] = {"processors": []} if settings.ignore_processors else {}
+    if settings.stop:
+        more["stop"] = list(settings.stop)
+    return {"max_new_tokens": settings.max_new_tokens, "lookup": settings.lookup, "seed": seed, **more, **drawn}
 
 
 def drawing(config: Any, settings: Settings) -> dict[str, Any]:
     """How tokens are drawn: temperature, top_p and top_k."""
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    draws = config.do_sample or settings.top_p is not None if settings.temperature is None else settings.temperature > 0
+    asks = settings.top_p is not None or settings.top_k is not None
+    draws = config.do_sample or asks if settings.temperature is None else settings.temperature > 0
     if not draws:
         return {**neutral, "temperature": 0.0}
     # what transformers takes for a value that is set nowhere; it keeps that to itself, so there may be nothing to ask
     unset: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
-    typed = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": None}
+    typed = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     asked = {name: getattr(config, name) if x is None else x for name, x in typed.items()}
     return {name: unset.get(name, neutral[name]) if x is None else x for name, x in asked.items()}
 
 
 def _check_processors(config: Any, draws: bool) -> None:
-    told = {name: getattr(config, name, None) for name in PROCESSORS + (WARPERS if draws else ())}
-    effective = [name for name, x in told.items() if x and not (name in NEUTRAL_AT_ONE and x == 1)]
-    if effective:
+    if names := refused(config, draws):
         raise CommandError(
-            f"the checkpoint's generation_config sets {', '.join(effective)}, which statecache does not apply: write "
-            "without with --ignore-processors"
+            f"the checkpoint's generation_config sets {names}, which statecache does not apply: write without with "
+            "--ignore-processors"
         )

@@ -11,8 +11,9 @@ import torch
 
 import statecache as sc
 from statecache.cli.model import Loaded
+from statecache.decode.prompt import stops_of
 from statecache.decode.report import Report
-from statecache.decode.text import Text
+from statecache.decode.text import Text, special_tokens
 
 
 class Stop:
@@ -39,16 +40,22 @@ class Stop:
 
 @dataclass(frozen=True)
 class Written:
-    """What one run wrote. seconds: from the first forward to the last token."""
+    """What one run wrote. seconds: from the first forward to the last token; first: to the first one."""
 
     tokens: list[int]
     text: str
     seconds: float
     report: Report
+    first: float
 
     @property
     def tokens_per_second(self) -> float:
         return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+    @property
+    def decoded_per_second(self) -> float:
+        """New tokens but the first, for each second after it."""
+        return (len(self.tokens) - 1) / (self.seconds - self.first) if len(self.tokens) > 1 else 0.0
 
 
 def write_on(
@@ -64,12 +71,15 @@ def write_on(
 
     `options`: of `sc.generate`. What makes no sense is refused before anything is handed on.
     """
-    text, reports, tokens = Text(loaded.tokenizer, ids), list[Report](), list[int]()
+    special = special_tokens(loaded.tokenizer)
+    stops, _ = stops_of(options.get("stop"), loaded.model, loaded.tokenizer, special)
+    text, reports, tokens = Text(loaded.tokenizer, ids, stops), list[Report](), list[int]()
     held = int(cache.get_seq_length())
-    start = time.perf_counter()
+    start, arrived = time.perf_counter(), 0.0
     stream = sc.generate(
         loaded.model,
         torch.tensor(ids[held:]),
+        loaded.tokenizer,
         cache=cache,
         assistant=loaded.assistant,
         stream=True,
@@ -80,6 +90,7 @@ def write_on(
         write(first)
     with stream:
         for new in stream:
+            arrived = arrived or time.perf_counter() - start
             tokens += new
             for token in new:
                 text.push(token)
@@ -91,4 +102,4 @@ def write_on(
     text.end()
     if piece := text.take():
         write(piece)
-    return Written(tokens, text.text, seconds, reports[0])
+    return Written(tokens, text.text, seconds, reports[0], arrived)

@@ -1,0 +1,53 @@
+"""`statecache demo`: a story, and what the cache did for it, measured on the spot."""
+
+from dataclasses import replace
+
+from statecache.cli.generate import generate_command
+from statecache.cli.model import Loaded, Settings, load, new_cache, options
+from statecache.cli.report import console, spinner, two_columns
+from statecache.cli.writing import Stop, Written, write_on
+
+PROMPT, MORE = "Once upon a time", " The next day"
+DRAFTS = 3
+
+
+def demo_command(settings: Settings) -> bool:
+    """Write a story; then measure drafts and a second turn with the same model. Whether Ctrl-C cut it short."""
+    loaded = load(settings)
+    if generate_command(PROMPT, settings, json=False, quiet=False, loaded=loaded):
+        return True
+    with Stop() as stop:
+        with spinner("measuring drafts and a second turn"):
+            greedy = replace(settings, temperature=0.0)
+            plain, drafted = (_write(loaded, replace(greedy, lookup=n), stop) for n in (0, DRAFTS))
+            ids, reused, turn, whole = _second_turn(loaded, greedy, stop)
+        same = "the same text" if plain.text == drafted.text else "another text"
+        rows = [
+            (f"{len(plain.tokens)} tokens, likeliest each", f"{plain.seconds:.2f} s"),
+            (f"{same}, --lookup {DRAFTS}", f"{drafted.seconds:.2f} s"),
+            ("tokens per forward pass", f"{drafted.report.tokens_per_forward:.2f}"),
+            ("second turn: tokens reused", f"{reused} of {ids}"),
+            ("first token after", f"{turn.first * 1e3:.0f} ms"),
+            ("without the cache", f"{whole.first * 1e3:.0f} ms"),
+        ]
+        if not stop.requested:
+            console().print(two_columns(rows))
+    return stop.requested
+
+
+def _write(loaded: Loaded, settings: Settings, stop: Stop) -> Written:
+    """A text of likeliest tokens, onto nothing."""
+    ids, cache = loaded.tokenizer(PROMPT)["input_ids"], new_cache(loaded, settings)
+    return write_on(loaded, ids, cache, options(loaded.model.generation_config, settings), stop, len)
+
+
+def _second_turn(loaded: Loaded, first: Settings, stop: Stop) -> tuple[int, int, Written, Written]:
+    """Tokens of a text that goes on, how many its cache held, and runs of one token with that cache and without."""
+    one = replace(first, max_new_tokens=1)
+    cache, how = new_cache(loaded, first), [options(loaded.model.generation_config, each) for each in (first, one)]
+    ids = list(loaded.tokenizer(PROMPT)["input_ids"])
+    ids += write_on(loaded, ids, cache, how[0], stop, len).tokens
+    ids += loaded.tokenizer(MORE, add_special_tokens=False)["input_ids"]
+    reused = int(cache.get_seq_length())
+    turn = write_on(loaded, ids, cache, how[1], stop, len)
+    return len(ids), reused, turn, write_on(loaded, ids, new_cache(loaded, one), how[1], stop, len)
