@@ -21,11 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -34,8 +32,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import statecache
-from shapes import WIDE, build, cpu_name, figure, table, tokens_of, versions
+from shapes import WIDE, build, figure, table, tokens_of, versions
 from statecache import StateCache
+from statecache.cli.measure import cpu_name, storages
 
 CHUNK = 1024  # tokens of one prefill forward
 WARM = 4  # untimed tokens after the prefill; a compiled variant compiles in them
@@ -101,27 +100,6 @@ class Reader:
 
 
 # ---- bytes
-
-
-def storages(root: Any) -> dict[int, int]:
-    """Address and bytes of every tensor storage that can be reached from an object."""
-    found: dict[int, int] = {}
-    seen, todo = set(), [root]
-    while todo:
-        thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, type | ModuleType | FunctionType | MethodType | weakref.ref | str):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(thing, Mapping):
-            todo += [*thing.keys(), *thing.values()]
-        elif isinstance(thing, list | tuple | set | frozenset | weakref.WeakSet):
-            todo += list(thing)
-        todo += list(getattr(thing, "__dict__", {}).values())
-        todo += [getattr(thing, slot, None) for slot in getattr(type(thing), "__slots__", ()) if slot[:2] != "__"]
-    return found
 
 
 def reachable_bytes(cache: Any) -> int:

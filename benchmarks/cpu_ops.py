@@ -26,7 +26,8 @@ import transformers
 from transformers import DynamicCache
 
 import statecache
-from shapes import DEEP, build, cpu_name, figure, table, tokens_of, versions
+from shapes import DEEP, build, figure, table, tokens_of, versions
+from statecache.cli.measure import cpu_name
 
 CONTEXT = 128  # tokens before decoding
 NOISE = 1.05  # of a ratio that ought to be 1 at most, on an idle machine

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,12 +132,6 @@ def build(shape: Make, quick: bool) -> Any:
 
 def tokens_of(model: Any, n: int, rows: int = 1) -> Tensor:
     return torch.randint(1, model.config.vocab_size, (rows, n), generator=torch.Generator().manual_seed(1))
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

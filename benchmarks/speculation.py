@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import statecache as sc
 import statecache.tiny
-from shapes import cpu_name, figure, table, versions
+from shapes import figure, table, versions
+from statecache.cli.measure import cpu_name
 from statecache.decode.draft_length import DraftLength
 from statecache.decode.report import Report
 

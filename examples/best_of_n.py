@@ -17,7 +17,7 @@ tokenizer = AutoTokenizer.from_pretrained(STORY)
 
 prompt = tokenizer("The old king looked at his three sons and said", return_tensors="pt").input_ids
 cache = sc.StateCache(model.config)
-logits = model(prompt, past_key_values=cache).logits[:, -1]
+logits = model(prompt, cache=cache).logits[:, -1]
 
 cache.gather([0] * N)  # keys, convolutions and recurrent states of the one row, n times
 logits = logits.expand(N, -1)
@@ -29,7 +29,7 @@ for _ in range(TOKENS):
     token = chances.multinomial(1)  # (N, 1)
     score += logits.log_softmax(-1).gather(1, token)[:, 0]
     tokens.append(token)
-    logits = model(token, past_key_values=cache).logits[:, -1]
+    logits = model(token, cache=cache).logits[:, -1]
 
 for row, text in enumerate(tokenizer.batch_decode(torch.cat(tokens, 1))):
     print(f"{score[row] / TOKENS:6.2f} a token: {text!r}")

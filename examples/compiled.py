@@ -42,12 +42,12 @@ step = torch.compile(model.forward, fullgraph=True, backend="inductor" if builds
 def decode(forward, prompt: list[int], tokens: int) -> tuple[list[int], float]:
     """Continue greedily; return the tokens and the milliseconds that each took."""
     cache.reset()
-    logits = model(torch.tensor([prompt]), past_key_values=cache).logits
+    logits = model(torch.tensor([prompt]), cache=cache).logits
     written, began = [], time.perf_counter()
     for position in range(len(prompt), len(prompt) + tokens):
         written.append(int(logits[0, -1].argmax()))
         at = torch.tensor([[position]])
-        logits = forward(torch.tensor([written[-1:]]), position_ids=at, past_key_values=cache).logits
+        logits = forward(torch.tensor([written[-1:]]), position_ids=at, cache=cache).logits
     return written, 1e3 * (time.perf_counter() - began) / tokens
 
 

@@ -15,7 +15,7 @@ tokenizer = AutoTokenizer.from_pretrained(STORY)
 
 cache = sc.StateCache(model.config, slack=16)
 start = tokenizer("Once upon a time there was a little girl who", return_tensors="pt").input_ids
-logits = model(start, past_key_values=cache).logits[0, -1]
+logits = model(start, cache=cache).logits[0, -1]
 print(f"{cache.lengths.item()} tokens in, {cache.nbytes()}")
 
 
@@ -23,7 +23,7 @@ def explore(first: int, steps: int = 10) -> str:
     """Greedy text that begins with token `first`; afterwards the cache is as it was."""
     tokens = [first]
     for _ in range(steps):
-        tokens.append(int(model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
+        tokens.append(int(model(torch.tensor([tokens[-1:]]), cache=cache).logits[0, -1].argmax()))
     cache.rollback(steps)
     return tokenizer.decode(tokens)
 

@@ -22,7 +22,7 @@ with torch.no_grad():
         width = max(map(len, ids))
         batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-        logits = model(batch, past_key_values=cache, attention_mask=mask).logits
+        logits = model(batch, cache=cache, attention_mask=mask).logits
     print("tokens that each row holds:", cache.lengths.tolist())
 
     # each row beside itself alone

@@ -30,13 +30,11 @@ for turn in ("Once upon a time there was a fox.", " One day the fox met a bear."
     ids = torch.cat([ids, new], 1)
     fed.clear()
     mask = torch.ones_like(ids)
-    out = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, min_new_tokens=16, max_new_tokens=16, do_sample=True
-    )
+    out = model.generate(ids, attention_mask=mask, cache=cache, min_new_tokens=16, max_new_tokens=16, do_sample=True)
     answer = tokenizer.decode(out[0, ids.shape[1] :])
     print(f"{ids.shape[1]:3} tokens so far, {fed[0]:2} of them read now, 16 written: {answer!r}")
     ids = out
 
 whole = model(input_ids=ids, use_cache=False).logits[0, -1]
-last = model(input_ids=ids[:, -1:], past_key_values=cache).logits[0, -1]
+last = model(input_ids=ids[:, -1:], cache=cache).logits[0, -1]
 print(f"largest difference from one forward over all {ids.shape[1]} tokens: {(whole - last).abs().max():.1e}")

@@ -1,5 +1,6 @@
 """Every python block in the README and the docs runs and prints what it says; links lead somewhere."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,16 @@ def test_no_python_block_is_left_out():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert text.count("```py") == len(FENCE.findall(text)), page
+
+
+def test_plots_are_drawn_from_the_committed_figures(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import plots
+
+    for draw, data in ((plots.decode_svg, plots.DECODE), (plots.matrix_svg, plots.MATRIX)):
+        file = ROOT / "docs" / f"{draw.__name__.removesuffix('_svg')}.svg"
+        assert file.read_text() == draw(json.loads(data.read_text())), f"{file.name}: run benchmarks/plots.py"
+    assert "411 right, 208 wrong, no error, 341 refused or missing" in (ROOT / "docs" / "matrix.svg").read_text()
 
 
 def test_transformers_versions_in_the_docs_are_the_supported_ones():
