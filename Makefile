@@ -4,14 +4,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := 5.17.0
 
-.PHONY: run test lint format types docs examples test-oldest package check check-long clean
+.PHONY: run test lint format types docs examples test-oldest package check check-long check-next clean
 
 run: $(VENV)/run.stamp
-	$(BIN)/statecache generate "Once upon a time"
+	$(BIN)/statecache demo
 
 # Tests run tiny models: more threads only wait for each other, ten times slower on a busy machine. A process for each
 # core instead, at most four; neighbours stay together, since some share what took long to make, until one has nothing left.
-test test-oldest check-long: export OMP_NUM_THREADS ?= 1
+test test-oldest check-long check-next: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test: $(VENV)/dev.stamp
@@ -34,10 +34,21 @@ docs: $(VENV)/docs.stamp
 examples: $(VENV)/run.stamp
 	@for file in examples/*.py; do echo "$$file"; $(BIN)/python -W error "$$file" || exit 1; done
 
-# What talks to transformers, with the oldest supported one in front of the pinned one. Where an operation is interrupted
-# is the cache's affair, whatever the version.
+# What transformers calls and is called for, with the oldest supported one in front of the pinned one. Interruptions, random
+# schedules, devices and what compiles are the cache's affair, whatever the version: `make check-next NEXT=5.17.0` runs all.
+TALKS := $(foreach name,conformance prepare generation cache door other_families interface,tests/models/test_$(name).py)
 test-oldest: $(VENV)/dev.stamp $(VENV)/oldest.stamp
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PYTEST) tests/models tests/test_cli.py --ignore tests/models/test_interruptions.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(PYTEST) $(TALKS) tests/test_cli.py -k "not compile and not graph and not schedule"
+
+# The newest transformers, or NEXT=5.17.0: what it changes of what statecache stands on, and every test that talks to it.
+check-next: $(VENV)/dev.stamp
+	rm -rf $(VENV)/next
+	$(PIP) install --quiet --no-deps --target $(VENV)/next transformers$(if $(NEXT),==$(NEXT))
+	@failed=0; \
+	PYTHONPATH=$(CURDIR)/$(VENV)/next $(BIN)/python tools/check_next.py || failed=1; \
+	PYTHONPATH=$(CURDIR)/$(VENV)/next $(PYTEST) -W "ignore:statecache was tested with" tests/models tests/decode tests/test_cli.py \
+		|| failed=1; \
+	exit $$failed
 
 # The wheel by itself, as `pip install .` gives it: code, weights and tokenizer.
 package: $(VENV)/run.stamp
