@@ -92,6 +92,7 @@ def program(*args: str, **options) -> subprocess.Popen[str]:
 # ---- starting
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     "args",
     [["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["demo", "-h"], ["bench", "-h"]],
@@ -204,6 +205,7 @@ def test_closed_standard_output_is_one_line(checkpoint):
     )
 
 
+@pytest.mark.program
 def test_unreachable_hub_is_one_line():
     run = program("inspect", "--model", "org/no-such", env={**os.environ, "HF_HUB_OFFLINE": "1"})
     out, err = run.communicate(timeout=120)
@@ -505,6 +507,7 @@ def test_messages_and_a_system_message_reach_the_model(statecache, checkpoint, t
 # ---- Ctrl-C
 
 
+@pytest.mark.program
 def test_ctrl_c_keeps_what_was_written(checkpoint):
     run = program("generate", "Once", "--model", checkpoint, "-n", "100000")
     assert run.stdout.read(8).startswith("Once")
@@ -516,6 +519,7 @@ def test_ctrl_c_keeps_what_was_written(checkpoint):
     assert out.endswith("\n")
 
 
+@pytest.mark.program
 def test_ctrl_c_keeps_what_was_drafted():
     run = program("generate", "Once", "-n", "100000", "--draft", "tiny", "--temperature", "0")
     assert run.stdout.read(8).startswith("Once")
@@ -527,6 +531,7 @@ def test_ctrl_c_keeps_what_was_drafted():
     assert out.endswith("\n")
 
 
+@pytest.mark.program
 def test_reader_that_leaves_is_no_error(checkpoint):
     reader, writer = os.pipe()
     run = program("generate", "Once", "--model", checkpoint, "-n", "2000", "--quiet", stdout=writer)
@@ -537,6 +542,7 @@ def test_reader_that_leaves_is_no_error(checkpoint):
     assert run.returncode == 1
 
 
+@pytest.mark.program
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("args", [["generate", "Once", "-n", "2", "-q"], ["inspect"], ["inspect", "--json"], ["-h"]])
 def test_full_device_is_one_line(args):
@@ -816,6 +822,7 @@ def test_stop_and_top_k_reach_the_model(statecache):
     assert json.loads(statecache(*drawn, "3")[1])["settings"]["top_k"] == 3
 
 
+@pytest.mark.program
 def test_package_runs_as_a_module_and_completes():
     run = [sys.executable, "-m", "statecache"]
     out = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout

@@ -1,27 +1,18 @@
 """The conformance matrix as a test: every family x every capability, and the cells that may fail, by name and cause."""
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
-from pathlib import Path
 
 import families
 import matrix
 import pytest
+import torch
+import transformers
 from tiny_models import COMPILER
 
-MATRIX = Path(matrix.__file__)
-PATHS = [path for path in [os.environ.get("PYTHONPATH")] if path]
-COMPILED = (
-    "mamba2",
-    "granitemoehybrid",
-    "qwen3_5",
-    "lfm2",
-)  # a compiled step takes minutes: the others in `check-long`
+COMPILED = ("mamba2", "granitemoehybrid", "qwen3_5", "lfm2")  # it takes long: the others in `check-long`
 MAMBA_1 = "mamba falcon_mamba jamba zamba"
 NO_LFM = ("lfm2", "lfm2_moe", "lfm3")
 INKLING = " ".join(f for f in families.FAMILIES if f.startswith("inkling"))
@@ -77,51 +68,38 @@ def excuse(subject: str, capability: str, family: str) -> str | None:
     return None
 
 
+# whose operators and kinds of layer another family has, too
+ALIKE = ("falcon_mamba", "jamba", "bamba", "nemotron_h", "zamba", "zamba2", "qwen3_next", "qwen3_5_moe", "olmo_hybrid")
+ALIKE += ("lfm2_moe", "zamba2+clamp", "nemotron_h+clamp", "minimax+full0")
 # a family that is excused altogether has nothing to show
-CELLS = [(s, f) for s in EXCUSED for f in families.FAMILIES if not excuse(s, "greedy_growing", f)]
+CELLS = [
+    pytest.param(s, f, marks=[pytest.mark.alike] * (f in ALIKE))
+    for s in EXCUSED
+    for f in families.FAMILIES
+    if not excuse(s, "greedy_growing", f)
+]
 
 
-SCRIPT = """
-import sys
-import matrix
+@pytest.fixture
+def run(subject, tmp_path, monkeypatch) -> Iterator[Callable[..., dict[str, dict[str, object]]]]:
+    """The matrix, for cells of one family, in this process; what it sets there is taken back."""
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setattr(matrix, "OUT", str(tmp_path))
+    level = transformers.logging.get_verbosity()
 
-subject, only, skip, backend, limit, *names = sys.argv[1:]
-matrix.imports(subject, backend=backend)
-for name in names:
-    matrix.run_family(name, only.split(",") if only else None, skip.split(","), int(limit))
-"""
+    def cells(family: str, only=None, skip=(), backend="aot_eager") -> dict[str, dict[str, object]]:
+        matrix.imports(subject, backend=backend)
+        matrix.run_family(family, only, skip, 600 if only else 150)
+        return json.loads((tmp_path / subject / f"{family}.json").read_text())
 
-
-def run_matrix(
-    subject: str, names: list[str], folder: Path, only: str = "", skip: str = "", backend: str = "", limit: int = 150
-) -> dict[str, dict[str, dict[str, object]]]:
-    """The cells of these families, from a process of their own, which keeps what it writes under `folder`."""
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-c", SCRIPT, subject, only, skip, backend, str(limit), *names]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(MATRIX.parent), *PATHS])}
-    run = subprocess.run(
-        command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000
-    )
-    assert run.returncode == 0, run.stderr
-    return {name: json.loads((folder / "results" / subject / f"{name}.json").read_text()) for name in names}
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """All families without the compiled step, the two subjects side by side; each test waits for its own."""
-    folder = tmp_path_factory.mktemp("matrix")
-    with ThreadPoolExecutor(len(EXCUSED)) as pool:
-        yield {
-            subject: pool.submit(
-                run_matrix, subject, [f for s, f in CELLS if s == subject], folder / subject, skip="compiled_step"
-            )
-            for subject in EXCUSED
-        }
+    with torch.no_grad():
+        yield cells
+    transformers.logging.set_verbosity(level)
 
 
 @pytest.mark.parametrize(("subject", "family"), CELLS)
-def test_family_has_every_capability_that_is_not_excused(subject, family, cells, capfd):
-    got = cells[subject].result()[family]
+def test_family_has_every_capability_that_is_not_excused(subject, family, run, capfd):
+    got = run(family, skip=["compiled_step"])
     assert set(got) == set(matrix.CAPS) - {"compiled_step"}
     failed = {name: cell for name, cell in got.items() if cell["status"] != "PASS"}
     with capfd.disabled():
@@ -139,25 +117,25 @@ def report(subject: str, family: str, failed: dict[str, dict[str, object]]) -> N
         print(f"\n  {subject}, {family}: {cause}: {', '.join(names)}", end="")
 
 
-def compiled_step(subject: str, family: str, folder: Path) -> dict[str, object]:
-    """The cell of a compiled step."""
-    backend = COMPILER if (subject, family) == ("statecache", "qwen3_5") else "aot_eager"  # one that is built, too
-    got = run_matrix(subject, [family], folder / family, only="compiled_step", backend=backend, limit=600)
-    return got[family]["compiled_step"]
-
-
 @each_subject
 @pytest.mark.parametrize("family", COMPILED)
-def test_compiled_step_is_one_graph(subject, family, tmp_path):
-    cell = compiled_step(subject, family, tmp_path)
+def test_compiled_step_is_one_graph(subject, family, run):
+    cell = run(family, ["compiled_step"])["compiled_step"]
+    assert (cell["status"], cell["note"]) == ("PASS", "graphs=1"), cell
+
+
+@pytest.mark.long
+@each_subject
+def test_compiled_step_is_built(subject, run):
+    cell = run("qwen3_5", ["compiled_step"], backend=COMPILER)["compiled_step"]
     assert (cell["status"], cell["note"]) == ("PASS", "graphs=1"), cell
 
 
 @pytest.mark.long
 @each_subject
 @pytest.mark.parametrize("family", [f for f in families.FAMILIES if f not in COMPILED])
-def test_compiled_step_is_one_graph_in_every_other_family(subject, family, tmp_path):
-    cell = compiled_step(subject, family, tmp_path)
+def test_compiled_step_is_one_graph_in_every_other_family(subject, family, run):
+    cell = run(family, ["compiled_step"])["compiled_step"]
     if cell["status"] != "PASS":
         assert excuse(subject, "compiled_step", family), cell
 
