@@ -133,7 +133,7 @@ def schedules(n: int) -> Iterator[tuple[list[Op], Form]]:
     """Those that chance seldom strings together, between a few and the rest of n that it does."""
     rnd = random.Random(7)
     yield from (by_chance(rnd, i) for i in range(30))
-    for schedule, (fixed, on_device), leased in itertools.product(SELDOM, STEPS, (False, True)):
+    for leased, (fixed, on_device), schedule in itertools.product((True, False), STEPS, SELDOM):
         yield schedule, Form(fixed, leased, on_device, lazy=True)
     yield from (by_chance(rnd, i) for i in range(30, n))
 
