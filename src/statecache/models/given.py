@@ -9,7 +9,7 @@ from transformers import Cache
 
 from statecache.errors import StepError
 from statecache.models.cache import StateCache
-from statecache.models.names import given_cache
+from statecache.models.interface import NAMES
 from statecache.models.prepared import STATELESS, LayerState, Stateless
 
 
@@ -20,7 +20,7 @@ def layer_states(layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     packed sequences.
     """
     cache = None
-    for given in (given_cache(kwargs), *args):
+    for given in (*map(kwargs.get, NAMES), *args):  # a call less than `given_cache`, for every layer and token
         if isinstance(given, Cache):
             cache = given
             break
