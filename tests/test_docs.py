@@ -16,24 +16,26 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONTINUES = "<!-- continues -->\n"  # before a block: it goes on in the namespace of the one before
 FENCE = re.compile(rf"^({CONTINUES})?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAYS = re.compile(r"^print\(.*\)  # (.+)$", re.MULTILINE)  # a line that shows what it prints
+SHOWN = re.compile(r"\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # right under a block: all that it prints
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
 def programs() -> Iterator[object]:
-    """The blocks of each page, joined where one continues another, each at the line where it stands."""
+    """The blocks of each page, joined where one continues another: the line where each stands, and what it shows."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        joined: list[tuple[int, str]] = []
+        joined: list[tuple[int, str, str]] = []
         for block in FENCE.finditer(text):
-            line = text.count("\n", 0, block.start(2))
+            line, under = text.count("\n", 0, block.start(2)), SHOWN.match(text, block.end() + 1)
+            code, shown = block.group(2), under.group(1) if under else ""
             if block.group(1) and joined:
-                first, code = joined.pop()
+                first, before, said = joined.pop()
                 # blank lines in between: a traceback then points into the page
-                joined.append((first, code + "\n" * (line - first - code.count("\n")) + block.group(2)))
+                joined.append((first, before + "\n" * (line - first - before.count("\n")) + code, said + shown))
             else:
-                joined.append((line, block.group(2)))
-        for line, code in joined:
-            yield pytest.param(page, line, code, id=f"{page.relative_to(ROOT)}:{line}")
+                joined.append((line, code, shown))
+        for line, code, shown in joined:
+            yield pytest.param(page, line, code, shown, id=f"{page.relative_to(ROOT)}:{line}")
 
 
 @pytest.fixture
@@ -53,13 +55,17 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(("page", "line", "code"), list(programs()))
-def test_block_runs_and_prints_what_it_says(page: Path, line: int, code: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(("page", "line", "code", "shown"), list(programs()))
+def test_block_runs_and_prints_what_it_says(
+    page: Path, line: int, code: str, shown: str, capsys: pytest.CaptureFixture[str]
+):
     torch.manual_seed(0)
     exec(compile("\n" * line + code, page, "exec"), {"__name__": "__main__"})
-    printed = iter(capsys.readouterr().out.splitlines())
-    for said in SAYS.findall(code):
-        assert said in printed, f"{page.name} says that it prints: {said}"
+    out = capsys.readouterr().out
+    for said in (SAYS.findall(code), shown.splitlines()):
+        printed = iter(out.splitlines())
+        for what in said:
+            assert what in printed, f"{page.name} says that it prints, in this order: {what}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
