@@ -15,6 +15,7 @@ ROOT = Path(statecache.__file__).parent
 # floor, and do not import each other.
 FLOORS = (
     *("errors", "rotary", "spec", "mask", "storage", "ops", "step", "ring", "lease", "replay", "clock", "logs"),
+    "offload",
     *("snapshot", "one_pass", "states", "round", "models", "decode", "cli", "__main__"),
 )
 OPERATORS = "scan ssd delta kda pooled_index block_index short_conv residual_conv relative lightning rg_lru cca"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class Logs:
     `behind`: whether a state has yet to be brought to its row's end, for want of its operator.
     """
 
-    def __init__(self, held: Mapping[str, Ring | Lease]) -> None:
+    def __init__(self, held: dict[str, Ring | Lease]) -> None:
         self._held = held
         self._operators: weakref.ref[Operators] | None = None
         self.behind = False
@@ -80,7 +80,7 @@ class Logs:
 
     def replay(self, clock: Clock, moved: Sequence[bool] | None = None) -> None:
         """Bring states to the ends of the rows that moved, None: all; later, where nobody knows what steps them."""
-        self.behind = self.operators is None and any(state.spec.logged for state in self._held.values())
+        self.behind = self.operators is None and any(state.spec.logged for state in dict.values(self._held))
         if not self.behind:
             moved = [True] * clock.rows if moved is None else moved
             for recurrence, log in self._each():

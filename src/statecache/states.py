@@ -32,6 +32,7 @@ from statecache.errors import (
 )
 from statecache.lease import Lease
 from statecache.logs import Logs
+from statecache.offload import Offloaded
 from statecache.one_pass import OnePass
 from statecache.replay import Operators
 from statecache.ring import Ring
@@ -83,7 +84,8 @@ class States:
     With `rows`, `dtype` and `device` all is allocated at once; else each state when it is first written.
 
     `back`: whether rows can be rolled back; without it the slack serves speculative rounds alone, and costs less.
-    `store`: where entries live. `made_for`: the digest of the model's specification, if `spec` is another form of it.
+    `store`: where entries live. `offload`: in host memory, but for the layers in use. `made_for`: the digest of the
+    model's specification, if `spec` is another form of it.
     """
 
     def __init__(
@@ -97,15 +99,23 @@ class States:
         device: torch.device | str | None = None,
         back: bool = True,
         store: MakeStore = Dense,
+        offload: bool = False,
         made_for: str | None = None,
     ) -> None:
         dtype, device = None if dtype is None else as_dtype(dtype), _device(device)
         _check_options(capacity, slack, rows, dtype)
+        if offload and capacity is not None:
+            raise OptionError(
+                f"offload=True with capacity={capacity}: what stays at its address cannot leave the device: leave one "
+                "out"
+            )
         self.made_for = spec.digest() if made_for is None else made_for
         self.spec, self.capacity, self.slack, self.back, self.store = spec, capacity, slack, back, store
         self.dtype, self.device = dtype, device
         self.declared: dict[str, StateSpec] = dict(spec.states())
-        self.held: dict[str, Ring | Lease] = {}
+        self.offload = offload
+        self.held: dict[str, Ring | Lease] = Offloaded() if offload else {}
+        self._watch()
         self.logs = Logs(self.held)
         self.clock: Clock | None = None
         self.marks = Marks()
@@ -142,6 +152,10 @@ class States:
         allow(self._refuse_broken())
         return {**self.__dict__, "_pass": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
+
     # ---- what there is
 
     @property
@@ -160,14 +174,14 @@ class States:
     def buffers(self) -> list[Tensor]:
         """The tensors that the cache holds. With a fixed capacity none of them ever moves."""
         held = [] if self.clock is None else self.clock.buffers()
-        return held + [buffer for state in self.held.values() for buffer in state.buffers()]
+        return held + [buffer for state in dict.values(self.held) for buffer in state.buffers()]
 
     def nbytes(self) -> Sizes:
         """Bytes allocated, by kind of state."""
         sizes = Counter(dict.fromkeys(KINDS, 0))
-        for state in self.held.values():
-            sizes[state.spec.kind] += sum(b.untyped_storage().nbytes() for b in state.buffers())
-        sizes["clock"] = sum(b.untyped_storage().nbytes() for b in (self.clock.buffers() if self.clock else ()))
+        for state in dict.values(self.held):  # wherever they are
+            sizes[state.spec.kind] += sum(b.nbytes for b in state.buffers())
+        sizes["clock"] = sum(b.nbytes for b in (self.clock.buffers() if self.clock else ()))
         return Sizes(dict(sizes))
 
     @property
@@ -265,7 +279,7 @@ class States:
             if isinstance(state, Lease) and self.declared[name].logged:
                 state.log_from_here(self.declared[name])
         if self.clock is not None:
-            self.clock.copying = any(isinstance(s, Lease) and s.copies is not None for s in self.held.values())
+            self.clock.copying = any(isinstance(s, Lease) and s.copies is not None for s in dict.values(self.held))
             self.clock.stay()
             if self.dtype is not None and self.device is not None:
                 for name, spec in self.declared.items():
@@ -345,6 +359,7 @@ class States:
         now, clock = self._pass, self.clock
         assert now is not None and clock is not None
         now.step.pending, now.stage = None, "writing"
+        writing = self.held.now if isinstance(self.held, Offloaded) else None
         if now.after is not None and self.marks.longest:
             self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))
         if self.capacity is None and now.step.end is not None and now.step.end > self._room:
@@ -354,6 +369,8 @@ class States:
         self.logs.catch_up(clock)
         if self.slack and self.back:
             self._shift(now)
+        if writing is not None and isinstance(self.held, Offloaded):
+            self.held.enter(writing)  # others were looked at
 
     def _shift(self, now: Pass) -> None:
         """Make room in the logs, and move the states that these go on from."""
@@ -391,11 +408,24 @@ class States:
             if now.after is None:
                 self.marks.written(self.clock.known.lengths)
 
+    def _watch(self) -> None:
+        """Have what is offloaded ask here what a pass writes."""
+        if isinstance(self.held, Offloaded):
+            self.held.spans = weakref.WeakMethod(self._writes)
+
+    def _writes(self) -> tuple[int, int] | None:
+        """The positions that the pass under way writes, from the first to before the last; None: any."""
+        now, clock = self._pass, self.clock
+        if now is None or now.after is None or now.step.end is None or clock is None:
+            return None
+        lengths = clock.known.lengths if now.rows is None else [clock.known.lengths[row] for row in now.rows]
+        return max(min(lengths) - 1, 0), now.step.end  # a copy of a state is that of the token before
+
     def _reserve(self, end: int) -> None:
         """Make room for rows of this length."""
         for state in self.held.values():
             state.reserve(end)
-        growing = [s.capacity for s in self.held.values() if isinstance(s, Ring) and s.capacity != s.limit]
+        growing = [s.capacity for s in dict.values(self.held) if isinstance(s, Ring) and s.capacity != s.limit]
         self._room = min(growing) if growing else sys.maxsize
 
     # ---- a speculative round
@@ -558,12 +588,14 @@ class States:
                 f"with rows={len(wanted)}, or without capacity="
             )
         longest = max(clock.known.lengths)
-        moves = [state.taken(index.to(state.device, torch.long), longest) for state in self.held.values()]
-        moves.append(clock.taken(wanted))
+        moves = (state.taken(index.to(state.device, torch.long), longest) for state in self.held.values())
+        ready = moves if self.offload else list(moves)  # what is offloaded is there, and moves, one layer at a time
+        clock_moves = clock.taken(wanted)
         with self._changing("a gather"):
             self.marks.invalidate("rows were gathered since")
-            for move in moves:  # nothing of torch runs where rows do not move in place: it is all or nothing
+            for move in ready:  # nothing of torch runs where rows do not move in place: it is all or nothing
                 move()
+            clock_moves()
             for state in self.held.values():
                 state.use(len(wanted))
 
@@ -655,7 +687,9 @@ class States:
             self._reserve(snapshot.length)
         with self._changing("an admission"):
             self.marks.invalidate(f"row {row} was filled from a snapshot since")
-            index = {device: torch.tensor([row], device=device) for device in {s.device for s in self.held.values()}}
+            index = {
+                device: torch.tensor([row], device=device) for device in {s.device for s in dict.values(self.held)}
+            }
             for name, state in self.held.items():
                 state.reset(index[state.device])
                 if snapshot.length and name in snapshot.entries:

@@ -644,6 +644,20 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        self.behind = False and",
         ),
     },
+    "offload": {
+        "what was written stays away": (
+            "always or home.version != buffer._version",
+            "always",
+        ),
+        "a part goes to the beginning": (
+            "_narrow(home.host, ring.axis, at), _narrow",
+            "_narrow(home.host, ring.axis, slice(0, at.stop - at.start)), _narrow",
+        ),
+        "parts of a ring that goes round are taken for one": (
+            "runs(first, n, ring.capacity)",
+            "runs(first, n, ring.capacity)[:1]",
+        ),
+    },
     "states": {
         "a ring allocated late has slots for the step alone": (
             "            tokens += max(self.clock.known.lengths)",
@@ -703,6 +717,10 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "rows that were gathered are looked at where they were": (
             "                state.use(len(wanted))\n",
             "                pass\n",
+        ),
+        "whoever began to write goes on with what is away": (
+            "            self.held.enter(writing)  # others were looked at\n",
+            "            pass\n",
         ),
         "a pass says nothing to marks": (
             "            self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))\n",
@@ -781,7 +799,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "                pass\n",
         ),
         "a gather leaves the clock": (
-            "        moves.append(clock.taken(wanted))\n",
+            "            clock_moves()\n",
             "",
         ),
         "a gather leaves marks good": (

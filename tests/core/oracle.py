@@ -39,7 +39,8 @@ WHAT = [what for what, often in OFTEN.items() for _ in range(often)]
 
 def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
-    names = ("clock", "errors", "replay", "ring", "round", "spec", "states", "step", "storage.dense", "storage.paged")
+    names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
+    names += ("storage.dense", "storage.paged")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     stores = {"dense": found.pop("storage.dense").Dense, "paged": found.pop("storage.paged").Paged}
     return SimpleNamespace(**found, stores=stores)
@@ -50,8 +51,9 @@ class Form:
     """What kind of cache runs a schedule.
 
     leased: a state of it is overwritten in place and copied. on_device: a step takes the form that compiled code has,
-    in which the host knows no length. lazy: nothing is allocated before the first write. attention: the window of its
-    widest layer, 0 for none: then rows can be longer than the capacity.
+    in which the host knows no length. lazy: nothing is allocated before the first write. store: where entries live;
+    "offload": in host memory, one layer at a time on the device. attention: the window of its widest layer, 0 for none:
+    then rows can be longer than the capacity.
     """
 
     fixed: bool
@@ -70,7 +72,7 @@ class Form:
 
     def beside(self) -> Form:
         """Another kind, which a row's states can move to."""
-        other = {"dense": "paged", "paged": "dense"}[self.store]
+        other = "dense" if self.store == "paged" else "paged"
         return replace(self, fixed=not self.fixed, back=True, store=other, slack=self.slack + 2)
 
 
@@ -239,6 +241,7 @@ def total(entries: list[float]) -> float:
 
 def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
     """Run a schedule and assert after every operation that states and lists agree."""
+    core.offload.AHEAD = False  # two layers would both stay
     core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
     subjects = [subject(core, form)]
     first = subjects[0].states
@@ -302,7 +305,8 @@ def subject(core: SimpleNamespace, form: Form) -> Subject:
         capacity=CAPACITY if form.fixed else None,
         slack=form.slack,
         back=form.back,
-        store=core.stores[form.store],
+        store=core.stores.get(form.store, core.stores["dense"]),
+        offload=form.store == "offload",
         **where,
     )
     operators = core.replay.Operators({"1.recurrent": Sum()})
@@ -581,7 +585,7 @@ def sound(s: Subject) -> None:
     floors = clock.floors
     assert floors == s.lists.floor if s.form.back else floors == lengths
     assert all(0 <= b <= f <= n <= r for b, f, n, r in zip(base, floors, lengths, reach, strict=True))
-    for name, state in s.states.items():
+    for name, state in dict.items(s.states.held):  # looked at where they are
         assert state.store.rows == clock.rows, name
         limit = None if state.spec.leased else state.spec.limit(s.states.capacity, s.form.slack)
         assert limit is None or state.store.slots <= limit, name

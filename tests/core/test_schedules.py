@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import Form
 
+import statecache.offload
 import statecache.ring
 
 CORE = oracle.core("statecache")
@@ -16,18 +19,22 @@ CORE = oracle.core("statecache")
 @pytest.fixture(autouse=True)
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # put back after the test, which sets it too
+    monkeypatch.setattr(statecache.offload, "AHEAD", False)
 
 
 each = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
 number = st.one_of(st.sampled_from([1, 1, 2, 3]), st.integers(0, 29))  # mostly steps of a few tokens, within the slack
 operation = st.tuples(st.sampled_from(oracle.WHAT), number, each)
 schedules = st.lists(operation, min_size=1, max_size=25)
+STORES, BOTH = ("dense", "paged"), (False, True)
 often = st.sampled_from([True, True, False])
 
 
-@pytest.mark.parametrize("store", ["dense", "paged"])
 @pytest.mark.parametrize("leased", [False, True], ids=["put", "leased"])
-@pytest.mark.parametrize(("fixed", "on_device"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("fixed", "on_device", "store"),
+    [(False, False, "offload"), *itertools.product([False], [False], STORES), *itertools.product([True], BOTH, STORES)],
+)
 @settings(max_examples=60, deadline=None)
 @given(schedule=schedules, back=often, lazy=st.booleans(), attention=st.sampled_from([None, None, 23, 0]))
 @example(

@@ -405,9 +405,9 @@ def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int 
 
 def begun(models: Models, *, slack: int, room: str) -> Subject:
     """An empty cache."""
-    fixed = room != "growing"
+    fixed = room not in ("growing", "offloaded")
     allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
-    made = sc.StateCache(models.plain.config, slack=slack, **allocated)
+    made = sc.StateCache(models.plain.config, slack=slack, offload=room == "offloaded", **allocated)
     return Subject(models, made, Held.nothing(ROWS) if fixed else Held(), compiled=room == "compiled")
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import statecache.offload
 import statecache.ring
 from interruption import Interruption, Operators
 
@@ -20,6 +21,8 @@ PASSES = ["feed"] * 8 + ["ragged"] * 3 + ["rollback"] * 4 + ["speculate"] * 3 + 
 MARKS = ["feed", "ragged", "checkpoint", "restore", "rollback"]
 PREPARED = [(name, room) for name in oracle.MODELS for room in oracle.ROOMS]
 UNMODIFIED = [(name, room) for name in oracle.UNMODIFIED for room in ("growing", "fixed")]
+PREPARED += [(name, "offloaded") for name in ("falcon_h1", "gemma3_text")]
+UNMODIFIED += [("mamba2", "offloaded"), ("qwen3_5", "offloaded")]
 SEEDS = range(14)
 each_seed = pytest.mark.parametrize("seed", [*SEEDS[:7], *(pytest.param(n, marks=pytest.mark.long) for n in SEEDS[7:])])
 
@@ -27,6 +30,7 @@ each_seed = pytest.mark.parametrize("seed", [*SEEDS[:7], *(pytest.param(n, marks
 @pytest.fixture(autouse=True)
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # so that rings grow several times within a schedule
+    monkeypatch.setattr(statecache.offload, "AHEAD", False)  # so that two layers are not both there
 
 
 def drawn(seed: int) -> tuple[int, list[oracle.Op]]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import statecache.offload
 import statecache.ring
 
 WHAT = (
@@ -21,6 +22,7 @@ WHAT = (
 @pytest.fixture(autouse=True)
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # so that rings grow several times within a schedule
+    monkeypatch.setattr(statecache.offload, "AHEAD", False)  # so that two layers are not both there
 
 
 each = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
@@ -38,6 +40,15 @@ each_room = pytest.mark.parametrize("room", oracle.ROOMS)
 @given(slack=slacks, schedule=schedules)
 def test_any_schedule_equals_full_forwards(name: str, room: str, slack: int, schedule: list[oracle.Op]) -> None:
     oracle.run(oracle.build(name), schedule, slack=slack, room=room)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "qwen3_5", "gemma3_text"])
+@settings(max_examples=15, deadline=None)
+@given(slack=slacks, schedule=schedules)
+def test_any_schedule_of_offloaded_states_equals_full_forwards(
+    name: str, slack: int, schedule: list[oracle.Op]
+) -> None:
+    oracle.run(oracle.build(name), schedule, slack=slack, room="offloaded")
 
 
 @pytest.mark.long

@@ -53,6 +53,7 @@ class StateCache(Cache):
     - `slack`: how many of its last tokens each row can forget.
     - `rows`, `dtype`, `device`: allocate at once, where the configuration gives every shape; else at the first forward.
     - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for slack.
+    - `offload`: keep states in host memory, and on the device those of the layer that runs and of the next one.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, ConfigError for a model that keeps nothing in a cache,
@@ -69,6 +70,7 @@ class StateCache(Cache):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         back: bool = True,
+        offload: bool = False,
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise OptionError(
@@ -90,6 +92,7 @@ class StateCache(Cache):
             dtype=dtype,
             device=device,
             back=back,
+            offload=offload,
             made_for=made_for,
         )
         self.writer: Unmodified | Prepared = Unmodified(self.states)

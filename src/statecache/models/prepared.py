@@ -321,6 +321,11 @@ class LayerState:
             raise _alone(self.index)
         return step.places(x.device)
 
+    @property
+    def _remembers(self) -> bool:
+        """Whether what was looked up serves the next pass: not in compiled code, nor where states come and go."""
+        return not (torch.compiler.is_compiling() or self.writer.states.offload)
+
     def _find_conv(self, x: Tensor, number: int) -> Ring | Lease:
         name, registry = f"{self.index}.conv{number or ''}", self.writer.registry
         spec = self.writer.states.declared.get(name)
@@ -328,7 +333,7 @@ class LayerState:
             raise LayerError(f"layer {self.index} of {registry.model} has no convolution {number or ''}".rstrip())
         registry.check(name, (x.shape[1], spec.shape[0]), x, cast=spec.dtype is not None)
         held = self.writer.states.held.get(name) or registry.allocate_like(name, x, x.shape[1])
-        if not torch.compiler.is_compiling():
+        if self._remembers:
             self._convs[number], self._convolved[number] = held, (x.shape, x.dtype, x.device)
         return held
 
@@ -347,7 +352,7 @@ class LayerState:
                         registry.check(log, (tokens, *(states.declared[log].shape or ())), like)
                     registry.ring(log, like, tokens)
         found = registry.lease(name, first), states.logs[name]
-        if not torch.compiler.is_compiling():
+        if self._remembers:
             self._found, self._consumed = found, (first.shape, first.dtype, first.device)
         return found
 

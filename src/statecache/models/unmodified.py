@@ -339,6 +339,7 @@ class Unmodified:
             clock.uniform()
         self.boundaries.begin(int(name.partition(".")[0]))
         step = self.states.open(tokens)
+        self.boundaries.busy = name  # what follows may be interrupted
         step.write()
         if step.end is not None and not torch.compiler.is_compiling():
             last = self.states.spec.layers[self.boundaries.last]
@@ -381,7 +382,7 @@ class Unmodified:
 
     def _version(self, name: str, ahead: bool = False) -> int | None:
         """How often a state was written to; None before there is one. `ahead`: once its model has overwritten it."""
-        state = self.states.held.get(name)
+        state = dict.get(self.states.held, name)  # wherever it is
         if not isinstance(state, Lease):
             return None
         writes = state.entry.shape[1] if self.registry.model in WRITES_BY_HEAD else 1

@@ -1,0 +1,266 @@
+"""Offloading: states live in host memory, and each layer's are brought to the device ahead of their use.
+
+A tensor that is away keeps its shape and loses its memory: its storage is emptied, and filled again when it comes back,
+so that every view of it holds. So stores, rings and leases know nothing of it. On a CPU the same copies are made, from
+memory to memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecache.errors import StepError
+from statecache.lease import Lease
+from statecache.ring import Ring
+from statecache.step import Step
+
+AHEAD = True  # whether the next layer comes while one runs
+
+Span = tuple[int, int]  # positions, from the first to before the last
+
+
+@dataclass(eq=False)
+class Home:
+    """Where a buffer's entries are while it is away."""
+
+    buffer: Tensor
+    host: Tensor
+    version: int | None = None  # of the buffer when both were the same; None: they never were
+    away: bool = False
+    late: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # parts of `host`, and what is on its way there
+
+
+class Offloaded(dict[str, "Ring | Lease"]):
+    """States by name, of which those of one layer are on the device, and on their way there those of the next.
+
+    Looking a state up brings its layer; the copy began, on a stream of its own, when the layer before it was looked up.
+    The layer before goes back, as far as it was written. What is of no layer stays on the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: weakref.WeakMethod[Callable[[], Span | None]] | None = None
+        self._names: dict[str, list[str]] = {}
+        self._homes: dict[str, list[Home]] = {}
+        self._next: dict[str, str] = {}  # the layer that was looked up after each
+        self._here: list[str] = []
+        self.now: str | None = None  # the layer that is in use
+        self._written: dict[str, Span | None] = {}  # of layers that are here, the positions written; None: any
+        self._streams: dict[torch.device, Any] = {}
+        self._arrivals: dict[str, list[Any]] = {}  # when a layer has come, or has gone
+
+    # ---- looking up
+
+    def __getitem__(self, name: str) -> Ring | Lease:
+        self._bring(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            return default
+        return self[name]
+
+    def items(self) -> Any:
+        """Each state with its name, on the device until the next one is asked for."""
+        return self._each()
+
+    def values(self) -> Any:
+        """Each state, on the device until the next one is asked for."""
+        return (state for _, state in self._each())
+
+    def _each(self) -> Iterator[tuple[str, Ring | Lease]]:
+        for name in list(self):
+            state = self[name]
+            self._written[_layer(name)] = None
+            yield name, state
+
+    def __setitem__(self, name: str, state: Ring | Lease) -> None:
+        layer = _layer(name)
+        names = self._names.setdefault(layer, [])
+        if name not in self:
+            names.append(name)
+        super().__setitem__(name, state)
+        self._bring(name)
+
+    def clear(self) -> None:
+        """Forget every state."""
+        streams = self._streams
+        super().clear()
+        self.__dict__.update({**Offloaded().__dict__, "spans": self.spans, "_streams": streams})
+
+    # ---- copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Offloaded:
+        other = memo[id(self)] = Offloaded()
+        for name, state in self.items():
+            other[name] = copy.deepcopy(state, memo)
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        for layer in self._names:  # all at once: a pickle is written afterwards
+            self._fetch(layer)
+            self._arrive(layer)
+        return _restored, (dict(dict.items(self)),)
+
+    # ---- coming and going
+
+    def _bring(self, name: str) -> None:
+        """Have a state's layer on the device, and note what is written of it."""
+        layer = _layer(name)
+        if not layer:
+            return
+        if layer != self.now:
+            if self.now is not None:
+                self._next[self.now] = layer
+            self.enter(layer)
+        span = None if self.spans is None else (self.spans() or (lambda: None))()
+        if span is not None and self._written.get(layer, span) is not None:
+            low, high = self._written.get(layer) or span
+            self._written[layer] = min(low, span[0]), max(high, span[1])
+
+    def enter(self, layer: str) -> None:
+        """Have a layer on the device, the next one on its way, and no other."""
+        if torch.compiler.is_compiling():
+            raise StepError("a cache with offload=True copies between the layers of a step: do not compile it")
+        self._fetch(layer)
+        self._arrive(layer)
+        self.now, coming = layer, self._next.get(layer) if AHEAD else None
+        for other in [n for n in self._here if n not in (layer, coming)]:
+            self._put_away(other)
+        if coming is not None:
+            self._fetch(coming)
+
+    def _fetch(self, layer: str) -> None:
+        """Begin to copy a layer's states to the device."""
+        if layer not in self._here:
+            self._here.append(layer)
+        homes = [home for home in self._homes.get(layer, ()) if home.away]
+        if any(home.late for home in homes):
+            for event in self._arrivals.pop(layer, ()):
+                event.synchronize()
+        for home in homes:
+            for part, came in home.late:
+                _copy(part, came)
+            home.late.clear()
+            stream = self._stream(home.buffer.device)
+            home.buffer.untyped_storage().resize_(home.buffer.nbytes)
+            uncounted = home.buffer.data  # whose version is its own: a state that came back was not written
+            if stream is None:
+                _copy(uncounted, home.host)
+            else:
+                stream.wait_stream(torch.cuda.current_stream(home.buffer.device))
+                with torch.cuda.stream(stream):
+                    _copy(uncounted, home.host)
+                    self._arrivals.setdefault(layer, []).append(stream.record_event())
+            home.away = False
+
+    def _arrive(self, layer: str) -> None:
+        """Have the device wait for what is on its way."""
+        for event in self._arrivals.pop(layer, ()):
+            event.wait()
+
+    def _put_away(self, layer: str) -> None:
+        """Copy what was written of a layer's states to host memory, and free the device's."""
+        self._arrive(layer)
+        known = {id(home.buffer): home for home in self._homes.get(layer, ())}
+        homes, span = [], self._written.get(layer)
+        for buffer, ring, always in self._buffers(layer):
+            home = known.get(id(buffer)) or Home(buffer, _host(buffer))
+            homes.append(home)
+            if home.away or not (always or home.version != buffer._version):
+                continue
+            parts = None if ring is None or span is None or home.version is None else _parts(ring, span)
+            self._copy_back(layer, home, ring, parts)
+            home.version = buffer._version
+        self._homes[layer] = homes
+        for home in homes:
+            if not home.away and home.buffer.untyped_storage().resizable():  # not what somebody else looks at, as numpy
+                stream = self._stream(home.buffer.device)
+                if stream is not None:
+                    home.buffer.record_stream(stream)  # its memory is no other's until the copy is made
+                home.away = True
+                home.buffer.untyped_storage().resize_(0)
+        self._here.remove(layer)
+        self._written.pop(layer, None)
+
+    def _copy_back(self, layer: str, home: Home, ring: Ring | None, parts: list[slice] | None) -> None:
+        """Copy these slots of a ring's buffer to host memory; None: all of any buffer."""
+        stream = self._stream(home.buffer.device)
+        pairs = [(home.host, home.buffer)]
+        if parts is not None and ring is not None:
+            pairs = [(_narrow(home.host, ring.axis, at), _narrow(home.buffer, ring.axis, at)) for at in parts]
+        if stream is None:
+            for host, part in pairs:
+                _copy(host, part)
+            return
+        stream.wait_stream(torch.cuda.current_stream(home.buffer.device))
+        with torch.cuda.stream(stream):
+            for host, part in pairs:
+                if parts is None:
+                    _copy(host, part)
+                else:  # an entry here and there: in one piece over the bus, and to its place when it is needed again
+                    came = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+                    _copy(came, part.contiguous())
+                    home.late.append((host, came))
+            self._arrivals.setdefault(layer, []).append(stream.record_event())
+
+    def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
+        """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""
+        mine = (dict.__getitem__(self, name) for name in self._names[layer])
+        states: list[tuple[Ring | Lease, bool]] = [(state, True) for state in mine]
+        while states:
+            state, direct = states.pop(0)
+            if isinstance(state, Lease):  # which its model may overwrite by kernels that count no versions
+                states += [(other, False) for other in (state.base, state.copies) if other is not None]
+                yield from ((buffer, None, direct) for buffer in state.store.buffers())
+                continue
+            for buffer in state.buffers():
+                slots = buffer.dim() > state.axis and buffer.shape[state.axis] == state.capacity
+                yield buffer, state if slots else None, False
+
+    def _stream(self, device: torch.device) -> Any:
+        """The stream on which copies to and from a device are made; None where there is none."""
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
+
+
+def _layer(name: str) -> str:
+    layer, dot, _ = name.partition(".")
+    return layer if dot else ""
+
+
+def _restored(states: dict[str, Ring | Lease]) -> Offloaded:
+    made = Offloaded()
+    for name, state in states.items():
+        made[name] = state
+    return made
+
+
+def _host(buffer: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=buffer.is_cuda)
+
+
+def _parts(ring: Ring, span: Span) -> list[slice] | None:
+    """The slots of these positions; None where they are all of the ring's."""
+    first, n = span[0], span[1] - span[0]
+    return None if n >= ring.capacity else Step(0, 0).runs(first, n, ring.capacity)
+
+
+def _narrow(buffer: Tensor, axis: int, at: slice) -> Tensor:
+    return buffer.narrow(axis, at.start, at.stop - at.start)
+
+
+def _copy(to: Tensor, what: Tensor) -> None:
+    with torch.no_grad():
+        to.copy_(what, non_blocking=True)

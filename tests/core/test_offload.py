@@ -1,0 +1,203 @@
+"""States in host memory are those of a cache that keeps them on the device, and only what is in use is there."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from statecache import errors, offload
+from statecache.spec import LayerSpec, ModelSpec, StateSpec
+from statecache.states import States
+
+LAYERS, WINDOW, ROWS = 4, 5, 2
+SPEC = ModelSpec(
+    tuple(
+        LayerSpec(
+            n,
+            "test",
+            (
+                StateSpec("key", "attention", (2, 3), None, axis=1),
+                StateSpec("near", "sliding", (3,), WINDOW),
+                StateSpec("copied", "recurrent", (3,), 1, leased=True),
+            ),
+        )
+        for n in range(LAYERS)
+    )
+)
+
+
+@pytest.fixture(params=[False, True], ids=["one", "and the next"], autouse=True)
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(offload, "AHEAD", request.param)
+    return request.param
+
+
+@pytest.fixture
+def pair() -> list[States]:
+    """Two containers, of which the first is offloaded."""
+    return [States(SPEC, slack=3, rows=ROWS, dtype=torch.float32, device="cpu", offload=on) for on in (True, False)]
+
+
+def feed(states: States, tokens: int, layers: Any = range(LAYERS), count: Any = None, seed: int = 0) -> None:
+    """A pass through these layers, the same for the same seed."""
+    random = torch.Generator().manual_seed(seed)
+    step = states.open(tokens, count)
+    for n in layers:
+        states[f"{n}.key"].extend(torch.randn(ROWS, 2, tokens, 3, generator=random), step, exact=True)
+        states[f"{n}.near"].extend(torch.randn(ROWS, tokens, 3, generator=random), step)
+        lease = states[f"{n}.copied"]
+        lease.keep(step)
+        lease.write(torch.randn(ROWS, 3, generator=random), step)
+    states.close(step)
+
+
+def same(pair: list[States]) -> None:
+    """Every buffer of the first is that of the second."""
+    offloaded, plain = pair
+    assert list(offloaded) == list(plain)
+    for name in plain:  # so that each has been away
+        assert offloaded[name].spec == plain[name].spec
+    for name in plain:
+        for mine, other in zip(offloaded[name].buffers(), plain[name].buffers(), strict=True):
+            assert torch.equal(mine, other), name
+
+
+def there(states: States) -> list[int]:
+    """The layers that have memory on the device."""
+    held = dict.items(states.held)
+    return sorted({int(n.split(".")[0]) for n, s in held for b in s.buffers() if b.untyped_storage().nbytes()})
+
+
+def test_only_the_layer_in_use_and_the_next_are_there(pair: list[States], ahead: bool) -> None:
+    offloaded, _ = pair
+    for seed in range(2):  # which layer follows is known after the first pass
+        feed(offloaded, 3, seed=seed)
+    for n in range(LAYERS):
+        assert offloaded[f"{n}.key"].spec.name == "key"
+        assert there(offloaded) == (sorted([n, (n + 1) % LAYERS]) if ahead else [n])
+
+
+def test_passes_of_any_length_are_the_same(pair: list[States]) -> None:
+    for seed, tokens in enumerate([7, 1, 1, 80, 1, 3, 1, 1, 1, 200, 1]):  # grows twice, and goes round the windows
+        for states in pair:
+            feed(states, tokens, seed=seed)
+    same(pair)
+
+
+def test_states_that_come_with_their_first_write_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "_host", lambda buffer: torch.full_like(buffer, torch.nan))
+    pair = [States(SPEC, slack=3, offload=on) for on in (True, False)]
+    for states in pair:
+        states.clock_for(ROWS, torch.device("cpu"))
+        step = states.open(2)
+        for name in states.declared:
+            states.allocate(name, torch.float32, torch.device("cpu"), 2)
+        states.close(step)
+        feed(states, 1)
+    same(pair)
+
+
+def test_rows_at_their_own_pace_are_the_same(pair: list[States]) -> None:
+    for seed, count in enumerate([[7, 2], [1, 0], [1, 1], [0, 1], [3, 1]]):
+        for states in pair:
+            feed(states, max(count), count=count, seed=seed)
+    same(pair)
+
+
+@pytest.mark.parametrize("last", range(LAYERS))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, mark: s.reset([1]),
+        lambda s, mark: s.restore(mark),
+        lambda s, mark: s.rollback(2),
+        lambda s, mark: s.gather([1, 0]),
+        lambda s, mark: s.gather([1, 1, 0]),
+        lambda s, mark: s.admit(1, s.snapshot(0)),
+        lambda s, mark: s.reset(),
+    ],
+    ids=["reset a row", "restore", "rollback", "gather", "gather more", "admit", "reset"],
+)
+def test_what_changes_between_passes_is_the_same(pair: list[States], change: Callable[..., None], last: int) -> None:
+    order = [n for n in range(LAYERS) if n != last] + [last]  # of which the last is still there when rows change
+    for states in pair:
+        feed(states, 9, order)
+        mark = states.checkpoint()
+        for seed in (1, 2, 3):
+            feed(states, 1, order, seed=seed)
+        change(states, mark)
+    same(pair)
+
+
+def test_passes_over_one_layer_while_it_stays(pair: list[States]) -> None:
+    for states in pair:
+        feed(states, 4)
+        for seed in (1, 2):
+            feed(states, 2, [0], seed=seed)
+    same(pair)
+
+
+def test_a_step_takes_back_what_it_wrote_alone(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[int] = []
+    plainly = offload._copy
+
+    def counted(to: torch.Tensor, what: torch.Tensor) -> None:
+        copies.append(what.numel())
+        plainly(to, what)
+
+    for seed in range(3):
+        feed(pair[0], 40 if seed == 0 else 1, seed=seed)
+    same(pair[:1] * 2)
+    monkeypatch.setattr(offload, "_copy", counted)
+    feed(pair[0], 1, seed=4)
+    moved = sum(copies)
+    whole = sum(buffer.numel() for buffer in pair[0].buffers())
+    entries = ROWS * LAYERS * (2 * 2 * 3 + 2 * 3 + 3 + 2 * 3)  # of a token and the one before, and the lease's
+    assert whole / 2 < moved < whole + 2 * entries  # half of it, where the next layer is there already
+
+
+def test_what_a_kernel_overwrites_without_a_word_comes_back(pair: list[States]) -> None:
+    for states in pair:
+        feed(states, 2)
+        states["1.copied"].entry.data.fill_(7.0)  # which torch does not count
+    same(pair)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [States.fork, copy.deepcopy, lambda states: pickle.loads(pickle.dumps(states))],
+    ids=["fork", "deepcopy", "pickle"],
+)
+def test_copies_are_whole_and_apart(pair: list[States], copied: Callable[[States], States], ahead: bool) -> None:
+    for states in pair:
+        feed(states, 6)
+    others = [copied(states) for states in pair]
+    for states in pair:
+        feed(states, 3, seed=1)
+    same(pair)
+    same(others)
+    for states in others:
+        feed(states, 5, seed=2)
+    same(others)
+    assert len(there(others[0])) == 1 + ahead
+    same(pair)
+
+
+def test_bytes_are_counted_wherever_they_are(pair: list[States]) -> None:
+    for states in pair:
+        feed(states, 70)
+    assert pair[0].nbytes() == pair[1].nbytes()
+
+
+def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.OptionError, match="cannot leave the device"):
+        States(SPEC, capacity=8, offload=True)
+    states = States(SPEC, rows=ROWS, dtype=torch.float32, device="cpu", offload=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(errors.StepError, match="do not compile"):
+        states["0.key"]
