@@ -57,6 +57,14 @@ class RotaryError(StateCacheError, ValueError):
     """Rotary factors change with the length of a row, and a pass would mix keys of different ones."""
 
 
+class FileError(StateCacheError, ValueError):
+    """A file is damaged, of another format, or of another model."""
+
+
+class UnverifiedWeights(FileError):
+    """Nothing says that the weights which filled a file are those of the model that is to go on with it."""
+
+
 class StepError(StateCacheError, RuntimeError):
     """A forward pass did not call the cache as a whole pass would: interrupted, or its states out of order."""
 

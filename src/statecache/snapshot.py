@@ -8,8 +8,9 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from statecache.clock import Known
@@ -103,6 +104,10 @@ class Snapshot:
     made_for: str  # digest of what the model remembers
     tokens: tuple[int, ...] | None = None
     rotated: int = 0
+
+    def on(self, device: torch.device) -> Snapshot:
+        """The same on another device."""
+        return replace(self, entries={name: entries.to(device) for name, entries in self.entries.items()})
 
     @property
     def nbytes(self) -> int:

@@ -350,6 +350,10 @@ class States:
             raise StepError("the states were changed within the pass: reset and restore them between passes")
         self.close(step)
 
+    def check_whole(self) -> None:
+        """Raise StepError in a round, in a pass, or after one that was interrupted."""
+        allow(self._refuse_broken())
+
     def check_pass(self, tokens: int) -> None:
         """Raise StepError or CapacityError where no pass of T `tokens` can begin, whatever rows hold."""
         allow(self._refuse_broken() if self.tentative is None else self._refuse_in(tokens))

@@ -8,6 +8,10 @@ B rows, T new tokens, H heads, D head size, K width of a convolution.
 
 from __future__ import annotations
 
+import copy
+import os
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +22,20 @@ import transformers
 from torch import Tensor
 from transformers import Cache
 
-from statecache.errors import OptionError, RowsError, SlackError, StateCacheError, StepError
+from statecache.errors import (
+    FileError,
+    OptionError,
+    RowsError,
+    SlackError,
+    StateCacheError,
+    StepError,
+    UnverifiedWeights,
+)
 from statecache.lease import Lease
+from statecache.models import file
 from statecache.models.checks import no_token
+from statecache.models.decoder import decoder_of
+from statecache.models.fingerprint import fingerprint
 from statecache.models.interface import check_version
 from statecache.models.layers import Layer
 from statecache.models.prepared import Prepared
@@ -44,6 +59,24 @@ class Expected:
     count: Tensor | Sequence[int]
     rows: Sequence[int] | None
     counted: Tensor | None
+
+
+class Weights:
+    """Whose weights filled a cache: as a file said, or those of a decoder that is still there."""
+
+    def __init__(self, known: str | None = None) -> None:
+        self.known = known
+        self._decoder: weakref.ref[torch.nn.Module] | None = None
+
+    def filled_by(self, decoder: torch.nn.Module) -> None:
+        """Look at this decoder, when somebody asks. Does not keep it alive."""
+        if self._decoder is None or self._decoder() is not decoder:
+            self._decoder = weakref.ref(decoder)
+
+    def fingerprint(self) -> str | None:
+        """A digest of the weights; None where nobody knows them."""
+        decoder = None if self._decoder is None else self._decoder()
+        return self.known if decoder is None else fingerprint(decoder)
 
 
 class StateCache(Cache):
@@ -97,6 +130,7 @@ class StateCache(Cache):
         )
         self.writer: Unmodified | Prepared = Unmodified(self.states)
         self.expected: Expected | None = None
+        self.weights = Weights()
         self.layers = [Layer(self, layer.index) for layer in spec.layers]
         self.offloading, self.layer_class_to_replicate = False, None
 
@@ -110,7 +144,7 @@ class StateCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         self.writer.finish()
-        return self.__dict__
+        return {**self.__dict__, "weights": Weights(self.weights.fingerprint())}
 
     # ---- what it holds
 
@@ -230,7 +264,7 @@ class StateCache(Cache):
         other = type(self).__new__(type(self))
         other.states = self.states.fork()
         other.writer = self.writer.over(other.states)
-        other.expected = None
+        other.expected, other.weights = None, copy.copy(self.weights)
         other.layers = [Layer(other, layer.index) for layer in self.layers]
         other.offloading, other.layer_class_to_replicate = False, None
         return other
@@ -270,6 +304,70 @@ class StateCache(Cache):
         """
         with self._between():
             self.states.admit(row, snapshot)
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str], tokens: Sequence[Sequence[int]] | None = None) -> None:
+        """Write what the rows hold to a file, which is there whole or not at all. Marks stay behind.
+
+        `tokens`: the ids that each row holds, to be kept with it. See docs/format.md. Waits for the device.
+        Raises StepError in a round or after an interruption, RowsError for other numbers of tokens, OSError.
+        """
+        self.writer.finish()
+        rows = self.rows or 0
+        if tokens is not None and len(tokens) != rows:
+            raise RowsError(f"tokens= has {len(tokens)} rows, and the cache {rows}: give the ids of each row")
+        if not rows:
+            self.states.check_whole()
+        snapshots = [self.states.snapshot(row, None if tokens is None else tokens[row]) for row in range(rows)]
+        file.write(
+            path,
+            snapshots,
+            self.states.declared,
+            model=self.spec.model,
+            made_for=self.made_for,
+            fingerprint=self.weights.fingerprint(),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, *, allow_unverified: bool = False, **options: Any) -> Self:
+        """A new cache with the rows that `save` wrote, for this model, or configuration; with options of a cache.
+
+        Of any capacity, slack and dtype that hold them, on the model's device if `device=` says none. With a
+        configuration alone nobody knows whose weights filled the rows: UnverifiedWeights, unless it is allowed.
+        Raises FileError for a file that is damaged, of another model or of other weights, RowsError for fewer `rows=`,
+        and what the constructor raises.
+        """
+        whole = isinstance(model, torch.nn.Module)
+        described = file.describe(path)
+        made = cls(model.config if whole else model, **options)
+        if described.made_for != made.made_for:
+            raise FileError(
+                f"{path} holds the states of a {described.model} model of another configuration than this "
+                f"{made.spec.model} model's: load the model that filled it"
+            )
+        weights = Weights(described.fingerprint)
+        if whole:
+            weights.filled_by(decoder_of(model))
+        if not allow_unverified:
+            _verify(path, described.fingerprint, weights.fingerprint() if whole else None, whole)
+        snapshots = file.read(path, described)
+        device = made.states.device or (next(model.parameters()).device if whole else torch.device("cpu"))
+        if snapshots and made.rows is None:
+            made.states.clock_for(len(snapshots), device)
+        if (made.rows or 0) < len(snapshots):
+            raise RowsError(f"{path} holds {len(snapshots)} rows, and rows={made.rows}: make room for all of them")
+        for name, spec in described.specs().items():
+            if name not in made.states.declared:
+                made.states.declare(name, spec)
+        for row, snapshot in enumerate(snapshots):
+            made.admit(row, snapshot.on(device))
+        made.weights = weights
+        return made
+
+    def filled_by(self, decoder: torch.nn.Module) -> None:
+        """Say which decoder fills the cache, for its files: weights are looked at when one is written."""
+        self.weights.filled_by(decoder)
 
     # ---- where rotary factors change with the length of a row
 
@@ -545,3 +643,21 @@ class StateCache(Cache):
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         raise StateCacheError("nothing to offload: this cache keeps its states on the model's devices")
+
+
+def _verify(path: object, written: str | None, there: str | None, whole: bool) -> None:
+    """Raise UnverifiedWeights or FileError where weights are not known to be those that filled a file."""
+    if not whole:
+        raise UnverifiedWeights(
+            f"{path}: a configuration does not say whose weights go on with these states: give the model, or say "
+            "allow_unverified=True"
+        )
+    if written is None:
+        warnings.warn(
+            f"{path} does not say whose weights filled it: an unprepared model did, and went unseen", stacklevel=3
+        )
+    elif written != there:
+        raise FileError(
+            f"{path} was filled by other weights than this model's: load the model that filled it, with its adapters "
+            "as they were, or say allow_unverified=True"
+        )

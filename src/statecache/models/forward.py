@@ -127,6 +127,8 @@ class Forward(StandIn):
         )
         if self.positioned:
             check_form(self.config, cache, width, expected is not None, self.counts)
+        if not torch.compiler.is_compiling():
+            cache.filled_by(self.decoder)
         writer = cache.begin(tokens, width, count, rows, counted=counted, operators=self.operators)
         step, writer.whole = writer.step, whole
         assert step is not None

@@ -1,0 +1,238 @@
+"""A cache as a file: its rows as values, in one safetensors file with a description. See docs/format.md.
+
+n entries of a row, *D the shape of one entry, as in `Snapshot`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from statecache.errors import FileError
+from statecache.snapshot import Snapshot
+from statecache.spec import StateSpec, as_dtype
+
+FORMAT = 1
+AXES = {  # what the axes of an entry are, by kind of state and how many there are
+    ("attention", 2): ("heads", "head size"),
+    ("sliding", 2): ("heads", "head size"),
+    ("attention", 1): ("size",),
+    ("conv", 0): (),
+    ("conv", 1): ("channels",),
+    ("recurrent", 1): ("channels",),
+    ("recurrent", 2): ("channels", "state size"),
+    ("recurrent", 3): ("heads", "head size", "state size"),
+    ("position", 1): ("size",),
+}
+WORDS = 1 << 16  # of a block of the checksum
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a file says of itself, checked against its own digest.
+
+    states: by name, what each is; rows: of each its length, where its rotary factors stand, and perhaps its token ids.
+    fingerprint: of the model's weights; None where nobody knew them.
+    """
+
+    model: str
+    made_for: str
+    fingerprint: str | None
+    rows: list[dict[str, Any]]
+    states: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Any]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row has taken in."""
+        return [row["length"] for row in self.rows]
+
+    def specs(self) -> dict[str, StateSpec]:
+        """What each state is, as the cache declared it."""
+        found = {}
+        for name, state in self.states.items():
+            told = {key: value for key, value in state.items() if key != "axes"}
+            shape = None if told["shape"] is None else tuple(told["shape"])
+            found[name] = StateSpec(**{**told, "shape": shape, "dtype": told["dtype"] and as_dtype(told["dtype"])})
+        return found
+
+
+# ---- writing
+
+
+def write(
+    path: str | os.PathLike[str],
+    snapshots: Sequence[Snapshot],
+    specs: Mapping[str, StateSpec],
+    *,
+    model: str,
+    made_for: str,
+    fingerprint: str | None,
+) -> None:
+    """Write rows to a file, which is there whole or, until it is, as it was before.
+
+    Raises OSError where it cannot be written; what was at `path` is there then.
+    """
+    entries = {f"{n}/{name}": e.cpu().contiguous() for n, s in enumerate(snapshots) for name, e in s.entries.items()}
+    described = Described(
+        model,
+        made_for,
+        fingerprint,
+        [
+            {"length": s.length, "rotated": s.rotated, "tokens": None if s.tokens is None else list(s.tokens)}
+            for s in snapshots
+        ],
+        {name: _described(spec) for name, spec in specs.items() if any(name in s.entries for s in snapshots)},
+        {
+            name: {"dtype": _name(e.dtype), "shape": list(e.shape), "checksum": checksum(e)}
+            for name, e in entries.items()
+        },
+    )
+    text = json.dumps({"format": FORMAT, **asdict(described)}, sort_keys=True)
+    metadata = {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
+    target = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        save_file(entries, temporary, metadata)
+        _sync(temporary)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(target.parent)
+
+
+def _described(spec: StateSpec) -> dict[str, Any]:
+    """What a state is, whatever form a cache keeps it in: inputs token by token, and recurrences without logs."""
+    if spec.kind == "conv" and spec.leased and spec.shape is not None:
+        spec = replace(spec, shape=spec.shape[:-1], window=spec.shape[-1], axis=1, leased=False)
+    spec = replace(spec, logged=False)
+    told = asdict(spec)
+    if spec.dtype is not None:
+        told["dtype"] = _name(spec.dtype)
+    told["axes"] = None if spec.shape is None else AXES.get((spec.kind, len(spec.shape)))
+    return told
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    """Have the disk hold it: a file's content, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- reading
+
+
+def describe(path: str | os.PathLike[str]) -> Described:
+    """What a file says of itself. Reads no tensor. Raises FileError for one that is damaged or of another kind."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            text = metadata.get("statecache")
+            if text is None:
+                raise FileError(f"{path} is a safetensors file of something else: statecache did not write it")
+            if hashlib.sha256(text.encode()).hexdigest() != metadata.get("digest"):
+                raise _damaged(path, "its description is not what was written")
+            told = json.loads(text)
+            if told.pop("format", None) != FORMAT:
+                raise FileError(f"{path} is of another format than {FORMAT}: read it with the statecache that wrote it")
+            described = Described(**told)
+            if set(described.tensors) != names:
+                raise _damaged(path, "it has other tensors than it says")
+            _check_forms(path, described)
+            return described
+    except FileNotFoundError as error:
+        raise FileError(f"there is no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise _damaged(path, f"its description makes no sense ({error})") from error
+
+
+def _check_forms(path: object, described: Described) -> None:
+    """Whether every state of every row has as many entries as its length and window say, of the shape that it says."""
+    specs = described.specs()
+    for name, told in described.tensors.items():
+        row, _, state = name.partition("/")
+        spec, length = specs[state], described.rows[int(row)]["length"]
+        n = 1 if spec.leased else length if spec.window is None else min(length, spec.window)
+        if told["shape"] != [n, *(spec.shape or ())]:
+            raise _damaged(path, f"{name} has {told['shape']} entries, and its row {length} tokens")
+
+
+def read(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
+    """The rows of a file, every tensor checked. Raises FileError for one that is damaged."""
+    entries: list[dict[str, Tensor]] = [{} for _ in described.rows]
+    try:
+        with safe_open(path, "pt") as file:
+            for name, told in described.tensors.items():
+                row, _, state = name.partition("/")
+                tensor = file.get_tensor(name)
+                if (_name(tensor.dtype), list(tensor.shape)) != (told["dtype"], told["shape"]):
+                    raise _damaged(path, f"{name} is of another form than it says")
+                if checksum(tensor) != told["checksum"]:
+                    raise _damaged(path, f"{name} is not what was written")
+                entries[int(row)][state] = tensor
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    return [
+        Snapshot(
+            row["length"],
+            held,
+            described.made_for,
+            None if row["tokens"] is None else tuple(row["tokens"]),
+            row["rotated"],
+        )
+        for row, held in zip(described.rows, entries, strict=True)
+    ]
+
+
+def checksum(tensor: Tensor) -> str:
+    """16 bytes, in hexadecimal, of a contiguous tensor's bytes: see docs/format.md. At the speed of memory."""
+    flat = tensor.flatten().view(torch.uint8) if tensor.numel() else torch.zeros(0, dtype=torch.uint8)
+    whole = len(flat) // (8 * WORDS) * 8 * WORDS
+    columns, rows = torch.zeros(WORDS, dtype=torch.int64), []
+    for part in (flat[:whole], flat[whole:]):
+        if not len(part):
+            continue
+        if part.data_ptr() % 8 or len(part) % (8 * WORDS):
+            padded = torch.zeros(-(-len(part) // (8 * WORDS)) * 8 * WORDS, dtype=torch.uint8)
+            padded[: len(part)] = part
+            part = padded
+        words = part.view(torch.int64).view(-1, WORDS)
+        columns += words.sum(0)
+        rows.append(words.sum(1))
+    sums = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    found = (_weighted(columns), _weighted(sums))
+    return "".join(f"{value % (1 << 64):016x}" for value in found)
+
+
+def _weighted(sums: Tensor) -> int:
+    """The sum of these, each times an odd number of its own, modulo 2^64."""
+    return int((sums * (2 * torch.arange(len(sums)) + 1)).sum())
+
+
+def _damaged(path: object, why: str) -> FileError:
+    return FileError(f"{path} is damaged: {why}; take an older copy of it")

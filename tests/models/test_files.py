@@ -1,0 +1,380 @@
+"""A cache that was written to a file goes on from it exactly; a file that is not whole says so."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import families
+import prepared_oracle as oracle
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import draw
+from torch import Tensor, nn
+
+import statecache as sc
+from statecache import errors
+from statecache.models import file
+from statecache.models.fingerprint import fingerprint
+from statecache.models.table import model_spec
+
+GOLDEN = Path(__file__).parent / "golden"
+PREPARED = ["lfm2", "mamba2", "qwen3_5", "falcon_h1", "gemma3_text"]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def tiny(name: str = "lfm2", prepared: bool = True) -> Any:
+    models = oracle.build(name)
+    return models.filling if prepared else models.plain
+
+
+def feed(model: Any, cache: sc.StateCache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    with oracle.Precise():
+        return model(ids, attention_mask=mask, use_cache=True, **{families.cache_arg(model): cache}).logits
+
+
+def filled(model: Any, tokens: int = 9, rows: int = 2, **options: Any) -> sc.StateCache:
+    cache = sc.StateCache(model.config, **options)
+    feed(model, cache, draw(rows, tokens) % 60 + 1)
+    return cache
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize(
+    "there",
+    [{}, {"slack": 3}, {"capacity": 24}, {"capacity": 24, "slack": 5, "rows": 3, "dtype": "float64", "device": "cpu"}],
+    ids=["growing", "slack", "fixed", "all options"],
+)
+@pytest.mark.parametrize("here", [{}, {"slack": 4}, {"capacity": 20}], ids=["growing", "slack", "fixed"])
+def test_a_file_goes_on_as_the_cache_does(name: str, here: Any, there: Any, tmp_path: Path) -> None:
+    model = tiny(name)
+    cache = filled(model, **here)
+    feed(model, cache, torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))  # rows differ
+    cache.save(tmp_path / "rows")
+    read = sc.StateCache.load(tmp_path / "rows", model, **there)
+    assert read.lengths.tolist()[:2] == [12, 10]
+    more = torch.full((read.rows or 0, 2), 11)
+    want = feed(model, cache, more[:2])
+    got = feed(model, read, more)[:2]
+    assert (got - want).abs().max() < 1e-10
+    if there.get("slack"):
+        read.rollback(2)
+        cache = sc.StateCache.load(tmp_path / "rows", model)
+        assert (feed(model, read, more)[:2] - feed(model, cache, more[:2])).abs().max() < 1e-10
+
+
+def test_an_unprepared_model_goes_on_with_a_prepared_ones_file(tmp_path: Path) -> None:
+    models = oracle.build("qwen3_5")
+    cache = filled(models.filling)
+    cache.save(tmp_path / "rows")
+    read = sc.StateCache.load(tmp_path / "rows", models.plain)  # the same weights
+    ids = torch.tensor([[3], [4]])
+    assert (feed(models.plain, read, ids) - feed(models.filling, cache, ids)).abs().max() < 1e-8
+
+
+def test_only_what_rows_hold_is_written(tmp_path: Path) -> None:
+    model = tiny()
+    for capacity in (16, 4096):
+        filled(model, capacity=capacity).save(tmp_path / str(capacity))
+    sizes = [(tmp_path / str(capacity)).stat().st_size for capacity in (16, 4096)]
+    assert sizes[0] == sizes[1] < 20_000
+
+
+def test_an_empty_cache_and_an_empty_row(tmp_path: Path) -> None:
+    model = tiny()
+    sc.StateCache(model.config).save(tmp_path / "empty")
+    assert sc.StateCache.load(tmp_path / "empty", model, allow_unverified=True).rows is None
+    cache = filled(model)
+    cache.reset([1])
+    cache.save(tmp_path / "row")
+    read = sc.StateCache.load(tmp_path / "row", model)
+    assert read.lengths.tolist() == [9, 0]
+    ids = torch.tensor([[3, 4], [5, 6]])
+    assert (feed(model, read, ids) - feed(model, cache, ids)).abs().max() < 1e-10
+
+
+def test_tokens_come_along(tmp_path: Path) -> None:
+    model = tiny()
+    filled(model).save(tmp_path / "rows", tokens=[range(9), range(1, 10)])
+    assert [row["tokens"] for row in file.describe(tmp_path / "rows").rows] == [list(range(9)), list(range(1, 10))]
+    with pytest.raises(errors.RowsError, match="3 rows"):
+        filled(model).save(tmp_path / "rows", tokens=[[1]] * 3)
+    with pytest.raises(errors.RowsError, match="holds 9 tokens"):
+        filled(model).save(tmp_path / "rows", tokens=[[1], [2]])
+
+
+# ---- whose
+
+
+def test_a_fingerprint_tells_models_apart() -> None:
+    model = copy.deepcopy(tiny(prepared=False))
+    was = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model)) == was
+    assert fingerprint(sc.prepare(model)) == was
+    weight = model.get_input_embeddings().weight
+    weight[-1, -1] += 1
+    assert fingerprint(model) != was
+    weight[-1, -1] -= 1
+    assert fingerprint(model) == was
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 77.0}
+    assert fingerprint(model) != was
+
+
+def test_adapters_count_while_they_are_on() -> None:
+    class Adapted(nn.Linear):
+        disable_adapters = False
+
+    model = copy.deepcopy(tiny(prepared=False))
+    plain = fingerprint(model)
+    mlp = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    mlp.__class__ = Adapted
+    on = fingerprint(model)
+    mlp.disable_adapters = True
+    assert len({plain, on, fingerprint(model)}) == 3
+
+
+@pytest.mark.parametrize("place", [0, 300_000, -1])
+def test_large_tensors_are_looked_at_from_end_to_end(place: int) -> None:
+    model = nn.Linear(1000, 600)
+    model.config = tiny().config
+    was = fingerprint(model)
+    starts = [(600_000 - 1024) * n // 15 for n in range(16)]
+    model.weight.view(-1)[starts[8] if place == 300_000 else place] += 1
+    assert fingerprint(model) != was
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    filled(model).save(path)
+    other = copy.deepcopy(model)
+    other.get_input_embeddings().weight[3, 3] += 1
+    with pytest.raises(errors.FileError, match="other weights"):
+        sc.StateCache.load(path, other)
+    with pytest.raises(errors.UnverifiedWeights, match="give the model"):
+        sc.StateCache.load(path, model.config)
+    for taken in (other, model.config):
+        assert sc.StateCache.load(path, taken, allow_unverified=True).lengths.tolist() == [9, 9]
+
+
+def test_a_file_of_unknown_weights_says_so(tmp_path: Path) -> None:
+    models, path = oracle.build("lfm2"), tmp_path / "rows"
+    filled(models.plain).save(path)
+    assert file.describe(path).fingerprint is None
+    with pytest.warns(UserWarning, match="whose weights"):
+        sc.StateCache.load(path, models.plain)
+
+
+def test_whose_weights_they_were_is_told_on(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    cache = filled(model)
+    for other in (cache.fork(), copy.deepcopy(cache)):
+        other.save(path)
+        assert sc.StateCache.load(path, model).lengths.tolist() == [9, 9]
+    sc.StateCache.load(path, model).save(path)
+    assert sc.StateCache.load(path, model).lengths.tolist() == [9, 9]
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    filled(tiny()).save(tmp_path / "rows")
+    with pytest.raises(errors.FileError, match="another configuration"):
+        sc.StateCache.load(tmp_path / "rows", tiny("mamba2"))
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    filled(model).save(path)
+    with pytest.raises(errors.RowsError, match="holds 2 rows"):
+        sc.StateCache.load(path, model, rows=1, dtype="float64", device="cpu")
+    with pytest.raises(errors.CapacityError, match="capacity=4"):
+        sc.StateCache.load(path, model, capacity=4)
+    with pytest.raises(errors.FileError, match="there is no file"):
+        sc.StateCache.load(tmp_path / "none", model)
+    cache = filled(model, slack=2)
+    with cache.speculate(1), pytest.raises(errors.StepError, match="round is open"):
+        cache.save(path)
+    with pytest.raises(FileNotFoundError):
+        cache.save(tmp_path / "no folder" / "rows")
+
+
+# ---- damage
+
+
+def damaged(whole: bytes, rnd: random.Random) -> bytes:
+    made = bytearray(whole)
+    how = rnd.randrange(5)
+    if how == 0:
+        return bytes(made[: rnd.randrange(len(made))])
+    if how == 1:
+        for _ in range(rnd.randint(1, 4)):
+            made[rnd.randrange(len(made))] ^= 1 << rnd.randrange(8)
+    elif how == 2:  # in the header and the description
+        made[rnd.randrange(min(len(made), 4000))] = rnd.randrange(256)
+    elif how == 3:
+        at, n = rnd.randrange(len(made)), rnd.randint(1, 600)
+        made[at : at + n] = bytes(len(made[at : at + n]))
+    else:  # two blocks change places
+        n = rnd.choice([8, 64, 256])
+        a, b = sorted(rnd.sample(range(len(made) // n), 2))
+        made[a * n : a * n + n], made[b * n : b * n + n] = made[b * n : b * n + n], made[a * n : a * n + n]
+    return bytes(made)
+
+
+def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
+    model, path, rnd = tiny(), tmp_path / "rows", random.Random(0)
+    filled(model, 5, 1).save(path)
+    whole, described = path.read_bytes(), file.describe(path)
+    rows, found = file.read(path, described), 0
+    for _ in range(2500):
+        made = damaged(whole, rnd)
+        path.write_bytes(made)
+        try:
+            again = file.read(path, file.describe(path))
+        except errors.FileError:
+            found += 1
+        else:  # as white space between the parts of the header
+            assert all(torch.equal(again[0].entries[name], entries) for name, entries in rows[0].entries.items())
+            assert again[0].length == rows[0].length
+    assert found > 2300
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """A file with another description, which fits its digest."""
+    with safe_open(path, "pt") as held:
+        told = json.loads(held.metadata()["statecache"])
+    change(told)
+    text = json.dumps(told)
+    save_file(load_file(path), path, {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda told: told.update(format=2), "another format"),
+        (lambda told: told["rows"][0].update(length=10**12), "entries"),
+        (lambda told: told["rows"].clear(), "makes no sense"),
+        (lambda told: told.update(unknown=1), "makes no sense"),
+        (lambda told: told["states"]["1.key"].update(dtype="load"), "makes no sense"),
+        (lambda told: told["tensors"].pop("0/1.key"), "other tensors"),
+        (lambda told: told["tensors"]["0/1.key"].update(dtype="int64"), "another form"),
+        (lambda told: told["tensors"]["0/1.key"].update(checksum="0" * 32), "not what was written"),
+    ],
+)
+def test_a_description_that_lies_is_found(change: Any, said: str, tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    filled(model, 5, 1).save(path)
+    rewrite(path, change)
+    with pytest.raises(errors.FileError, match=said):
+        sc.StateCache.load(path, model)
+
+
+def test_another_safetensors_file_is_told(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "x")
+    with pytest.raises(errors.FileError, match="something else"):
+        sc.StateCache.load(tmp_path / "x", tiny())
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 8 * file.WORDS, 8 * file.WORDS + 3, 3 * 8 * file.WORDS])
+def test_a_checksum_sees_every_byte_and_every_place(size: int) -> None:
+    rnd = random.Random(size)
+    flat = torch.randint(0, 255, (size,), dtype=torch.uint8)
+    was = file.checksum(flat)
+    assert was == file.checksum(flat.clone())
+    for _ in range(min(size, 40)):
+        at, bit = rnd.randrange(size), 1 << rnd.randrange(8)
+        flat[at] ^= bit
+        assert file.checksum(flat) != was
+        flat[at] ^= bit
+    words = size // 8
+    for _ in range(40 if words > 1 else 0):
+        a, b = rnd.sample(range(words), 2)
+        other = flat.clone()
+        other[8 * a : 8 * a + 8], other[8 * b : 8 * b + 8] = flat[8 * b : 8 * b + 8], flat[8 * a : 8 * a + 8]
+        assert file.checksum(other) != was
+
+
+# ---- a process that ends
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+    model, path, rnd = tiny(), tmp_path / "rows", random.Random(0)
+    cache, longer = filled(model, 5), filled(model, 8)
+    cache.save(path)
+    lengths = set()
+    for _ in range(100):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            longer.save(path)
+            os.write(writer, b".")
+            while True:
+                cache.save(path)
+                longer.save(path)
+        os.read(reader, 1)
+        time.sleep(rnd.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
+        lengths.add(sc.StateCache.load(path, model).lengths.tolist()[0])
+    assert lengths <= {5, 8} and len(lengths) == 2
+
+
+# ---- other readers
+
+
+def test_heads_can_be_parted_and_joined(tmp_path: Path) -> None:
+    model, path = tiny("minimax"), tmp_path / "rows"
+    cache = filled(model)
+    cache.save(path)
+    described, tensors = file.describe(path), load_file(path)
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    for name, tensor in tensors.items():
+        axes = described.states[name.partition("/")[2]]["axes"]
+        if "heads" in axes and tensor.shape[1 + axes.index("heads")] % 2 == 0:
+            halves = tensor.chunk(2, 1 + axes.index("heads"))
+        else:
+            halves = (tensor, tensor)
+        for part, half in zip(parts, halves, strict=True):
+            part[name] = half
+    assert any(parts[0][name].shape != tensor.shape for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        axes = described.states[name.partition("/")[2]]["axes"]
+        if parts[0][name].shape != tensor.shape:
+            tensors[name] = torch.cat([part[name] for part in parts], 1 + axes.index("heads")).contiguous()
+    with safe_open(path, "pt") as held:
+        metadata = held.metadata()
+    save_file(tensors, path, metadata)
+    read = sc.StateCache.load(path, model)
+    ids = torch.tensor([[3], [4]])
+    assert torch.equal(feed(model, read, ids), feed(model, cache, ids))
+
+
+def test_every_axis_has_a_name() -> None:
+    for name in families.FAMILIES:
+        for _, spec in model_spec(families.build(name)[1]).states():
+            assert spec.shape is None or spec.kind == "log" or (spec.kind, len(spec.shape)) in file.AXES, (name, spec)
+
+
+def test_a_golden_file_is_read(tmp_path: Path) -> None:
+    described = file.describe(GOLDEN / "lfm2-1.safetensors")
+    (row,) = file.read(GOLDEN / "lfm2-1.safetensors", described)
+    want = json.loads((GOLDEN / "lfm2-1.json").read_text())
+    assert (described.model, described.lengths, row.tokens) == ("lfm2", [5], (1, 2, 3, 4, 5))
+    assert {name: entries.flatten().tolist() for name, entries in row.entries.items()} == want
