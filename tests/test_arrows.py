@@ -30,7 +30,7 @@ INSIDE = {
         "unmodified",
         "cache",
         "positions",
-        "masks given decoder",
+        "masks given decoder code",
         "attention",
         "mixers.base",
         f"mixers.{' mixers.'.join(OPERATORS.split())}",
