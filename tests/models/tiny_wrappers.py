@@ -113,11 +113,15 @@ WRAPPERS: dict[str, tuple[str, str, str, str, dict[str, Any]]] = {
     ),
     # of any decoder
     "llava": (
-        *("LlavaConfig", "LlavaForConditionalGeneration", "mamba2", "mamba2"),
+        *("LlavaConfig", "LlavaForConditionalGeneration", "qwen3_next", "qwen3_next"),
         {"vision_config": CLIP, "image_token_index": IMAGE},
     ),
 }
-WRAPPERS = {name: row for name, row in WRAPPERS.items() if all(hasattr(transformers, cls) for cls in row[:2])}
+WRAPPERS = {
+    name: row
+    for name, row in WRAPPERS.items()
+    if row[2] in families.FAMILIES and all(hasattr(transformers, cls) for cls in row[:2])
+}
 
 
 def build(name: str) -> Any:
