@@ -286,6 +286,15 @@ def test_a_cache_that_saw_pictures_before_the_model_was_prepared_is_refused() ->
     assert_same(go_on(model, text, [[4]])[0], truth("qwen3_5", [1, 2, 3, 4])[-1:], EXACT)
 
 
+def test_a_picture_is_not_placed_by_a_mask_of_four_axes() -> None:
+    model, n = prepared("qwen3_5"), len(WITH_A)
+    held, mask = sc.StateCache(model.config), torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+    with pytest.raises(errors.ShapeError, match=r"attention_mask: came \(1, 1, 9, 9\).*by a mask of two axes"):
+        go_on(model, held, [WITH_A], A, attention_mask=mask)
+    got = go_on(model, held, [list(range(1, 10))], attention_mask=mask)
+    assert_same(got[0], truth("qwen3_5", range(1, 10)), EXACT)
+
+
 def test_text_costs_nothing_where_rings_grow() -> None:
     model = prepared("qwen3_5")
     held = sc.StateCache(model.config, slack=2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from statecache.errors import ConfigError, StepError, UnknownLayerError
+from statecache.errors import ConfigError, ShapeError, StepError, UnknownLayerError
 from statecache.models.cache import StateCache
 from statecache.models.code import forwards
 from statecache.models.forward import StandIn, door, stands_in
@@ -146,8 +146,13 @@ class Pictures(StandIn):
             counts = torch.as_tensor(expected.count, device=ids.device)
             mask = torch.arange(width, device=ids.device) < counts[:, None]
         if isinstance(mask, Tensor):
+            if mask.dim() != 2 and types is not None and bool(types.any()):
+                raise ShapeError(
+                    f"attention_mask: came {tuple(mask.shape)}, expected ({rows}, {width} or more): where a picture "
+                    "stands is counted by a mask of two axes"
+                )
             if mask.dim() != 2 or types is None:
-                mask = None  # the door refuses it, or there is no picture
+                mask = None  # there is no picture
             else:
                 mask = mask[:, -width:].bool()
                 types = types[:, -width:] * mask
