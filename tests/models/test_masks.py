@@ -104,6 +104,7 @@ REFUSED = {
         r"this shows row 0 1 of the tokens before, and the cache holds 2 of it",
     ),
     "a token is shown too early": (_spoiled(WHOLE, (1, 0, 0, 4)), r"this shows token 0 of row 1 something else"),
+    "no token sees itself": (WHOLE.tril(1), "this shows token 1 of row 0 something else"),
     "heads see other tokens": (
         torch.cat([WHOLE, _spoiled(WHOLE, (0, 0, 3, 2))], 1),
         "this shows other tokens to other heads",
@@ -126,6 +127,14 @@ def test_any_other_mask_of_four_axes_is_refused(name: str, case: str) -> None:
     assert held.lengths.tolist() == [2, 2]
     go_on(model, held, draw(2, 4), WHOLE)
     assert held.lengths.tolist() == [6, 6]
+
+
+def test_pads_that_a_row_holds_no_token_for_are_not_shown() -> None:
+    model, ids, real = prepared("bamba"), draw(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    held = sc.StateCache(model.config)
+    go_on(model, held, ids[:, :2], torch.tensor([[1, 1], [0, 1]]))
+    with pytest.raises(errors.ShapeError, match="this shows row 1 2 of the tokens before, and the cache holds 1"):
+        go_on(model, held, ids[:, 2:], shown(real, 4))
 
 
 def test_a_mask_of_four_axes_is_refused_where_layers_have_windows() -> None:
