@@ -31,6 +31,7 @@ INSIDE = {
         "cache",
         "positions",
         "masks given decoder code",
+        "columns",
         "attention",
         "mixers.base",
         f"mixers.{' mixers.'.join(OPERATORS.split())}",

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from statecache.clock import Known
 from statecache.errors import ConfigError, StepError, UnknownLayerError
 from statecache.mask import additive
 from statecache.models.code import asked, forwards, hands_on
+from statecache.models.columns import Columns
 from statecache.models.decoder import layers_of
 from statecache.models.masks import mask, places, untold
 from statecache.models.table import KINDS, LOOPS, Kind, model_spec
@@ -33,10 +35,15 @@ Attention = tuple[Tensor, Tensor | None]  # (B, T, H, D); the weights (B, H, T, 
 
 
 class AttentionPass:
-    """The pass that is open, as attention needs it: the step, and the masks and distances made for it so far."""
+    """The pass that is open, as attention needs it: the step, and the masks and distances made for it so far.
 
-    def __init__(self, states: States, step: Step) -> None:
+    known: what the host knew before it; None where that may not be baked in. given: its mask (B, T or more).
+    """
+
+    def __init__(self, states: States, step: Step, known: Known | None, given: Tensor | None) -> None:
         self.states, self.step = states, step
+        self.known, self.given = known, given
+        self._columns: Columns | None = None
         self._masks: dict[Any, Tensor | None] = {}
         self._distances: dict[Any, Tensor] = {}
 
@@ -46,6 +53,17 @@ class AttentionPass:
         if key not in self._masks:
             self._masks[key] = mask(form, query.dtype, query.device, keys, chunked, self.states, self.step)
         return self._masks[key]
+
+    def spread(self, weights: Tensor, keys: StateSpec) -> Tensor:
+        """Attention weights by column, where columns are not positions: see `Columns.spread`."""
+        known, step = self.known, self.step
+        if known is None or step.rows is not None:
+            return weights
+        if step.count is None and all(length == known.width for length in known.lengths):
+            return weights
+        if self._columns is None:
+            self._columns = Columns(self.states, step, known, self.given)
+        return self._columns.spread(weights, keys)
 
     def distance(self, keys: StateSpec, device: torch.device) -> Tensor:
         """How far each token stands behind each of these keys: (B or 1, 1, T, S), below zero for those after it."""
@@ -91,8 +109,10 @@ def attend(
             "arguments from the decoder to its attention"
         )
     dense = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, config.eager)
-    out: Attention = dense(Unprepared(module, own), query, key, value, attention_mask, **options)
-    return out
+    out, weights = dense(Unprepared(module, own), query, key, value, attention_mask, **options)
+    if weights is not None and statecache_pass is not None:
+        weights = statecache_pass.spread(weights, config.keys)
+    return out, weights
 
 
 AttentionInterface.register(FORM, attend)

@@ -119,7 +119,7 @@ class Forward(StandIn):
         else:
             if real is not None:
                 expected = Expected(count if isinstance(count, list) else real.sum(1), None, real.sum(1))
-            out = self._through(cache, kwargs, tokens, expected, whole=own and torch.is_grad_enabled())
+            out = self._through(cache, kwargs, tokens, expected, mask, whole=own and torch.is_grad_enabled())
         return out if real is None else _back(out, real, keys=cache is None)
 
     def makes_cache(self, kwargs: Mapping[str, Any]) -> bool:
@@ -129,7 +129,13 @@ class Forward(StandIn):
         return bool(use and not self._checkpoints())
 
     def _through(
-        self, cache: StateCache, kwargs: dict[str, Any], tokens: Tensor, expected: Expected | None, whole: bool
+        self,
+        cache: StateCache,
+        kwargs: dict[str, Any],
+        tokens: Tensor,
+        expected: Expected | None,
+        mask: Tensor | None,
+        whole: bool,
     ) -> Any:
         width = tokens.shape[1]
         count, rows, counted = (
@@ -147,7 +153,9 @@ class Forward(StandIn):
             if self.positioned:
                 places = self._place(cache, kwargs, step, tokens)
                 kwargs["attention_mask"] = self.unmasked
-                kwargs[ARGUMENT] = AttentionPass(cache.states, step)
+                clock, baked = cache.states.clock, torch.compiler.is_compiling() or capturing(tokens)
+                known = None if clock is None or baked else clock.known
+                kwargs[ARGUMENT] = AttentionPass(cache.states, step, known, mask)
             out = self.unmodified(**kwargs)
             if places is not None:
                 places.keep()
