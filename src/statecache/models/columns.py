@@ -46,14 +46,13 @@ class Columns:
         if self.past is not None and self.held:
             before = self.past.to(device).gather(1, at.clamp(max=self.held - 1))
         column = torch.where(at < start, before, column)
-        end = start + (step.tokens if step.count is None else step.count.to(device)[:, None])
         first, width, window = 0, weights.shape[-1], keys.window
         if window is not None and not keys.holds_all(states.capacity, states.slack):
             first = max(self.held - window + 1, 0)
         if states.capacity is None:
             width = self.held + step.tokens - first
         column = column - first
-        kept = (at < end) & (column >= 0) & (column < width)
+        kept = (column >= 0) & (column < width)
         shape = (*weights.shape[:-1], width)
         index = column.clamp(0, width - 1)[:, None, None].expand_as(weights)
         return weights.new_zeros(shape).scatter_add_(-1, index, weights * kept[:, None, None])
