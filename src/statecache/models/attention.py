@@ -165,7 +165,7 @@ def attention(decoder: nn.Module) -> list[tuple[nn.Module, Attending]]:
         if why is not None:
             raise UnknownLayerError(
                 f'layer {spec.index} ("{spec.kind}") is a {type(layer).__name__} {why}, so that it cannot be told what '
-                "rows see; the model was left as it is"
+                "rows see: use the model as it is, with a StateCache or without; it was left so"
             )
         for module, eager in here.items():
             found.setdefault(module, Attending(module.config, keys, KINDS[spec.kind], eager))
