@@ -129,6 +129,15 @@ def test_a_residual_convolution_counts_in_float32(name: str) -> None:
             assert torch.equal(mixer.forward(x, *given), module(x, *given))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name == "inkling"])
+def test_a_key_out_of_the_reach_of_biases_has_none(name: str) -> None:
+    model, ids = build(name), draw(1, 40)  # a bias for each of 16 distances
+    want = model(ids, use_cache=False).logits
+    cache = sc.StateCache(sc.prepare(model).config)
+    got = torch.cat([feed(model, cache, part) for part in ids.split((20, 19, 1), 1)], 1)
+    assert_same(got, want)
+
+
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_pooled_index_chooses_what_the_modules_own_does(tail: bool) -> None:
     """Of the tokens that there are, in any order, in every row at its own length; and not all of them."""
