@@ -344,3 +344,25 @@ def test_states_that_cannot_be_kept_are_refused():
     ):
         with pytest.raises(StepError, match=says), states.one_pass(1):
             pass
+
+
+def test_a_window_stands_along_the_axis_of_its_state() -> None:
+    spec = ModelSpec((LayerSpec(0, "conv", (StateSpec("conv", "conv", (D,), K - 1, axis=1),)),))
+    states, x = States(spec, rows=2, dtype=torch.float64, device="cpu"), torch.randn(2, D, 9, dtype=torch.float64)
+    for start, end in pairwise((0, 2, 7, 9)):
+        with states.one_pass(end - start) as now:
+            seen = now.window("0.conv", x[..., start:end])
+        assert torch.equal(seen, F.pad(x, (K - 1, 0))[..., start : end + K - 1])
+
+
+@pytest.mark.parametrize("capacity", [None, 32])
+def test_attention_is_shown_what_is_there_and_no_more(capacity: int | None) -> None:
+    states, x = new(capacity=capacity), torch.randn(2, 9, H, P, dtype=torch.float64)
+    for start, end in pairwise((0, 2, 7, 9)):
+        with states.one_pass(end - start) as now:
+            now.window("0.conv", torch.zeros(2, end - start, D, dtype=torch.float64))
+            now.write("0.memory", now.read("0.memory"))
+            for name in ("key", "value"):
+                assert torch.equal(now.attend(f"1.{name}", x[:, start:end]), x[:, :end])
+                near = x[:, max(0, start - WINDOW + 1) : end]
+                assert torch.equal(now.attend(f"2.{name}", x[:, start:end].transpose(1, 2)), near.transpose(1, 2))

@@ -148,9 +148,21 @@ def test_attention_that_cannot_be_told_what_rows_see_is_refused(name: str, why: 
     with torch.device("meta"):
         model = getattr(transformers, CLASSES[name])(smallest(name))
     before = [sorted(vars(module)) for module in model.modules()]
-    with pytest.raises(errors.UnknownLayerError, match=why):
+    with pytest.raises(errors.UnknownLayerError, match=rf"{why}.*as it is"):
         sc.prepare(model)
     assert [sorted(vars(module)) for module in model.modules()] == before
+
+
+def test_a_class_of_ones_own_that_inherits_its_forward_is_prepared() -> None:
+    model = tiny("llama")
+    for module in (model.model, *model.model.layers, *(layer.self_attn for layer in model.model.layers)):
+        module.__class__ = type("Mine", (type(module),), {})
+    ids = draw(1, 8)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        cache = sc.StateCache(sc.prepare(model).config)
+        assert_same(model(ids, **{families.cache_arg(model): cache}).logits, want)
+    assert cache.lengths.tolist() == [8]
 
 
 @pytest.mark.skipif("llama4_text" not in CLASSES, reason="no such model in this transformers")

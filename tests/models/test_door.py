@@ -186,12 +186,77 @@ def test_everything_that_comes_one_a_token_is_in_its_column(name: str, cached: b
     layers = [[a for a in out.attentions if a is not None and a.dim() == 4] for out in (got, want)]
     assert layers[0]
     for there, here in zip(*(each[-1:] if name == "minimax" else each for each in layers), strict=True):
-        # keys of a cache are in order of position
-        assert_same(there[1:, :, 5:, :7] if cached else there[1:, :, 5:, 5:], here)
+        assert_same(there[1:, :, 5:, 5:], here)
+        assert not there[1, :, :, :5].any()
     if routes:
         assert want.router_logits or name != "jamba"  # granitemoehybrid gives none in transformers 5.17
         for there, here in zip(got.router_logits or (), want.router_logits or (), strict=True):
             assert_same(there.view(2, 12, -1)[1, 5:], here)
+
+
+def weights(out: Any) -> list[Tensor]:
+    return [each for each in out.attentions if each is not None and each.dim() == 4]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["of all columns", "of the new ones"])
+@pytest.mark.parametrize("capacity", [None, 24])
+@pytest.mark.parametrize("name", ["lfm3", "falcon_h1", "qwen4_exp"])
+def test_attention_weights_are_by_column(name: str, capacity: int | None, told: bool) -> None:
+    if name not in families.FAMILIES:
+        name = "zaya"
+    plain, prepared = pair(name, attn="eager")
+    ids, mask = draw(3, 19), torch.ones(3, 19, dtype=torch.long)
+    mask[1, :3] = mask[2, 9:11] = mask[2, 14:16] = 0  # pads on the left; inside, behind what the first pass brings
+    cache, last = sc.StateCache(plain.config, capacity=capacity, slack=4), 0
+    for end in (11, 17, 19):
+        given = mask[:, :end] if told or end == 11 else mask[:, last:end]
+        out = prepared(
+            ids[:, last:end], attention_mask=given, output_attentions=True, **{families.cache_arg(prepared): cache}
+        )
+        for row in range(3):
+            real = mask[row, :end] == 1
+            alone = plain(ids[row : row + 1, :end][:, real], output_attentions=True, use_cache=False)
+            new = real[last:]
+            for layer, (got, want) in enumerate(zip(weights(out), weights(alone), strict=True)):
+                window = None if "sliding" not in _attending(plain.config)[layer] else 8
+                first = 0 if window is None else max(last - window + 1, 0)
+                if capacity is None:
+                    assert got.shape[3] == end - first
+                elif window is None:
+                    assert got.shape[3] == capacity
+                if not told and row == 2 and last:
+                    continue  # its tokens are taken to stand at the end of the columns before
+                kept = got[row, :, new][:, :, : end - first]
+                assert_same(kept[..., real[first:]], want[0, :, -int(new.sum()) :, int(real[:first].sum()) :], 1e-5)
+                assert not kept[..., ~real[first:]].any()
+        last = end
+    if capacity is None:
+        assert [each.shape for each in weights(out)] == [each.shape for each in weights(_with_theirs(plain, ids, mask))]
+
+
+@pytest.mark.parametrize("capacity", [None, 24])
+def test_keys_in_outputs_are_as_many_as_columns(capacity: int | None) -> None:
+    model = pair("zaya")[1]
+    held, mask = sc.StateCache(model.config, capacity=capacity), torch.ones(2, 12, dtype=torch.long)
+    mask[:, :5] = mask[1, 6] = 0
+    feed(model, held, draw(2, 12), mask)
+    whole = [layer.keys for layer in held.layers if layer.keys is not None and not layer.is_sliding]
+    assert [tuple(keys.shape) for keys in whole] == [(2, 2, 12 if capacity is None else 24, 16)] * 2
+    assert whole[0][0, :, :7].abs().sum(-1).all() and not whole[0][:, :, 7:].any()
+    assert next(layer.keys for layer in held.layers if layer.is_sliding).shape[2] == 7
+
+
+def _attending(config: Any) -> list[str]:
+    """The types of layers that attend."""
+    kinds = [kind for kind in config.get_text_config().layer_types if kind not in ("conv", "linear_attention")]
+    return [kind.replace("hybrid", "full") for kind in kinds]
+
+
+def _with_theirs(plain: Any, ids: Tensor, mask: Tensor) -> Any:
+    """The last of the passes over the columns, of an unmodified model with the cache that it makes itself."""
+    held = plain(ids[:, :17], attention_mask=mask[:, :17], use_cache=True)[families.cache_arg(plain)]
+    asked: dict[str, Any] = {"output_attentions": True, families.cache_arg(plain): held}
+    return plain(ids[:, 17:], attention_mask=mask, **asked)
 
 
 @pytest.mark.parametrize("name", ATTENDING)

@@ -114,6 +114,30 @@ def test_an_rg_lru_begins_anew_where_positions_do() -> None:
 
 
 @pytest.mark.skipif("glm5_next" not in NAMES, reason="of later transformers")
+@pytest.mark.parametrize("name", [name for name in NAMES if name in ("inkling", "inkling2")])
+def test_a_residual_convolution_counts_in_float32(name: str) -> None:
+    model = families.build(name, dtype=torch.bfloat16)[0]
+    modules = [m for m in model.modules() if type(m).__name__.endswith("ShortConvolution")]
+    assert modules
+    for module in modules[:4]:
+        mixer = MIXERS[type(module).__name__](module, module.forward)
+        width = getattr(module, "conv1d", None)
+        x = torch.randn(2, 9, len(module.static_weight[0]) if width is None else width.in_channels).bfloat16()
+        given = [torch.randn(2, 9, module.weight_proj.in_features).bfloat16()] if width is None else []
+        mixer.layer = 0
+        with torch.no_grad():
+            assert torch.equal(mixer.forward(x, *given), module(x, *given))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name == "inkling"])
+def test_a_key_out_of_the_reach_of_biases_has_none(name: str) -> None:
+    model, ids = build(name), draw(1, 40)  # a bias for each of 16 distances
+    want = model(ids, use_cache=False).logits
+    cache = sc.StateCache(sc.prepare(model).config)
+    got = torch.cat([feed(model, cache, part) for part in ids.split((20, 19, 1), 1)], 1)
+    assert_same(got, want)
+
+
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_pooled_index_chooses_what_the_modules_own_does(tail: bool) -> None:
     """Of the tokens that there are, in any order, in every row at its own length; and not all of them."""

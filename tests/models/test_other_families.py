@@ -329,6 +329,31 @@ def test_a_pass_that_ends_in_a_loop_is_counted(capacity: int | None) -> None:
 
 
 @loops
+@pytest.mark.parametrize("capacity", [None, 200])
+def test_long_texts_in_loops_are_exact_row_by_row(capacity: int | None) -> None:
+    plain = build("dory")
+    model, ids = sc.prepare(copy.deepcopy(plain)), draw(2, 150)
+    want = [full(plain, ids[:1])[0], full(plain, ids[1:, :118])[0]]
+    held, done = sc.StateCache(model.config, capacity=capacity, slack=9), [0, 0]
+    for counts in ((70, 41), (1, 1), (9, 3), (33, 64), (1, 0), (36, 9)):
+        width = max(counts)
+        chunk = torch.zeros(2, width, dtype=torch.long)
+        mask = torch.arange(width) >= width - torch.tensor(counts)[:, None]
+        for row, (start, count) in enumerate(zip(done, counts, strict=True)):
+            chunk[row, width - count :] = ids[row, start : start + count]
+        with torch.no_grad():
+            got = model(chunk, attention_mask=mask.long(), **{families.cache_arg(model): held}).logits
+        for row, count in enumerate(counts):
+            if count:
+                assert_same(got[row, width - count :], want[row][done[row] : done[row] + count])
+            done[row] += count
+        if counts == (9, 3):
+            held.rollback(torch.tensor([9, 2]))
+            done = [done[0] - 9, done[1] - 2]
+    assert done == held.lengths.tolist() == [141, 116]
+
+
+@loops
 @pytest.mark.parametrize("slack", [0, 3])
 def test_loops_that_read_what_the_last_one_kept_find_it(slack: int) -> None:
     """Not what one forward gives, which no cache does there: what transformers' cache gives."""

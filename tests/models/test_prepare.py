@@ -795,6 +795,54 @@ def test_quantised_linear_layers_are_called_as_modules(name: str) -> None:
     assert_same(got, full(plain, ids), 1e-4)
 
 
+class Adapted(nn.Module):
+    """A linear layer with an adapter of low rank beside it, as peft has them: its weights are those below."""
+
+    def __init__(self, linear: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = linear
+        generator = torch.Generator().manual_seed(0)
+        self.down = nn.Parameter(torch.randn(rank, linear.in_features, generator=generator))
+        self.up = nn.Parameter(torch.randn(linear.out_features, rank, generator=generator))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.down.mT @ self.up.mT
+
+    def merged(self) -> Tensor:
+        return self.weight + self.up @ self.down
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba"])
+def test_an_adapter_of_dt_proj_counts_in_prepared_models_alone(name: str) -> None:
+    model, merged, ids = build(name), build(name), draw(2, 9)
+    alone = full(model, ids)
+    for path, module in list(model.named_modules()):
+        if path.endswith("dt_proj"):
+            adapted = Adapted(module)
+            model.set_submodule(path, adapted)
+            merged.get_submodule(path).weight.copy_(adapted.merged())
+    assert_same(full(model, ids), alone)  # the model's own code reads the weights below the adapter
+    sc.prepare(model)
+    cache = new_cache(model, slack=3)
+    want = full(merged, ids)
+    assert (want - alone).abs().max() > 1e-2
+    got = torch.cat([feed(model, cache, part) for part in ids.split((4, 3, 1, 1), 1)], 1)
+    assert_same(got, want)
+    assert_same(full(model, ids), want)
+    with torch.enable_grad():
+        model(ids, use_cache=False).logits.square().sum().backward()
+    found = [p.grad for path, p in model.named_parameters() if path.endswith("dt_proj.up")]
+    assert found and all(grad is not None and grad.any() for grad in found)
+
+
 class Offloading:
     """What accelerate's hook does: weights are there while their module is called, and away otherwise."""
 

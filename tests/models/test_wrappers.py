@@ -15,6 +15,7 @@ import tiny_models as tiny
 import torch
 from tiny_models import IMAGE, assert_same
 from torch import Tensor
+from transformers import DynamicCache
 
 import statecache as sc
 from statecache import errors
@@ -93,6 +94,24 @@ def test_text_does_not_stand_where_the_request_before_left_off(name: str) -> Non
     got = go_on(model, held, [[3, 4], [3, 0]], attention_mask=torch.tensor([[1, 1], [1, 0]]))
     assert_same(got[0], truth(name, [5, 8, 3, 4])[-2:], EXACT)
     assert_same(got[1, :1], truth(name, [6, 3])[-1:], EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_requests_that_take_turns_are_apart_in_prepared_models_alone(name: str) -> None:
+    want = truth(name, [*WITH_A, 11], A)[-1]
+
+    def turns(model: Any, make: Any) -> Tensor:
+        first, second = make(), make()
+        go_on(model, first, [WITH_A], A)
+        go_on(model, second, [WITH_B], B)
+        return go_on(model, first, [[11]])[0, -1]
+
+    as_shipped = tiny.build_seeing(name)
+    mixed = turns(as_shipped, lambda: sc.StateCache(as_shipped.config))
+    assert (mixed - want).abs().max() > 1e-3  # it goes on where the second picture ended
+    assert_same(mixed, turns(as_shipped, lambda: DynamicCache(config=as_shipped.config)), EXACT)
+    model = prepared(name)
+    assert_same(turns(model, lambda: sc.StateCache(model.config)), want, EXACT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -284,6 +303,15 @@ def test_a_cache_that_saw_pictures_before_the_model_was_prepared_is_refused() ->
     model.model.rope_deltas = None  # as where there was no picture
     sc.prepare(model)
     assert_same(go_on(model, text, [[4]])[0], truth("qwen3_5", [1, 2, 3, 4])[-1:], EXACT)
+
+
+def test_a_picture_is_not_placed_by_a_mask_of_four_axes() -> None:
+    model, n = prepared("qwen3_5"), len(WITH_A)
+    held, mask = sc.StateCache(model.config), torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+    with pytest.raises(errors.ShapeError, match=r"attention_mask: came \(1, 1, 9, 9\).*by a mask of two axes"):
+        go_on(model, held, [WITH_A], A, attention_mask=mask)
+    got = go_on(model, held, [list(range(1, 10))], attention_mask=mask)
+    assert_same(got[0], truth("qwen3_5", range(1, 10)), EXACT)
 
 
 def test_text_costs_nothing_where_rings_grow() -> None:

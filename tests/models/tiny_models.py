@@ -74,7 +74,9 @@ EYE = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "
 SEEING = {
     "qwen3_5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": ("Qwen3_5MoeConfig", "Qwen3_5MoeForConditionalGeneration"),
+    "qwen4_exp": ("Qwen4ExpConfig", "Qwen4ExpForConditionalGeneration"),
 }
+SEEING = {name: classes for name, classes in SEEING.items() if name in families.FAMILIES}
 
 
 def build_seeing(name: str) -> Any:

@@ -18,7 +18,7 @@ def check_kinds(model: Any, tokenizer: Any, cache: Any, assistant: Any, report: 
     if assistant is not None and not _is_model(assistant):
         raise OptionError(f"assistant: came a {type(assistant).__name__}, expected a transformers model")
     for each in (model, assistant):
-        if each is not None and each.get_output_embeddings() is None:
+        if each is not None and not _has_head(each):
             raise OptionError(
                 f"a {type(each).__name__} gives no logits: give the model with its language-model head, as "
                 "AutoModelForCausalLM loads it"
@@ -33,6 +33,12 @@ def check_kinds(model: Any, tokenizer: Any, cache: Any, assistant: Any, report: 
 
 def _is_model(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether a model, or the one inside it, has a language-model head."""
+    heads: list[Any] = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+    return any(head is not None and head() is not None for head in heads)
 
 
 def check_counts(max_new_tokens: int, lookup: int, assistant: Any) -> None:

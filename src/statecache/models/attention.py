@@ -8,19 +8,19 @@ B rows, T new tokens, S keys, H heads, G of them with keys and values of their o
 
 from __future__ import annotations
 
-import dis
 import inspect
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from types import CodeType, FunctionType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from statecache.clock import Known
 from statecache.errors import ConfigError, StepError, UnknownLayerError
 from statecache.mask import additive
+from statecache.models.code import asked, forwards, hands_on
+from statecache.models.columns import Columns
 from statecache.models.decoder import layers_of
 from statecache.models.masks import mask, places, untold
 from statecache.models.table import KINDS, LOOPS, Kind, model_spec
@@ -35,10 +35,15 @@ Attention = tuple[Tensor, Tensor | None]  # (B, T, H, D); the weights (B, H, T, 
 
 
 class AttentionPass:
-    """The pass that is open, as attention needs it: the step, and the masks and distances made for it so far."""
+    """The pass that is open, as attention needs it: the step, and the masks and distances made for it so far.
 
-    def __init__(self, states: States, step: Step) -> None:
+    known: what the host knew before it; None where that may not be baked in. given: its mask (B, T or more).
+    """
+
+    def __init__(self, states: States, step: Step, known: Known | None, given: Tensor | None) -> None:
         self.states, self.step = states, step
+        self.known, self.given = known, given
+        self._columns: Columns | None = None
         self._masks: dict[Any, Tensor | None] = {}
         self._distances: dict[Any, Tensor] = {}
 
@@ -48,6 +53,17 @@ class AttentionPass:
         if key not in self._masks:
             self._masks[key] = mask(form, query.dtype, query.device, keys, chunked, self.states, self.step)
         return self._masks[key]
+
+    def spread(self, weights: Tensor, keys: StateSpec) -> Tensor:
+        """Attention weights by column, where columns are not positions: see `Columns.spread`."""
+        known, step = self.known, self.step
+        if known is None or step.rows is not None:
+            return weights
+        if step.count is None and all(length == known.width for length in known.lengths):
+            return weights
+        if self._columns is None:
+            self._columns = Columns(self.states, step, known, self.given)
+        return self._columns.spread(weights, keys)
 
     def distance(self, keys: StateSpec, device: torch.device) -> Tensor:
         """How far each token stands behind each of these keys: (B or 1, 1, T, S), below zero for those after it."""
@@ -93,8 +109,10 @@ def attend(
             "arguments from the decoder to its attention"
         )
     dense = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, config.eager)
-    out: Attention = dense(Unprepared(module, own), query, key, value, attention_mask, **options)
-    return out
+    out, weights = dense(Unprepared(module, own), query, key, value, attention_mask, **options)
+    if weights is not None and statecache_pass is not None:
+        weights = statecache_pass.spread(weights, config.keys)
+    return out, weights
 
 
 AttentionInterface.register(FORM, attend)
@@ -147,7 +165,7 @@ def attention(decoder: nn.Module) -> list[tuple[nn.Module, Attending]]:
         if why is not None:
             raise UnknownLayerError(
                 f'layer {spec.index} ("{spec.kind}") is a {type(layer).__name__} {why}, so that it cannot be told what '
-                "rows see; the model was left as it is"
+                "rows see: use the model as it is, with a StateCache or without; it was left so"
             )
         for module, eager in here.items():
             found.setdefault(module, Attending(module.config, keys, KINDS[spec.kind], eager))
@@ -157,7 +175,7 @@ def attention(decoder: nn.Module) -> list[tuple[nn.Module, Attending]]:
 def counts_columns(decoder: nn.Module) -> bool:
     """Whether layers ask the cache how long it is, and so take all rows to be as long."""
     asking = [module for layer in layers_of(decoder) for module in (layer, *_attending(layer))]
-    return any("get_seq_length" in _asked(forward.__code__) for module in asking for forward in _forwards(module))
+    return any("get_seq_length" in asked(forward.__code__) for module in asking for forward in forwards(module))
 
 
 def _fixed(decoder: nn.Module, layer: nn.Module, attending: list[nn.Module], kind: Kind) -> str | None:
@@ -169,15 +187,15 @@ def _fixed(decoder: nn.Module, layer: nn.Module, attending: list[nn.Module], kin
         return f"that attends {len(attending)} times"
     if getattr(attending[0], "is_causal", True) is False:
         return "that attends to what comes after, too"
-    masking = sorted(name for name in _asked(next(_forwards(attending[0])).__code__) if name.endswith("_mask"))
+    masking = sorted(name for name in asked(next(forwards(attending[0])).__code__) if name.endswith("_mask"))
     if masking and not kind.indexed:
         return f"whose attention makes masks of its own ({masking[0]})"
-    if "keys" in _asked(next(_forwards(decoder)).__code__) and config.model_type not in LOOPS:
+    if "keys" in asked(next(forwards(decoder)).__code__) and config.model_type not in LOOPS:
         return "of a decoder that reads the keys of its cache by itself"
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         return "of a decoder that takes no position_ids"
     for module in (decoder, layer, *attending):
-        if not _hands_on(next(_forwards(module))):
+        if not hands_on(next(forwards(module))):
             return f"in which {type(module).__name__}.forward does not hand further arguments on (**kwargs)"
     return None
 
@@ -186,31 +204,10 @@ def _attending(layer: nn.Module) -> dict[nn.Module, Callable[..., Attention]]:
     """The modules of a layer that ask the interface how to attend to what a cache holds; the plain function of each."""
     found: dict[nn.Module, Callable[..., Attention]] = {}
     for module in layer.modules():
-        for forward in _forwards(module):
-            asked, plain = _asked(forward.__code__), forward.__globals__.get("eager_attention_forward")
-            if {"ALL_ATTENTION_FUNCTIONS", "update"} <= asked and plain is not None:  # `update` of a cache
+        for forward in forwards(module):
+            plain = forward.__globals__.get("eager_attention_forward")
+            if {"ALL_ATTENTION_FUNCTIONS", "update"} <= asked(
+                forward.__code__
+            ) and plain is not None:  # `update` of a cache
                 found.setdefault(module, plain)
     return found
-
-
-@lru_cache
-def _asked(code: CodeType) -> frozenset[str]:
-    """The names of globals and attributes in a function's code, and in what is written inside it."""
-    return frozenset(code.co_names).union(*[_asked(inner) for inner in code.co_consts if isinstance(inner, CodeType)])
-
-
-def _hands_on(forward: FunctionType) -> bool:
-    """Whether a function takes any keywords, and uses them."""
-    code = forward.__code__
-    if not code.co_flags & inspect.CO_VARKEYWORDS:
-        return False
-    keywords = inspect.getargs(code).varkw
-    return any(do.argval == keywords for do in dis.get_instructions(code) if do.opname.startswith("LOAD_"))
-
-
-def _forwards(module: nn.Module) -> Iterator[FunctionType]:
-    """The forward of a module's class, and of those that it inherits from, without what decorates them."""
-    for cls in type(module).__mro__:
-        forward = inspect.unwrap(vars(cls).get("forward", nn.Module.forward))
-        if isinstance(forward, FunctionType):
-            yield forward

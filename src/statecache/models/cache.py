@@ -199,8 +199,8 @@ class StateCache(Cache):
     def held(self, layer_idx: int, name: str) -> Tensor | None:
         """The entries of one state in order of position, None before its first write.
 
-        Of a window those that the next token attends to, zeros before the first; without one up to the longest row if
-        growing, else all slots.
+        Of a window those that the next token attends to, zeros before the first; without one as many as columns were
+        fed if growing, zeros behind the longest row; else all slots.
         """
         self.writer.finish()
         state, clock = self.states.held.get(f"{layer_idx}.{name}"), self.states.clock
@@ -208,11 +208,18 @@ class StateCache(Cache):
             return None
         if isinstance(state, Lease):
             return state.entry
-        longest = max(clock.sync().lengths)
+        known = clock.sync()
+        columns, longest = known.width, max(known.lengths)
         if state.wraps and state.spec.window is not None:
-            return state.past(min(longest, state.spec.window - 1), Step(0, clock.lengths))
-        growing = self.capacity is None
-        return state.store.read(slice(0, longest + self.under_way(layer_idx) if growing else state.capacity))
+            return state.past(min(columns, state.spec.window - 1), Step(0, clock.lengths))
+        if self.capacity is not None:
+            return state.store.read(slice(0, state.capacity))
+        seen = state.store.read(slice(0, longest + self.under_way(layer_idx)))
+        if columns <= longest:
+            return seen
+        shape = list(seen.shape)
+        shape[state.axis] = columns - longest
+        return torch.cat([seen, seen.new_zeros(shape)], state.axis)
 
     def under_way(self, layer_idx: int) -> int:
         """Tokens of a pass that is open, of which an indexed layer asks after it has written its keys; else 0."""

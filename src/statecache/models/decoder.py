@@ -19,8 +19,9 @@ def decoder_of(model: nn.Module) -> nn.Module:
         if getattr(config, "model_type", None) == getattr(text, "model_type", "") and _layers(module) is not None:
             return module
     raise UnknownLayerError(
-        f"{type(model).__name__} has no list of decoder layers that its configuration counts: prepare() takes a "
-        "transformers model, or its decoder"
+        f"{type(model).__name__} has no list of decoder layers that its configuration counts, and that know their "
+        "index in a cache (layer_idx): prepare() takes a transformers model that keeps one, or its decoder; it was "
+        "left as it is"
     )
 
 

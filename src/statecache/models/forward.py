@@ -22,11 +22,11 @@ from statecache.models.cache import Expected, StateCache
 from statecache.models.checks import no_token
 from statecache.models.decoder import layers_of
 from statecache.models.factors import check_places, dynamic, restart
-from statecache.models.masks import Given, check_form, unmasked
+from statecache.models.masks import Given, by_row, check_form, unmasked
 from statecache.models.names import cache_name, rename
 from statecache.models.positions import Places
 from statecache.models.ready import announce
-from statecache.models.table import model_spec
+from statecache.models.table import KINDS, model_spec
 from statecache.replay import Operators
 from statecache.step import Step
 
@@ -56,7 +56,8 @@ class Forward(StandIn):
         self.names = [name for name in inspect.signature(unmodified).parameters if name != "kwargs"]
         self.cache_name = cache_name(unmodified)
         self.positioned, self.counts = "position_ids" in self.names, counts_columns(decoder)
-        spec = model_spec(config)
+        self.spec = spec = model_spec(config)
+        self.mixes = any(KINDS[layer.kind].mixer for layer in spec.layers)
         self.by_row = any(state.name == "position" for _, state in spec.states())  # where tokens stand is kept
         self.made_for, self.unmasked = spec.digest(), unmasked(spec)
         self.rotary, self.dynamic = spec.rotary, list(dynamic(decoder))
@@ -92,7 +93,16 @@ class Forward(StandIn):
         elif isinstance(mask, dict) and cache is None:
             return self.unmodified(**kwargs)  # with the masks that a model around it has made
         expected = cache.take_expected(rows, mask) if isinstance(cache, StateCache) else None
-        real, count = _real(mask, rows, width)
+        why = ""
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            found = by_row(mask, rows, width, self.spec, cache)
+            if isinstance(found, Tensor):
+                mask = found
+            elif cache is None and not self.mixes:
+                return self.unmodified(**kwargs)
+            else:
+                why = found
+        real, count = _real(mask, rows, width, why)
         if isinstance(cache, StateCache):
             self._check_cache(cache, mask, width, checkpointed)
         kwargs["attention_mask"] = None
@@ -109,7 +119,7 @@ class Forward(StandIn):
         else:
             if real is not None:
                 expected = Expected(count if isinstance(count, list) else real.sum(1), None, real.sum(1))
-            out = self._through(cache, kwargs, tokens, expected, whole=own and torch.is_grad_enabled())
+            out = self._through(cache, kwargs, tokens, expected, mask, whole=own and torch.is_grad_enabled())
         return out if real is None else _back(out, real, keys=cache is None)
 
     def makes_cache(self, kwargs: Mapping[str, Any]) -> bool:
@@ -119,7 +129,13 @@ class Forward(StandIn):
         return bool(use and not self._checkpoints())
 
     def _through(
-        self, cache: StateCache, kwargs: dict[str, Any], tokens: Tensor, expected: Expected | None, whole: bool
+        self,
+        cache: StateCache,
+        kwargs: dict[str, Any],
+        tokens: Tensor,
+        expected: Expected | None,
+        mask: Tensor | None,
+        whole: bool,
     ) -> Any:
         width = tokens.shape[1]
         count, rows, counted = (
@@ -139,7 +155,9 @@ class Forward(StandIn):
             if self.positioned:
                 places = self._place(cache, kwargs, step, tokens)
                 kwargs["attention_mask"] = self.unmasked
-                kwargs[ARGUMENT] = AttentionPass(cache.states, step)
+                clock, baked = cache.states.clock, torch.compiler.is_compiling() or capturing(tokens)
+                known = None if clock is None or baked else clock.known
+                kwargs[ARGUMENT] = AttentionPass(cache.states, step, known, mask)
             out = self.unmodified(**kwargs)
             if places is not None:
                 places.keep()
@@ -203,10 +221,11 @@ def door(decoder: nn.Module) -> Forward:
     return next(value for value in vars(decoder).values() if isinstance(value, Forward))
 
 
-def _real(mask: Any, rows: int, width: int) -> tuple[Tensor | None, list[int] | None]:
+def _real(mask: Any, rows: int, width: int, why: str) -> tuple[Tensor | None, list[int] | None]:
     """Which of the T new tokens are tokens, (B, T) bool, from the last T columns of a mask; None where all are.
 
-    And how many each row has, which waits for the device, unless it is compiled or captured.
+    And how many each row has, which waits for the device, unless it is compiled or captured. `why`: one of four axes
+    says nothing of the kind.
     """
     if mask is None:
         return None, None
@@ -214,7 +233,7 @@ def _real(mask: Any, rows: int, width: int) -> tuple[Tensor | None, list[int] | 
         came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ShapeError(
             f"attention_mask: came {came}, expected ({rows}, {width} or more): a prepared model reads which of its "
-            f"{width} new tokens are real off the last columns, and knows the rest itself"
+            f"{width} new tokens are real off the last columns, and knows the rest itself{why and '; ' + why}"
         )
     real = mask[:, -width:] != 0
     if torch.compiler.is_compiling() or capturing(real):

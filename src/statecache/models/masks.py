@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statecache.clock import capturing
 from statecache.errors import RaggedError
 from statecache.mask import additive, visible
 from statecache.models.cache import StateCache
@@ -50,6 +51,45 @@ def check_form(config: Any, cache: StateCache, width: int, ragged: bool, counts:
             "rows of different lengths, padding, a fixed capacity and attention by chunks need masks, and "
             f'attn_implementation="{form}" takes none of them: load the model with attn_implementation="sdpa"'
         )
+
+
+def by_row(mask: Tensor, rows: int, width: int, spec: ModelSpec, cache: StateCache | None) -> Tensor | str:
+    """Which of T new columns are tokens, (B, T) bool, where a mask (B or 1, 1 or H, T, S) shows each all up to itself.
+
+    Why no such mask says the same, where it shows anything else. Waits for the device.
+    """
+    if torch.compiler.is_compiling() or capturing(mask):
+        return "what one of four axes shows cannot be looked at in a compiled or captured step"
+    if any(state.name == "key" and state.window is not None for _, state in spec.states()):
+        return "one of four axes says nothing of layers with a window"
+    clock = None if cache is None else cache.states.clock
+    lengths = [0] * rows if clock is None else clock.sync().lengths
+    columns = 0 if clock is None else clock.known.width
+    shape = tuple(mask.shape)
+    if shape[0] not in (1, rows) or shape[2:] != (width, columns + width) or len(lengths) != rows:
+        return f"one of four axes is to be ({rows} or 1, heads or 1, {width}, {columns + width}), for the columns held"
+    least = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
+    seen = mask if least is None else mask == 0
+    if seen.dtype != torch.bool or (least is not None and not bool((seen | (mask <= least / 2)).all())):
+        return "one of four axes is of bool, or zero where tokens are seen and as low as can be elsewhere"
+    if not bool((seen == seen[:, :1]).all()):
+        return "this shows other tokens to other heads"
+    seen = seen[:, 0].expand(rows, -1, -1)
+    place = torch.arange(width, device=mask.device) + columns
+    everything = seen.all(-1) & (place < columns + width - 1)  # pads may be let see all, in place of nothing
+    order = torch.arange(width, device=mask.device)
+    new = seen[:, order, place] & ~everything
+    last = torch.where(new, order, 0).amax(1)
+    past = seen[torch.arange(rows, device=mask.device), last, :columns]
+    causal = torch.arange(columns + width, device=mask.device) <= place[:, None]
+    right = (seen == (causal & torch.cat([past, new], 1)[:, None])).all(-1) | (~new & (everything | ~seen.any(-1)))
+    if not bool(right.all()):
+        row, token = (~right).nonzero()[0].tolist()
+        return f"this shows token {token} of row {row} something else than all real ones up to itself"
+    for row, (shown, held) in enumerate(zip(past.sum(1).tolist(), lengths, strict=True)):
+        if shown != held and bool(new[row].any()):
+            return f"this shows row {row} {shown} of the tokens before, and the cache holds {held} of it"
+    return new
 
 
 def unmasked(spec: ModelSpec) -> Tensor | dict[str, Tensor | None]:

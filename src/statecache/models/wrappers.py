@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dis
 import inspect
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
 
-from statecache.errors import ConfigError, StepError, UnknownLayerError
+from statecache.errors import ConfigError, ShapeError, StepError, UnknownLayerError
 from statecache.models.cache import StateCache
+from statecache.models.code import forwards
 from statecache.models.forward import StandIn, door, stands_in
 from statecache.models.interface import NAMES
 from statecache.models.masks import Given
@@ -24,6 +26,7 @@ from statecache.models.table import POSITION
 from statecache.models.unmodified import Unmodified
 
 PLACES = "compute_3d_position_ids"  # the method of a wrapper that gives pictures their positions
+TYPES = "mm_token_type_ids"  # by which it is told which tokens are a picture's
 
 
 def wrappers(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
@@ -41,14 +44,16 @@ def wrappers(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
 def makes_masks(wrapper: nn.Module) -> bool:
     """Whether a wrapper makes the masks of its decoder, and hands on those that are made already.
 
-    Raises UnknownLayerError for one that makes them whatever comes, or positions of its own.
+    Raises UnknownLayerError for one that makes them whatever comes, or positions of which nobody can ask it.
     """
-    code = _code(wrapper)
-    if code is None:
+    forward = next(forwards(wrapper), None)
+    if forward is None:
         return False
-    makes = any(name.startswith("create_") and "mask" in name for name in code.co_names)
+    code = forward.__code__
+    makes = bool(_masking(code))
     places = any(each.opname.startswith("STORE") and each.argval == "position_ids" for each in dis.Bytecode(code))
-    if (makes and "dict" not in code.co_names) or (places and not hasattr(wrapper, PLACES)):
+    asked = hasattr(wrapper, PLACES) and TYPES in inspect.signature(getattr(wrapper, PLACES)).parameters
+    if (makes and "dict" not in code.co_names) or (places and not asked):
         raise UnknownLayerError(
             f"a {type(wrapper).__name__} makes {'masks' if makes else 'positions'} of its own for its decoder, which "
             "are not those of the cache's rows: use the model as it is, with a StateCache or without; it was left so"
@@ -56,13 +61,18 @@ def makes_masks(wrapper: nn.Module) -> bool:
     return makes
 
 
-def _code(wrapper: nn.Module) -> CodeType | None:
-    """Of a wrapper's own forward."""
-    for cls in type(wrapper).__mro__:
-        forward = inspect.unwrap(vars(cls).get("forward", nn.Module.forward))
-        if isinstance(forward, FunctionType) and cls is not nn.Module:
-            return forward.__code__
-    return None
+def _masking(code: CodeType) -> list[str]:
+    """The names of what makes masks in a function."""
+    return [name for name in code.co_names if name.startswith("create_") and "mask" in name]
+
+
+def _causal(wrapper: nn.Module) -> bool:
+    """Whether the masks that a wrapper makes are those that transformers makes for text."""
+    forward = next(forwards(wrapper))
+    makers = [forward.__globals__.get(name) for name in _masking(forward.__code__)]
+    plain = all(getattr(maker, "__module__", None) == create_causal_mask.__module__ for maker in makers)
+    given = {name for each in forward.__code__.co_consts if isinstance(each, tuple) for name in each}
+    return plain and not given & {"or_mask_function", "and_mask_function", "block_sequence_ids"}
 
 
 class Masks(StandIn):
@@ -70,21 +80,19 @@ class Masks(StandIn):
 
     def __init__(self, own: Any, wrapper: nn.Module, decoder: nn.Module) -> None:
         super().__init__(own)
-        self.wrapper, self.decoder = wrapper, decoder
+        self.wrapper, self.decoder, self.causal = wrapper, decoder, _causal(wrapper)
         self.names = [name for name in inspect.signature(own).parameters if name != "kwargs"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the wrapper's own forward, with the caller's mask handed on to the decoder as it came.
 
-        Raises StepError for a picture, whose tokens attend to those behind them.
+        Raises StepError for a picture whose tokens attend to those behind them.
         """
         kwargs.update(zip(self.names, args, strict=False))
         cache = given_cache(kwargs)
         ours = isinstance(cache, StateCache) or (cache is None and door(self.decoder).makes_cache(kwargs))
         if ours:
-            types, encoded = kwargs.get("token_type_ids"), kwargs.get("mm_encoder_outputs") or {}
-            seen = kwargs.get("pixel_values") is not None or any(each is not None for each in encoded.values())
-            if seen or (types is not None and bool(types.any())):
+            if not self.causal and _sees(kwargs):
                 raise StepError(
                     f"a picture came, and in a {type(self.wrapper).__name__} its tokens attend to those behind them, "
                     "which the passes of a prepared model do not: take in the picture with a cache of its own before "
@@ -92,6 +100,13 @@ class Masks(StandIn):
                 )
             kwargs["attention_mask"] = Given(kwargs.get("attention_mask"))
         return self.unmodified(**kwargs)
+
+
+def _sees(kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a wrapper's call bring a picture."""
+    types, encoded = kwargs.get("token_type_ids"), kwargs.get("mm_encoder_outputs") or {}
+    seen = kwargs.get("pixel_values") is not None or any(each is not None for each in encoded.values())
+    return seen or (types is not None and bool(types.any()))
 
 
 def pictures_of(model: nn.Module) -> Pictures | None:
@@ -125,20 +140,26 @@ class Pictures(StandIn):
         if ids is None:
             return None
         expected = None if cache is None else cache.expected
-        mask, types = kwargs.get("attention_mask"), kwargs.get("mm_token_type_ids")
+        mask, types = kwargs.get("attention_mask"), kwargs.get(TYPES)
         rows, width = ids.shape
         if expected is not None and mask is None:
             counts = torch.as_tensor(expected.count, device=ids.device)
             mask = torch.arange(width, device=ids.device) < counts[:, None]
         if isinstance(mask, Tensor):
+            if mask.dim() != 2 and types is not None and bool(types.any()):
+                raise ShapeError(
+                    f"attention_mask: came {tuple(mask.shape)}, expected ({rows}, {width} or more): where a picture "
+                    "stands is counted by a mask of two axes"
+                )
             if mask.dim() != 2 or types is None:
-                mask = None  # the door refuses it, or there is no picture
+                mask = None  # there is no picture
             else:
                 mask = mask[:, -width:].bool()
                 types = types[:, -width:] * mask
                 mask = mask | ~mask.any(1, keepdim=True)  # no token, no position: it could not be asked of none
         asked = {name: None if name in NAMES else value for name, value in kwargs.items()}
-        found: Tensor | None = self.unmodified(**{**asked, "attention_mask": mask, "mm_token_type_ids": types})
+        asked.update({"attention_mask": mask, TYPES: types})
+        found: Tensor | None = self.unmodified(**asked)
         if found is None or types is None or not bool(types.any()):
             return None
         if cache is None:  # nothing stands before them
@@ -148,13 +169,32 @@ class Pictures(StandIn):
                 "a picture came, and the cache was made for text alone: it keeps no positions that pictures move; make "
                 f"it from the {type(self.wrapper.config).__name__}, which is model.config, and not from its text part"
             )
-        return found + upcoming(cache, None if expected is None else expected.rows, rows, found.device)[:, None]
+        start = upcoming(cache, None if expected is None else expected.rows, rows, found.device)
+        if bool(start.any()):
+            found = self._behind(asked, start.clamp(max=1))
+            further = self._behind(asked, start.clamp(max=2))
+            if not torch.equal(found, further):
+                raise StepError(
+                    f"a picture came behind other tokens, and where a {type(self.wrapper).__name__} places it depends "
+                    "on more than where the text before it ends: feed the whole text from the first token in one pass"
+                )
+        return found + start[:, None]
+
+    def _behind(self, asked: dict[str, Any], before: Tensor) -> Tensor:
+        """Positions (A, B, T) of what is asked for, from the first of it on, behind `before` (B,) words of text."""
+        ids, types, mask, width = asked["input_ids"], asked[TYPES], asked["attention_mask"], int(before.max())
+        text = ids.new_zeros(len(ids), width)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        there = torch.arange(width, device=ids.device) >= width - before[:, None]
+        more = {"input_ids": torch.cat([text - 1, ids], 1), TYPES: torch.cat([text.to(types.dtype), types], 1)}
+        found: Tensor = self.unmodified(**{**asked, **more, "attention_mask": torch.cat([there, real], 1)})
+        return ((found[..., width:] - before[:, None]) * real).contiguous()
 
     def behind(self, ids: Tensor, new: int, given: dict[str, Any]) -> Tensor | None:
         """The same for the `new` last of ids (B, n) in a call of `generate`, from what was `given` to it."""
         asked = {name: given[name] for name in self.names if given.get(name) is not None}
-        if asked.get("mm_token_type_ids") is not None:
-            asked["mm_token_type_ids"] = asked["mm_token_type_ids"][:, -new:]
+        if asked.get(TYPES) is not None:
+            asked[TYPES] = asked[TYPES][:, -new:]
         return self(**{**asked, "input_ids": ids[:, -new:], "inputs_embeds": None})
 
     def _check(self, cache: StateCache) -> None:

@@ -21,7 +21,7 @@ class BlockIndex(Mixer):
     A block has K tokens in a row, from the row's first. It can be chosen once its last token is there.
     """
 
-    convolution = ""
+    convolutions = ()
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **kwargs: Any
