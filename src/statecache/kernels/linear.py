@@ -1,0 +1,176 @@
+"""A linear layer for few rows, with what stands before and after it: norm, gate or gated unit; scale and residual.
+
+Every weight is read once, whatever the number of rows. The sum of squares of an RMS norm is taken in the same loop as
+the product, which it scales at the end, so that a norm costs no pass of its own.
+
+B rows, E inputs, O outputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs and inputs of a program's tile, and its warps."""
+
+    outputs: int
+    inputs: int
+    warps: int
+
+
+# by rows (1, or up to 16), and outputs up to so many; measured on an H100, see benchmarks/RESULTS.md
+TILES = {
+    1: ((3072, Tile(8, 512, 4)), (1 << 62, Tile(16, 512, 4))),
+    16: ((3072, Tile(16, 128, 4)), (1 << 62, Tile(32, 128, 4))),
+}
+
+
+@triton.jit
+def _inputs(x, gate, norm, e, row, there, x_stride, gate_stride, E, GATED: tl.constexpr, GLU: tl.constexpr):
+    """The inputs of a tile, float32, before their norm."""
+    seen = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
+    if GLU:
+        seen = seen / (1.0 + tl.exp(-seen))
+        seen *= tl.load(x + row * x_stride + E + e, mask=there, other=0.0).to(tl.float32)
+    if GATED:
+        by = tl.load(gate + row * gate_stride + e, mask=there, other=0.0).to(tl.float32)
+        seen *= by / (1.0 + tl.exp(-by))
+    return seen
+
+
+@triton.jit
+def _linear(
+    x,
+    gate,
+    norm,
+    weight,
+    residual,
+    out,
+    rows,
+    O,
+    x_stride,
+    gate_stride,
+    residual_stride,
+    eps,
+    offset,
+    scale,
+    E: tl.constexpr,
+    GATED: tl.constexpr,
+    GLU: tl.constexpr,
+    NORMED: tl.constexpr,
+    ADDS: tl.constexpr,
+    BB: tl.constexpr,
+    BO: tl.constexpr,
+    BE: tl.constexpr,
+):
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    real = o < O
+    if BB == 1:
+        total = tl.zeros([BO, BE], tl.float32)
+        squares = tl.zeros([BE], tl.float32)
+        for first in tl.static_range(0, E, BE):
+            e = first + tl.arange(0, BE)
+            there = e < E
+            tile = tl.load(
+                weight + o[:, None].to(tl.int64) * E + e[None, :], mask=real[:, None] & there[None, :], other=0.0
+            )
+            seen = _inputs(x, gate, norm, e, 0, there, x_stride, gate_stride, E, GATED, GLU)
+            if NORMED:
+                squares += seen * seen
+                seen *= tl.load(norm + e, mask=there, other=0.0).to(tl.float32) + offset
+            total += tile.to(tl.float32) * seen[None, :]
+        y = tl.sum(total, 1)
+        if NORMED:
+            y *= tl.rsqrt(tl.sum(squares, 0) / E + eps)
+        y *= scale
+        if ADDS:
+            y += tl.load(residual + o, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + o, y.to(out.dtype.element_ty), mask=real)
+    else:
+        b = tl.arange(0, BB)
+        used = b < rows
+        total = tl.zeros([BB, BO], tl.float32)
+        squares = tl.zeros([BB], tl.float32)
+        for first in range(0, E, BE):
+            e = first + tl.arange(0, BE)
+            there = e < E
+            tile = tl.load(
+                weight + o[:, None].to(tl.int64) * E + e[None, :], mask=real[:, None] & there[None, :], other=0.0
+            )
+            both = used[:, None] & there[None, :]
+            seen = _inputs(x, gate, norm, e[None, :], b[:, None], both, x_stride, gate_stride, E, GATED, GLU)
+            if NORMED:
+                squares += tl.sum(seen * seen, 1)
+                seen *= (tl.load(norm + e, mask=there, other=0.0).to(tl.float32) + offset)[None, :]
+            total = tl.dot(seen.to(tile.dtype), tl.trans(tile), total, input_precision="ieee")
+        if NORMED:
+            total *= tl.rsqrt(squares / E + eps)[:, None]
+        total *= scale
+        both = used[:, None] & real[None, :]
+        if ADDS:
+            total += tl.load(
+                residual + b[:, None] * residual_stride + o[None, :], mask=both, other=0.0
+            ).to(tl.float32)
+        tl.store(out + b[:, None] * O + o[None, :], total.to(out.dtype.element_ty), mask=both)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    gate: Tensor | None = None,
+    unit: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Multiply x (B, E) by `weight` (O, E), for at most 16 rows: (B, O), in `dtype`, that of `weight` if not given.
+
+    unit: x is (B, 2 E), a gate and what it lets through: silu(x[:, :E]) x[:, E:]. gate (B, E): x silu(gate) takes the
+    place of x. norm (E,): then the RMS norm of that, by norm + offset. The product times `scale` is added to `residual`
+    (B, O). Rows of x, gate and residual may have any stride.
+    """
+    rows, (outputs, inputs) = len(x), weight.shape
+    assert rows <= MOST_ROWS and weight.is_contiguous() and x.shape[1] == inputs * (2 if unit else 1)
+    out = torch.empty(rows, outputs, dtype=dtype or weight.dtype, device=x.device)
+    if tile is None:
+        few = 1 if rows == 1 else MOST_ROWS
+        tile = next(each for most, each in TILES[few] if outputs <= most)
+    width = min(tile.inputs, triton.next_power_of_2(inputs))
+    _linear[(triton.cdiv(outputs, tile.outputs),)](
+        x,
+        x if gate is None else gate,
+        x if norm is None else norm,
+        weight,
+        x if residual is None else residual,
+        out,
+        rows,
+        outputs,
+        x.stride(0),
+        0 if gate is None else gate.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        offset,
+        scale,
+        E=inputs,
+        GATED=gate is not None,
+        GLU=unit,
+        NORMED=norm is not None,
+        ADDS=residual is not None,
+        BB=1 if rows == 1 else MOST_ROWS,
+        BO=tile.outputs,
+        BE=width,
+        num_warps=tile.warps,
+    )
+    return out
