@@ -63,6 +63,16 @@ def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dt
     assert error(got, want) < (2e-6 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sizes", [(20, 33), (16, 3, 40), (33, 16, 1, 7)])
+def test_several_weights_share_a_launch(sizes: tuple[int, ...], rows: int) -> None:
+    weights = [draw(n, 48) for n in sizes]
+    x, by = draw(rows, 48), draw(48)
+    got = linear(x, weights, norm=by, eps=1e-5, tile=Tile(16, 32, 4))
+    want = torch.cat([normed(x.double(), by, 1e-5, 0.0) @ w.double().mT for w in weights], 1)
+    assert error(got, want) < 2e-6
+
+
 def test_linear_gives_the_dtype_of_its_weight() -> None:
     assert linear(draw(1, 8), draw(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 

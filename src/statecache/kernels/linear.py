@@ -6,6 +6,7 @@ the product, which it scales at the end, so that a norm costs no pass of its own
 B rows, E inputs, O outputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +52,16 @@ def _linear(
     gate,
     norm,
     weight,
+    weight1,
+    weight2,
+    weight3,
     residual,
     out,
     rows,
     O,
+    O1,
+    O2,
+    O3,
     x_stride,
     gate_stride,
     residual_stride,
@@ -66,11 +73,35 @@ def _linear(
     GLU: tl.constexpr,
     NORMED: tl.constexpr,
     ADDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     BB: tl.constexpr,
     BO: tl.constexpr,
     BE: tl.constexpr,
 ):
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    tile_of = tl.program_id(0)
+    width = O + O1 + O2 + O3  # of all outputs of a row
+    if WEIGHTS > 1:  # the tiles of one weight after those of another; outputs side by side
+        tiles = tl.cdiv(O, BO)
+        if tile_of >= tiles:
+            tile_of -= tiles
+            out += O
+            weight = weight1
+            O = O1
+            if WEIGHTS > 2:
+                tiles = tl.cdiv(O1, BO)
+                if tile_of >= tiles:
+                    tile_of -= tiles
+                    out += O1
+                    weight = weight2
+                    O = O2
+                    if WEIGHTS > 3:
+                        tiles = tl.cdiv(O2, BO)
+                        if tile_of >= tiles:
+                            tile_of -= tiles
+                            out += O2
+                            weight = weight3
+                            O = O3
+    o = tile_of * BO + tl.arange(0, BO)
     real = o < O
     if BB == 1:
         total = tl.zeros([BO, BE], tl.float32)
@@ -118,12 +149,12 @@ def _linear(
             total += tl.load(
                 residual + b[:, None] * residual_stride + o[None, :], mask=both, other=0.0
             ).to(tl.float32)
-        tl.store(out + b[:, None] * O + o[None, :], total.to(out.dtype.element_ty), mask=both)
+        tl.store(out + b[:, None] * width + o[None, :], total.to(out.dtype.element_ty), mask=both)
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -137,26 +168,33 @@ def linear(
 ) -> Tensor:
     """Multiply x (B, E) by `weight` (O, E), for at most 16 rows: (B, O), in `dtype`, that of `weight` if not given.
 
+    Several weights, up to four, of one dtype, share the launch: their outputs lie side by side, without `residual`.
+
     unit: x is (B, 2 E), a gate and what it lets through: silu(x[:, :E]) x[:, E:]. gate (B, E): x silu(gate) takes the
     place of x. norm (E,): then the RMS norm of that, by norm + offset. The product times `scale` is added to `residual`
     (B, O). Rows of x, gate and residual may have any stride.
     """
-    rows, (outputs, inputs) = len(x), weight.shape
-    assert rows <= MOST_ROWS and weight.is_contiguous() and x.shape[1] == inputs * (2 if unit else 1)
-    out = torch.empty(rows, outputs, dtype=dtype or weight.dtype, device=x.device)
+    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    rows, inputs, outputs = len(x), weights[0].shape[1], [len(each) for each in weights]
+    assert rows <= MOST_ROWS and x.shape[1] == inputs * (2 if unit else 1) and x.stride(1) == 1
+    assert len(weights) == 1 or (len(weights) <= 4 and residual is None)
+    assert all(w.is_contiguous() and w.shape[1] == inputs and w.dtype == weights[0].dtype for w in weights)
+    out = torch.empty(rows, sum(outputs), dtype=dtype or weights[0].dtype, device=x.device)
     if tile is None:
         few = 1 if rows == 1 else MOST_ROWS
-        tile = next(each for most, each in TILES[few] if outputs <= most)
+        tile = next(each for most, each in TILES[few] if sum(outputs) <= most)
     width = min(tile.inputs, triton.next_power_of_2(inputs))
-    _linear[(triton.cdiv(outputs, tile.outputs),)](
+    more = [*weights, *[weights[0]] * (4 - len(weights))]
+    sizes = [*outputs, *[0] * (4 - len(weights))]
+    _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
         x,
         x if gate is None else gate,
         x if norm is None else norm,
-        weight,
+        *more,
         x if residual is None else residual,
         out,
         rows,
-        outputs,
+        *sizes,
         x.stride(0),
         0 if gate is None else gate.stride(0),
         0 if residual is None else residual.stride(0),
@@ -168,6 +206,7 @@ def linear(
         GLU=unit,
         NORMED=norm is not None,
         ADDS=residual is not None,
+        WEIGHTS=len(weights),
         BB=1 if rows == 1 else MOST_ROWS,
         BO=tile.outputs,
         BE=width,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -229,6 +230,20 @@ class Writer(Protocol):
     whole: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """What a kernel needs to take in one token of each row by itself, and to keep its states in place.
+
+    ring: (B, C, S), the inputs of the convolution, that of position p in slot p % S. state: (B, *D), the recurrence's.
+    start: (B,) or (1,) long, where rows stand. count: (B,) long, 0 or 1; None for all.
+    """
+
+    ring: Tensor
+    state: Tensor
+    start: Tensor
+    count: Tensor | None
+
+
 class LayerState:
     """The states of one layer: its convolutions' inputs, its recurrent state, and the log of what that consumed."""
 
@@ -314,6 +329,28 @@ class LayerState:
             return STATELESS.recur(recurrence, taken, query)
         return no_gradient(y, first) if first.requires_grad else y
 
+    def lend(self) -> Lent | None:
+        """Both states for a kernel, which then updates them; None where the pass is none for it.
+
+        That is a pass of one token of all rows in order, outside of rounds, with nothing to log, on states that lie in one tensor, the convolution's in a ring with a slot to spare.
+        """
+        step, states = self.writer.step, self.writer.states
+        if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():
+            return None
+        conv, state = (states.held.get(f"{self.index}.{name}") for name in ("conv", "recurrent"))
+        if not isinstance(conv, Ring) or not isinstance(state, Lease):
+            return None
+        logs = state.spec.logged and states.back
+        window = conv.spec.window
+        if logs or state.copies is not None or state.shown is None or not conv.store.shows or not conv.wraps:
+            return None
+        if window is None or conv.capacity <= window:
+            return None
+        step.write()
+        here = step.on(conv.device)
+        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=conv.device)
+        return Lent(conv.store.read(slice(0, conv.capacity)), state.shown, start, here.count)
+
     def places(self, x: Tensor) -> Tensor:
         """The position of each of x (B, T, ...) in its row: (B, T), or (1, T) where all rows stand alike."""
         step = self.writer.step
@@ -370,6 +407,9 @@ class Stateless:
     def recur(self, recurrence: Recurrence, taken: Parts, query: Tensor) -> Tensor:
         """See `LayerState.recur`."""
         return recurrence.chunk(taken, query, None)[0]
+
+    def lend(self) -> None:
+        """See `LayerState.lend`."""
 
     def places(self, x: Tensor) -> Tensor:
         """See `LayerState.places`."""
