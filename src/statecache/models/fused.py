@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statecache import kernels
+from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.given import layer_states
 from statecache.models.mixers import Mixer
 from statecache.models.mixers.delta import Delta, joined
 from statecache.models.mixers.ssd import SSD
 from statecache.models.prepared import LayerState, Lent
-from statecache.models.table import layer_types
+from statecache.models.prepare import borrowed
+from statecache.models.table import KINDS, layer_types
 
 # RMS norms by class name: what is added to their weight
 NORMS = {
@@ -66,6 +68,21 @@ class Way:
 
     def __str__(self) -> str:
         return f"layer {self.layer} ({self.kind}): {self.way}" + (f", {self.why}" if self.why else "")
+
+
+def explain(model: nn.Module, cache: StateCache | None = None) -> list[Way]:
+    """Which way each layer of a model runs in a captured step of `sc.Decoder`, and why, where its weights are now.
+
+    `cache`: the one that it would run on; left out, one that suits kernels. Prints well, a line a layer. Raises
+    UnknownLayerError where `prepare` does.
+    """
+    with borrowed(model):
+        found = ways(model)
+    if cache is not None and (cache.slack == 0 or cache.states.back):
+        why = "its cache lends kernels nothing: make it with slack=1, back=False"
+        mixing = [KINDS[kind].mixer for kind in layer_types(decoder_of(model).config)]
+        found = [replace(n, way="modules", why=why) if mixes else n for n, mixes in zip(found, mixing, strict=True)]
+    return found
 
 
 def ways(model: nn.Module) -> list[Way]:
