@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statecache.kernels.convolve import convolve, silu, softplus
+from statecache.kernels.early import early, launch, wait
 
 
 @triton.jit
@@ -42,9 +43,12 @@ def _step(
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     COUNTED: tl.constexpr,
+    EARLY: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
+    if EARLY:
+        launch()
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     key = head // (H // J)
     channels: tl.constexpr = 2 * J * K + H * V
@@ -53,11 +57,18 @@ def _step(
     out = y + (row * H + head) * V + v_at
     if COUNTED:
         if tl.load(count + row) == 0:
+            if EARLY:
+                wait()
             tl.store(out, tl.zeros([BV], tl.float32).to(y.dtype.element_ty), mask=some)
             return
     at = tl.load(start + row * start_stride)
     ring += row * channels * S
     new += row * new_stride
+    cell = state + ((row * H + head) * K + k_at[:, None]) * V + v_at[None, :]
+    inside = whole[:, None] & some[None, :]
+    held = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        wait()
     cq = key * K + k_at
     ck, cv = cq + J * K, 2 * J * K + head * V + v_at
     q, q_in = convolve(new, ring, weight, bias, cq, whole, at, T, S, BIAS)
@@ -71,9 +82,7 @@ def _step(
     gate = softplus(tl.load(a + row * a_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
     decay = tl.exp(-gate * tl.exp(tl.load(A_log + head).to(tl.float32)))
     beta = strength / (1.0 + tl.exp(-tl.load(b + row * b_stride + head).to(tl.float32)))
-    cell = state + ((row * H + head) * K + k_at[:, None]) * V + v_at[None, :]
-    inside = whole[:, None] & some[None, :]
-    held = tl.load(cell, mask=inside, other=0.0).to(tl.float32) * decay
+    held *= decay
     written = beta * (v - tl.sum(held * k[:, None], 0))
     held += k[:, None] * written[None, :]
     tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
@@ -146,5 +155,6 @@ def step(
         BK=triton.next_power_of_2(K),
         BV=block,
         num_warps=4,
+        **early(new.device),
     )
     return y

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache.kernels.early import early, launch, wait
+
 MOST_ROWS = 16
 
 
@@ -74,10 +76,13 @@ def _linear(
     NORMED: tl.constexpr,
     ADDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    EARLY: tl.constexpr,
     BB: tl.constexpr,
     BO: tl.constexpr,
     BE: tl.constexpr,
 ):
+    if EARLY:
+        launch()
     tile_of = tl.program_id(0)
     width = O + O1 + O2 + O3  # of all outputs of a row
     if WEIGHTS > 1:  # the tiles of one weight after those of another; outputs side by side
@@ -112,6 +117,8 @@ def _linear(
             tile = tl.load(
                 weight + o[:, None].to(tl.int64) * E + e[None, :], mask=real[:, None] & there[None, :], other=0.0
             )
+            if EARLY and first == 0:
+                wait()
             seen = _inputs(x, gate, norm, e, 0, there, x_stride, gate_stride, E, GATED, GLU)
             if NORMED:
                 squares += seen * seen
@@ -127,6 +134,8 @@ def _linear(
     else:
         b = tl.arange(0, BB)
         used = b < rows
+        if EARLY:
+            wait()
         total = tl.zeros([BB, BO], tl.float32)
         squares = tl.zeros([BB], tl.float32)
         for first in range(0, E, BE):
@@ -211,5 +220,6 @@ def linear(
         BO=tile.outputs,
         BE=width,
         num_warps=tile.warps,
+        **early(x.device),
     )
     return out

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache.kernels.early import early, launch, wait
+
 
 @triton.jit
 def _norm(
@@ -24,10 +26,14 @@ def _norm(
     SHARED: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
+    EARLY: tl.constexpr,
     BM: tl.constexpr,
 ):
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, BM)
+    if EARLY:
+        launch()
+        wait()
     there, e = m < M, group * M + m
     seen = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
     if BEFORE or AFTER:
@@ -78,5 +84,6 @@ def norm(
         AFTER=gate is not None and not gate_first,
         BM=block,
         num_warps=4 if block <= 2048 else 8,
+        **early(x.device),
     )
     return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statecache.kernels.convolve import convolve, silu, softplus
+from statecache.kernels.early import early, launch, wait
 
 
 @triton.jit
@@ -42,9 +43,12 @@ def _step(
     SILU: tl.constexpr,
     LIMITED: tl.constexpr,
     COUNTED: tl.constexpr,
+    EARLY: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
 ):
+    if EARLY:
+        launch()
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group = head // (H // G)
     channels: tl.constexpr = H * P + 2 * G * N
@@ -53,11 +57,18 @@ def _step(
     out = y + row * (H * P) + head * P + p
     if COUNTED:
         if tl.load(count + row) == 0:
+            if EARLY:
+                wait()
             tl.store(out, tl.zeros([BP], tl.float32).to(y.dtype.element_ty), mask=some)
             return
     at = tl.load(start + row * start_stride)
     ring += row * channels * S
     new += row * new_stride
+    cell = state + ((row * H + head) * P + p[:, None]) * N + n[None, :]
+    inside = some[:, None] & whole[None, :]
+    held = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        wait()
     cx, cB = head * P + p, H * P + group * N + n
     cC = cB + G * N
     x, x_in = convolve(new, ring, weight, bias, cx, some, at, K, S, BIAS)
@@ -71,9 +82,6 @@ def _step(
     if LIMITED:
         step = tl.minimum(tl.maximum(step, low), high)
     decay = tl.exp(-step * tl.exp(tl.load(A_log + head).to(tl.float32)))
-    cell = state + ((row * H + head) * P + p[:, None]) * N + n[None, :]
-    inside = some[:, None] & whole[None, :]
-    held = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     held = held * decay + (x * step)[:, None] * tl.where(whole, B, 0.0)[None, :]
     tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
     seen = tl.sum(held * tl.where(whole, C, 0.0)[None, :], 1) + x * tl.load(D + head).to(tl.float32)
@@ -148,5 +156,6 @@ def step(
         BP=block,
         BN=triton.next_power_of_2(N),
         num_warps=4,
+        **early(new.device),
     )
     return y

@@ -28,7 +28,7 @@ from statecache.models.given import layer_states
 from statecache.models.mixers import Mixer
 from statecache.models.mixers.delta import Delta, joined
 from statecache.models.mixers.ssd import SSD
-from statecache.models.prepared import LayerState, Lent
+from statecache.models.prepared import LayerState, Lent, LentKeys
 from statecache.models.prepare import borrowed
 from statecache.models.table import KINDS, layer_types
 
@@ -279,7 +279,7 @@ def _mix_ssd(mixer: SSD, by: Any, x: Tensor, states: LayerState, lent: Lent, sca
     m: Any = mixer.module
     z, new, dt = _product(x, m.in_proj.weight, by=by).split_with_sizes(mixer.projected, -1)
     y = _ssd(mixer, (new[:, None], dt[:, None]), lent)[:, 0]
-    if m.norm.group_size == y.shape[-1]:
+    if getattr(m.norm, "group_size", y.shape[-1]) == y.shape[-1]:
         return _product(y, m.out_proj.weight, by=m.norm, gate=z, residual=x, scale=scale)
     y = _gated(m.norm)(y, z)
     return _product(y, m.out_proj.weight, residual=x, scale=scale)
@@ -315,8 +315,10 @@ def _granite(layer: Any) -> Callable[..., Any]:
                 return own(hidden_states, *args, **kwargs)
             x = _mix_ssd(mixer, layer.input_layernorm, x, *lent, scale=scale)
         else:
-            y, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-            x = torch.add(x, y[:, 0], alpha=scale)
+            keys = _lent_keys(layer.self_attn, hidden_states, kwargs)
+            if keys is None:
+                return own(hidden_states, **kwargs)
+            x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, scale=scale)
         inside = _product(x, mlp.input_linear.weight, by=layer.post_attention_layernorm)
         return _product(inside, mlp.output_linear.weight, unit=True, residual=x, scale=scale)[:, None]
 
@@ -337,8 +339,10 @@ def _qwen(layer: Any) -> Callable[..., Any]:
                 return own(hidden_states, *args, **kwargs)
             x = _mix_delta(mixer, layer.input_layernorm, x, lent[1])
         else:
-            y, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-            x = x + y[:, 0]
+            keys = _lent_keys(layer.self_attn, hidden_states, kwargs)
+            if keys is None:
+                return own(hidden_states, **kwargs)
+            x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, gated=True)
         both = (mlp.gate_proj.weight, mlp.up_proj.weight)
         inside = _product(x, both, by=layer.post_attention_layernorm)
         return _product(inside, mlp.down_proj.weight, unit=True, residual=x)[:, None]
@@ -354,6 +358,35 @@ def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent) -> Tensor:
     y = _delta(mixer, (qkv[:, None], b[:, None], a[:, None]), lent)[:, 0]
     y = _by_head(m.norm, y, z, mixer.inputs[1][1])
     return _product(y, m.out_proj.weight, residual=x)
+
+
+def _attend(
+    m: Any, by: Any, x: Tensor, lent: LentKeys, kwargs: Any, *, scale: float = 1.0, gated: bool = False
+) -> Tensor:
+    """Attention with the norm before it and the residual sum behind: x (B, E) to (B, E). `m`: its module."""
+    from statecache.kernels.attend import Norms, attend
+
+    three = (m.q_proj.weight, m.k_proj.weight, m.v_proj.weight)
+    q, k, v = _product(x, three, by=by).split_with_sizes([len(each) for each in three], -1)
+    norms = None
+    if hasattr(m, "q_norm"):
+        norms = Norms(m.q_norm.weight, m.k_norm.weight, _eps(m.q_norm), NORMS[type(m.q_norm).__name__])
+    turns = kwargs.get("position_embeddings")
+    angles = None if turns is None else tuple(each[:, 0].expand(len(x), -1) for each in turns)
+    y = attend(
+        q,
+        k,
+        v,
+        lent.keys,
+        lent.values,
+        lent.start,
+        lent.count,
+        scale=m.scaling,
+        norms=norms,
+        angles=angles,  # type: ignore[arg-type]
+        gated=gated,
+    )
+    return _product(y, m.o_proj.weight, residual=x, scale=scale)
 
 
 def _by_head(module: Any, y: Tensor, z: Tensor, size: int) -> Tensor:
@@ -373,6 +406,7 @@ class Form:
 
 
 SSD_LINEAR = ("in_proj", "out_proj")
+ATTENTION_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
 DELTA_LINEAR = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 LAYERS = {
     "Mamba2Block": Form(_mamba2, (), ("norm",)),
@@ -413,11 +447,17 @@ def _whole(layer: nn.Module) -> Callable[..., Any] | str:
         if _hooked(own.norm) or type(own.norm).__name__ not in GATED:
             return f"{path}.norm is a {type(own.norm).__name__}, hooked or unknown"
         linear += [f"{path}.{n}" for n in (SSD_LINEAR if isinstance(mixer, SSD) else DELTA_LINEAR)]
+    norms, attention = list(form.norms), getattr(layer, "self_attn", None)
+    if attention is not None:
+        if _hooked(attention) or "forward" in vars(attention):
+            return f"its {type(attention).__name__} is hooked"
+        linear += [f"self_attn.{n}" for n in ATTENTION_LINEAR]
+        norms += [f"self_attn.{n}" for n in ("q_norm", "k_norm") if hasattr(attention, n)]
     for path in linear:
         why = _unusual(layer.get_submodule(path))
         if why:
             return f"{path} {why}"
-    for path in form.norms:
+    for path in norms:
         module = layer.get_submodule(path)
         if type(module).__name__ not in NORMS or _hooked(module) or "forward" in vars(module):
             return f"{path} is a {type(module).__name__}, hooked or unknown"
@@ -429,6 +469,12 @@ def _lent(mixer: Mixer, x: Tensor, args: tuple[Any, ...], kwargs: Any) -> tuple[
     states = layer_states(mixer.layer, args, kwargs)
     lent = states.lend() if isinstance(states, LayerState) and x.shape[1] == 1 else None
     return None if lent is None else (states, lent)  # type: ignore[return-value]
+
+
+def _lent_keys(module: Any, x: Tensor, kwargs: Any) -> LentKeys | None:
+    """The keys and values of an attention layer for a kernel; None in a pass that is none for it."""
+    states = layer_states(module.layer_idx, (), kwargs)
+    return states.lend_keys() if isinstance(states, LayerState) and x.shape[1] == 1 else None
 
 
 def _mixers(layer: nn.Module) -> list[Mixer]:

@@ -244,6 +244,16 @@ class Lent:
     count: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class LentKeys:
+    """The same of attention: keys and values (B, H, C, D), that of position p in slot p."""
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor
+    count: Tensor | None
+
+
 class LayerState:
     """The states of one layer: its convolutions' inputs, its recurrent state, and the log of what that consumed."""
 
@@ -350,6 +360,25 @@ class LayerState:
         here = step.on(conv.device)
         start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=conv.device)
         return Lent(conv.store.read(slice(0, conv.capacity)), state.shown, start, here.count)
+
+    def lend_keys(self) -> LentKeys | None:
+        """The keys and values for a kernel, which then writes them; None where the pass is none for it, as above.
+
+        They are without a window, so that a position is its slot.
+        """
+        step, held = self.writer.step, self.writer.states.held
+        if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():
+            return None
+        key, value = (held.get(f"{self.index}.{name}") for name in ("key", "value"))
+        if not isinstance(key, Ring) or not isinstance(value, Ring) or key.wraps or value.wraps:
+            return None
+        if key.spec.window is not None or not key.store.shows or not value.store.shows:
+            return None
+        step.write()
+        here = step.on(key.device)
+        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=key.device)
+        keys, values = (ring.store.read(slice(0, ring.capacity)) for ring in (key, value))
+        return LentKeys(keys, values, start, here.count)
 
     def places(self, x: Tensor) -> Tensor:
         """The position of each of x (B, T, ...) in its row: (B, T), or (1, T) where all rows stand alike."""
