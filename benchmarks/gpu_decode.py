@@ -225,7 +225,7 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
         "sides": {},
     }
     for name, kind, how, given in sides:
-        if kind is Ours:
+        if how != "decoder" and kind is Ours:
             sc.prepare(model)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -244,10 +244,9 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
             if opts.strict:
                 raise
             found = {"error": f"{type(error).__name__}: {error}"[:400]}
-        if kind is Ours:
-            if hasattr(side, "made"):
-                side.made.close()
-            sc.unprepare(model)
+        if hasattr(side, "made"):
+            side.made.close()
+        sc.unprepare(model)
         result["sides"][name] = found
         step = side = None
         torch.cuda.empty_cache()

@@ -115,9 +115,9 @@ def test_kernels_ran() -> None:
 
 def test_memory_that_a_step_leaves_is_the_cache() -> None:
     with decoder_for("qwen3_5", 2) as decoder:
-        addresses = [buffer.data_ptr() for buffer in decoder.cache.buffers()]
         decoder.prefill(prompts(2))
         decoder.step()
+        addresses = [buffer.data_ptr() for buffer in decoder.cache.buffers()]
         held = torch.cuda.memory_allocated()
         for _ in range(5):
             decoder.step()

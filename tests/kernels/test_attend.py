@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
-from test_linear import HALF, normed
-from test_steps import NAN, draw, error, strided
+from drawn import DEVICE, HALF, NAN, draw, error, normed, strided
 from torch import Tensor
 
 from statecache.kernels.attend import Norms, attend

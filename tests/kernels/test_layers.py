@@ -7,7 +7,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from conftest import DEVICE
+from drawn import DEVICE
 
 import statecache as sc
 from statecache.models.fused import by_kernels, ways

@@ -6,23 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
-from test_steps import draw, error, strided
+from drawn import HALF, draw, error, normed, strided
 from torch import Tensor
 from torch.nn import functional as F
 
 from statecache.kernels.linear import Tile, linear
-from statecache.kernels.norms import norm
+from statecache.kernels.norms import norm, unit
 
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers in products
 ROWS = [1, 2, 5, 16]
 SIZES = [(37, 48), (64, 130)]
-
-
-def normed(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    if weight is None:
-        return x
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.double() + offset)
 
 
 @pytest.mark.parametrize("form", ["plain", "norm", "gate", "unit"])
@@ -99,3 +91,10 @@ def test_norm_of_groups_with_gates(dtype: torch.dtype, group: int | None, first:
     )
     assert got.dtype == dtype
     assert error(got, want) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_unit(dtype: torch.dtype) -> None:
+    x = strided(draw(3, 2 * 520, dtype=dtype))
+    want = F.silu(x[:, :520].double()) * x[:, 520:].double()
+    assert error(unit(x), want) < (1e-6 if dtype == torch.float32 else 5e-3)

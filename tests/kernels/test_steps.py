@@ -6,29 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from drawn import DEVICE, NAN, draw, error, strided
 from torch import Tensor
 from torch.nn import functional as F
 
 from statecache.kernels import delta_step, ssd_step
 from statecache.ops import conv, gated_delta, ssd
 
-NAN = float("nan")
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same rows as a part of wider ones, whose other columns are poisoned."""
-    wide = torch.full((len(x), x.shape[1] + 3), NAN, dtype=x.dtype, device=x.device)
-    wide[:, : x.shape[1]] = x
-    return wide[:, : x.shape[1]]
-
-
 def ring_of(past: Tensor, starts: Tensor, slots: int) -> Tensor:
-    """A ring (B, C, S) that holds the inputs `past` (B, C, K - 1) before `starts` (B,), and poison in all other slots."""
+    """A ring (B, C, S) that holds the inputs `past` (B, C, K - 1) before `starts` (B,), and poison elsewhere."""
     ring = torch.full((*past.shape[:2], slots), NAN, dtype=past.dtype, device=past.device)
     taps = past.shape[-1]
     for row, start in enumerate(starts.tolist()):
@@ -49,11 +35,6 @@ def convolved(new: Tensor, past: Tensor, starts: Tensor, weight: Tensor, bias: T
     """The plain convolution of one token, in float64."""
     up = [None if t is None else t.double() for t in (new[:, None], weight, bias, begun(past, starts))]
     return conv.step(up[0], up[1], up[2], up[3], silu)[0][:, 0]  # type: ignore[arg-type]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert not got.isnan().any(), "an element was not written, or poison was read"
-    return ((got.double() - want).norm() / want.norm().clamp(min=1e-9)).item()
 
 
 def check_ring(ring: Tensor, before: Tensor, new: Tensor, starts: Tensor, counts: list[int]) -> None:

@@ -28,10 +28,10 @@ class Tile:
     warps: int
 
 
-# by rows (1, or up to 16), and outputs up to so many; measured on an H100, see benchmarks/RESULTS.md
+# by rows (1, or up to 16), and outputs up to so many: benchmarks/tune_linear.py, on an H100
 TILES = {
-    1: ((3072, Tile(8, 512, 4)), (1 << 62, Tile(16, 512, 4))),
-    16: ((3072, Tile(16, 128, 4)), (1 << 62, Tile(32, 128, 4))),
+    1: ((3072, Tile(4, 2048, 4)), (1 << 62, Tile(4, 1024, 4))),
+    16: ((3072, Tile(16, 256, 4)), (1 << 62, Tile(32, 256, 4))),
 }
 
 

@@ -1,4 +1,4 @@
-"""RMS norms, with a gate before or after, and a residual sum before: one program a row and group.
+"""RMS norms, with a gate before or after, one program a row and group; and gated units.
 
 B rows, E channels, in groups of M.
 """
@@ -86,4 +86,25 @@ def norm(
         num_warps=4 if block <= 2048 else 8,
         **early(x.device),
     )
+    return out
+
+
+@triton.jit
+def _unit(x, out, x_stride, E: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
+    row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
+    if EARLY:
+        launch()
+        wait()
+    there = e < E
+    through = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
+    seen = tl.load(x + row * x_stride + E + e, mask=there, other=0.0).to(tl.float32)
+    through = through / (1.0 + tl.exp(-through)) * seen
+    tl.store(out + row * E + e, through.to(out.dtype.element_ty), mask=there)
+
+
+def unit(x: Tensor) -> Tensor:
+    """A gated unit of x (B, 2 E), whose rows may have any stride: silu(x[:, :E]) x[:, E:], (B, E)."""
+    rows, width = len(x), x.shape[1] // 2
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    _unit[(rows, triton.cdiv(width, 512))](x, out, x.stride(0), E=width, BE=512, num_warps=4, **early(x.device))
     return out

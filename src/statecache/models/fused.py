@@ -239,19 +239,25 @@ def _product(
     *,
     by: Any = None,
     gate: Tensor | None = None,
-    unit: bool = False,
+    gated: bool = False,
     residual: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
-    `by`: the norm module in front.
+    `by`: the norm module in front; `gated`: x is the input of a gated unit.
     """
     from statecache.kernels.linear import MOST_ROWS, linear
-    from statecache.kernels.norms import norm
+    from statecache.kernels.norms import norm, unit
 
     eps, offset = (0.0, 0.0) if by is None else (_eps(by), NORMS.get(type(by).__name__, 0.0))
     weights = (weight,) if isinstance(weight, Tensor) else weight
+    if len(x) > 1:  # every program would compute the gates of all rows
+        if gated:
+            x, gated = unit(x), False
+        if gate is not None or (by is not None and len(x) > MOST_ROWS):
+            x = norm(x, by.weight, eps=eps, offset=offset, gate=gate, dtype=weights[0].dtype)
+            by = gate = None
     if len(x) <= MOST_ROWS:
         return linear(
             x,
@@ -260,16 +266,11 @@ def _product(
             eps=eps,
             offset=offset,
             gate=gate,
-            unit=unit,
+            unit=gated,
             residual=residual,
             scale=scale,
             dtype=None if residual is None else residual.dtype,
         )
-    if unit:
-        through, x = x.chunk(2, -1)
-        x = F.silu(through) * x
-    if by is not None:
-        x = norm(x, by.weight, eps=eps, offset=offset, gate=gate, dtype=weights[0].dtype)
     y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
     return y if residual is None else torch.add(residual, y, alpha=scale)
 
@@ -320,7 +321,7 @@ def _granite(layer: Any) -> Callable[..., Any]:
                 return own(hidden_states, **kwargs)
             x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, scale=scale)
         inside = _product(x, mlp.input_linear.weight, by=layer.post_attention_layernorm)
-        return _product(inside, mlp.output_linear.weight, unit=True, residual=x, scale=scale)[:, None]
+        return _product(inside, mlp.output_linear.weight, gated=True, residual=x, scale=scale)[:, None]
 
     return forward
 
@@ -345,7 +346,7 @@ def _qwen(layer: Any) -> Callable[..., Any]:
             x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, gated=True)
         both = (mlp.gate_proj.weight, mlp.up_proj.weight)
         inside = _product(x, both, by=layer.post_attention_layernorm)
-        return _product(inside, mlp.down_proj.weight, unit=True, residual=x)[:, None]
+        return _product(inside, mlp.down_proj.weight, gated=True, residual=x)[:, None]
 
     return forward
 
