@@ -42,7 +42,7 @@ def bandwidth(gigabytes: float) -> dict[str, float]:
     source = torch.randint(0, 127, (size,), dtype=torch.uint8, device=DEVICE)
     target, words = torch.empty_like(source), source.view(torch.float32)
     copying = seconds(lambda: target.copy_(source), 10)
-    reading = seconds(lambda: words.sum(), 10)
+    reading = seconds(words.sum, 10)
     return {"copy": 2 * size / copying, "read": size / reading}
 
 
@@ -264,7 +264,9 @@ def show(result: dict[str, Any]) -> None:
         if "error" in found:
             print(f"  {name:26} {found['error']}")
             continue
-        print(f"  {name:26} {found['ms']:8.3f} ms  {found['floors']:6.2f} x floor   first step after {found['warm_s']:.1f} s")
+        print(
+            f"  {name:26} {found['ms']:8.3f} ms  {found['floors']:6.2f} x floor   first step: {found['warm_s']:.1f} s"
+        )
         for kernel in found.get("kernels", []):
             print(f"      {kernel['us']:9.1f} us {kernel['calls']:7.1f} x {kernel['name']}")
 

@@ -1,6 +1,6 @@
-"""Which tile is best for each product of the decoding steps, on this GPU: what `statecache.kernels.linear.TILES` is from.
+"""Which tile is best for each product of a decoding step on this GPU: where `kernels.linear.TILES` is from.
 
-    python benchmarks/tune_linear.py --rows 1 --json tiles.json
+python benchmarks/tune_linear.py --rows 1 --json tiles.json
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +35,8 @@ def tiles(rows: int) -> list[Tile]:
     if rows == 1:
         made = [Tile(*t) for t in itertools.product((4, 8, 16), (512, 1024, 2048), (2, 4, 8))]
         return [t for t in made if 4096 <= t.outputs * t.inputs <= 16384 * 2 and t.outputs * t.inputs <= 8192 * t.warps]
-    return [Tile(*t) for t in itertools.product((16, 32, 64), (64, 128, 256), (4,))]
+    made = [Tile(*t) for t in itertools.product((16, 32, 64), (128, 256, 512), (2, 4))]
+    return [t for t in made if t.outputs * t.inputs <= 16384]
 
 
 def run(name: str, rows: int, tile: Tile, calls: int, weights: list[torch.Tensor]) -> float:
@@ -81,7 +81,7 @@ def main() -> None:
         for tile in tiles(opts.rows):
             run(opts.only, opts.rows, tile, 1, weight)
         return
-    command = [sys.executable, os.path.abspath(__file__), "--rows", str(opts.rows), "--only"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--rows", str(opts.rows), "--only"]
     for child in [subprocess.Popen([*command, name]) for name in PRODUCTS]:
         child.wait()
     found: dict[str, Any] = {}
@@ -105,7 +105,9 @@ def main() -> None:
         end.record()
         end.synchronize()
         library = begin.elapsed_time(end) * 1e3 / 72
-        print(f"{name:9} library {library:6.2f} us {size / library / 1e6:5.2f} TB/s;", *found[name][:4], found[name][-1])
+        print(
+            f"{name:9} library {library:6.2f} us {size / library / 1e6:5.2f} TB/s;", *found[name][:4], found[name][-1]
+        )
     if opts.json:
         opts.json.write_text(json.dumps(found))
 

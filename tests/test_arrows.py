@@ -14,7 +14,21 @@ ROOT = Path(statecache.__file__).parent
 # Each may import what stands before it. A package's own order follows it; files of a package that share a line are one
 # floor, and do not import each other.
 FLOORS = (
-    *("errors", "rotary", "spec", "mask", "storage", "ops", "kernels", "step", "ring", "lease", "replay", "clock", "logs"),
+    *(
+        "errors",
+        "rotary",
+        "spec",
+        "mask",
+        "storage",
+        "ops",
+        "kernels",
+        "step",
+        "ring",
+        "lease",
+        "replay",
+        "clock",
+        "logs",
+    ),
     *("snapshot", "one_pass", "states", "round", "models", "decode", "cli", "__main__"),
 )
 OPERATORS = "scan ssd delta kda pooled_index block_index short_conv residual_conv relative lightning rg_lru cca"

@@ -70,9 +70,9 @@ def test_rows_come_and_go(story: Any) -> None:
 
         def step() -> None:
             tokens = decoder.step().tolist()
-            for row in got:
+            for row, written in got.items():
                 if place[row] in decoder.writing:
-                    got[row].append(tokens[place[row]])
+                    written.append(tokens[place[row]])
 
         step()
         got[1], place[1] = decoder.prefill(PROMPTS[1:2], **options(1)).tolist(), 0

@@ -27,9 +27,7 @@ NEW = 200
 
 def decoder_for(name: str, rows: int, **options: Any) -> sc.Decoder:
     model, config, _ = build(name, **DENSE.get(name, {}))
-    cache = sc.StateCache(
-        config, capacity=256, rows=rows, dtype=torch.float32, device="cuda", slack=1, back=False
-    )
+    cache = sc.StateCache(config, capacity=256, rows=rows, dtype=torch.float32, device="cuda", slack=1, back=False)
     return sc.Decoder(model, cache, **options)
 
 
@@ -46,8 +44,7 @@ def test_tokens_of_200_steps_are_those_of_the_plain_form(name: str) -> None:
         decoder.step()
         out.append(decoder.tokens.clone())
         graphs = decoder.counts.graphs
-        for _ in range(NEW - 2):
-            out.append(decoder.step().clone())
+        out += [decoder.step().clone() for _ in range(NEW - 2)]
         assert graphs == decoder.counts.graphs == 2
         assert decoder.counts.replayed == NEW - 1
         assert decoder.counts.plain == 0
@@ -72,8 +69,8 @@ def test_no_step_waits_and_rows_come_and_go(name: str) -> None:
             got[place] = first.tolist()
             for _ in range(2):
                 tokens = decoder.step().tolist()
-                for row in got:
-                    got[row].append(tokens[row])
+                for row, written in got.items():
+                    written.append(tokens[row])
         graphs = decoder.counts.graphs
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -83,8 +80,8 @@ def test_no_step_waits_and_rows_come_and_go(name: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
         assert decoder.counts.graphs == graphs
         for tokens in waiting:
-            for row in got:
-                got[row].append(tokens[row].item())
+            for row, written in got.items():
+                written.append(tokens[row].item())
         decoder.leave([5, 4])
         for _ in range(2):  # in a smaller bucket
             tokens = decoder.step().tolist()
@@ -94,9 +91,7 @@ def test_no_step_waits_and_rows_come_and_go(name: str) -> None:
         for n, place in enumerate(order):
             alone, new = torch.tensor([given[n]], device="cuda"), len(got[place])
             way = {"seed": [ways[n % 3].get("seed", 0)]}
-            want = sc.generate(
-                decoder.model, alone, max_new_tokens=new, processors=[], **{**ways[n % 3], **way}
-            )
+            want = sc.generate(decoder.model, alone, max_new_tokens=new, processors=[], **{**ways[n % 3], **way})
             assert got[place] == want[0, len(given[n]) :].tolist(), (n, place)
 
 

@@ -51,7 +51,9 @@ def test_attend_is_plain_attention(shape: Any, dtype: torch.dtype, form: str) ->
         q, k = (turned(x, *(a.double() for a in angles)) for x in (q, k))
     want = []
     for row, start in enumerate(STARTS[:rows]):
-        seen = [torch.cat([old[row, :, :start].double(), new[row, :, None]], 1) for old, new in ((keys, k), (values, v))]
+        seen = [
+            torch.cat([old[row, :, :start].double(), new[row, :, None]], 1) for old, new in ((keys, k), (values, v))
+        ]
         ks, vs = (x.repeat_interleave(G, 0) for x in seen)
         share = (ks @ q[row, :, :, None] * 0.3).squeeze(-1).softmax(-1)
         y = (share[:, None] @ vs)[:, 0]
@@ -60,7 +62,18 @@ def test_attend_is_plain_attention(shape: Any, dtype: torch.dtype, form: str) ->
     before = keys.clone(), values.clone()
     count = torch.tensor(counts, device=DEVICE) if form == "idle" else None
     got = attend(
-        query, key, value, keys, values, starts, count, scale=0.3, norms=norms, angles=angles, gated=whole, splits=splits
+        query,
+        key,
+        value,
+        keys,
+        values,
+        starts,
+        count,
+        scale=0.3,
+        norms=norms,
+        angles=angles,
+        gated=whole,
+        splits=splits,
     )
     exact = dtype == torch.float32
     alive = [row for row, n in enumerate(counts) if n]

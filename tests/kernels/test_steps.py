@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from statecache.kernels import delta_step, ssd_step
 from statecache.ops import conv, gated_delta, ssd
 
+
 def ring_of(past: Tensor, starts: Tensor, slots: int) -> Tensor:
     """A ring (B, C, S) that holds the inputs `past` (B, C, K - 1) before `starts` (B,), and poison elsewhere."""
     ring = torch.full((*past.shape[:2], slots), NAN, dtype=past.dtype, device=past.device)

@@ -49,10 +49,14 @@ class Decoder:
     The model is prepared and in eval mode until `close`. Raises OptionError, ConfigError or UnknownLayerError.
     """
 
-    def __init__(self, model: Any, cache: StateCache, *, buckets: Sequence[int] | None = None, fused: bool = True) -> None:
+    def __init__(
+        self, model: Any, cache: StateCache, *, buckets: Sequence[int] | None = None, fused: bool = True
+    ) -> None:
         check_kinds(model, None, cache, None, None)
         if cache is None or cache.capacity is None or cache.rows is None:
-            raise OptionError("a decoder needs a cache that never moves: make it with capacity=, rows=, dtype=, device=")
+            raise OptionError(
+                "a decoder needs a cache that never moves: make it with capacity=, rows=, dtype=, device="
+            )
         if cache.spec.rotary is not None:
             raise OptionError(
                 f"the rotary factors of a {cache.spec.model} model change with the length, which no captured step "
@@ -252,7 +256,7 @@ class Decoder:
 
     def _captured(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """A graph of what `run` does, after it was run once, and what it gave."""
-        side = torch.cuda.Stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             run()

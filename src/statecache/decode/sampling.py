@@ -149,7 +149,9 @@ class Sampler:
             if not self.draws:
                 return certain
         logits = logits.float()
-        logits = (logits - logits.gather(-1, best)) / self.columns.temperature  # at most 0: nothing overflows but to -inf
+        logits = (
+            logits - logits.gather(-1, best)
+        ) / self.columns.temperature  # at most 0: nothing overflows but to -inf
         most = min(self.uses.most, logits.shape[-1])
         if most:
             last = (self.columns.top_k - 1).clamp(0, most - 1).expand(*logits.shape[:2], 1)
@@ -182,7 +184,9 @@ class Sampler:
         places = lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)
         if drafts.probabilities is not None:
             positions = self._positions(places)
-            return accept(self.probabilities(logits), drafts.probabilities, tokens, counts, self.columns.seeds, positions)
+            return accept(
+                self.probabilities(logits), drafts.probabilities, tokens, counts, self.columns.seeds, positions
+            )
         if not self.draws:
             return agree(logits.argmax(-1), tokens, counts)
         return agree(self._race(self.probabilities(logits), places, Purpose.DRAW), tokens, counts)

@@ -111,11 +111,14 @@ def step(
     key_heads: int,
     silu: bool = True,
     doubled: bool = False,
+    block: int | None = None,
+    warps: int = 2,
 ) -> Tensor:
-    """Take in one token of each row, `ring` (B, C, S) and `state` (B, H, K, V) in place; the outputs (B, H V), as `new`.
+    """Take in one token of each row, `ring` (B, C, S) and `state` (B, H, K, V) in place; outputs (B, H V), as `new`.
 
     new: q, k and v as one (B, C), b and a (B, H), all with any stride between rows; weight (C, T), bias (C,), A_log and
     dt_bias (H,). start: (B,) or (1,), where rows stand; count: (B,), 0 or 1, None for all. S must be at least T.
+    `block`: channels of a head's values that a program takes.
     """
     rows, H, K, V = state.shape
     channels, slots = ring.shape[1:]
@@ -123,7 +126,7 @@ def step(
     assert slots >= taps and weight.is_contiguous() and ring.is_contiguous() and state.is_contiguous()
     assert new.stride(-1) == b.stride(-1) == a.stride(-1) == 1 and channels == 2 * key_heads * K + H * V
     y = torch.empty(rows, H * V, dtype=new.dtype, device=new.device)
-    block = min(triton.next_power_of_2(V), 8 if rows < 8 else 32)
+    block = min(triton.next_power_of_2(V), block or (32 if rows < 8 else 64))
     _step[(rows, H, triton.cdiv(V, block))](
         new,
         b,
@@ -154,7 +157,7 @@ def step(
         COUNTED=count is not None,
         BK=triton.next_power_of_2(K),
         BV=block,
-        num_warps=4,
+        num_warps=warps,
         **early(new.device),
     )
     return y

@@ -1,7 +1,7 @@
-"""Programmatic dependent launch: a kernel begins while the one before it ends, and waits before it reads what that wrote.
+"""Programmatic dependent launch: a kernel begins while the one before ends, and waits before it reads what that wrote.
 
-What no kernel of a step writes, as weights, may be read before the wait; so may states that the step before wrote, since
-the first kernels of every step are torch's, which begin when all before them is done.
+What no kernel of a step writes, as weights, may be read before the wait; so may states that the step before wrote,
+since the first kernels of every step are torch's, which begin when all before them is done.
 """
 
 import os
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 if os.environ.get("TRITON_INTERPRET") == "1":
 
@@ -43,6 +42,4 @@ def early(device: torch.device) -> dict[str, Any]:
 
 @lru_cache
 def _can(device: torch.device) -> bool:
-    if device.type != "cuda" or os.environ.get("STATECACHE_EARLY") == "0":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from statecache.kernels.early import early, launch, wait
 
-MOST_ROWS = 16
+FEW_ROWS = 16  # for which a norm or a gate is worth computing in every program
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class Tile:
     warps: int
 
 
-# by rows (1, or up to 16), and outputs up to so many: benchmarks/tune_linear.py, on an H100
+# by rows, up to so many, and outputs, up to so many: benchmarks/tune_linear.py, on an H100
 TILES = {
     1: ((3072, Tile(4, 2048, 4)), (1 << 62, Tile(4, 1024, 4))),
-    16: ((3072, Tile(16, 256, 4)), (1 << 62, Tile(32, 256, 4))),
+    16: ((3072, Tile(16, 512, 2)), (1 << 62, Tile(32, 256, 2))),
+    64: ((3072, Tile(16, 256, 4)), (8448, Tile(64, 256, 4)), (10240, Tile(64, 128, 4)), (1 << 62, Tile(32, 128, 4))),
 }
 
 
@@ -60,10 +62,10 @@ def _linear(
     residual,
     out,
     rows,
-    O,
-    O1,
-    O2,
-    O3,
+    size,
+    size1,
+    size2,
+    size3,
     x_stride,
     gate_stride,
     residual_stride,
@@ -84,30 +86,30 @@ def _linear(
     if EARLY:
         launch()
     tile_of = tl.program_id(0)
-    width = O + O1 + O2 + O3  # of all outputs of a row
+    width = size + size1 + size2 + size3  # of all outputs of a row
     if WEIGHTS > 1:  # the tiles of one weight after those of another; outputs side by side
-        tiles = tl.cdiv(O, BO)
+        tiles = tl.cdiv(size, BO)
         if tile_of >= tiles:
             tile_of -= tiles
-            out += O
+            out += size
             weight = weight1
-            O = O1
+            size = size1
             if WEIGHTS > 2:
-                tiles = tl.cdiv(O1, BO)
+                tiles = tl.cdiv(size1, BO)
                 if tile_of >= tiles:
                     tile_of -= tiles
-                    out += O1
+                    out += size1
                     weight = weight2
-                    O = O2
+                    size = size2
                     if WEIGHTS > 3:
-                        tiles = tl.cdiv(O2, BO)
+                        tiles = tl.cdiv(size2, BO)
                         if tile_of >= tiles:
                             tile_of -= tiles
-                            out += O2
+                            out += size2
                             weight = weight3
-                            O = O3
+                            size = size3
     o = tile_of * BO + tl.arange(0, BO)
-    real = o < O
+    real = o < size
     if BB == 1:
         total = tl.zeros([BO, BE], tl.float32)
         squares = tl.zeros([BE], tl.float32)
@@ -155,9 +157,7 @@ def _linear(
         total *= scale
         both = used[:, None] & real[None, :]
         if ADDS:
-            total += tl.load(
-                residual + b[:, None] * residual_stride + o[None, :], mask=both, other=0.0
-            ).to(tl.float32)
+            total += tl.load(residual + b[:, None] * residual_stride + o[None, :], mask=both, other=0.0).to(tl.float32)
         tl.store(out + b[:, None] * width + o[None, :], total.to(out.dtype.element_ty), mask=both)
 
 
@@ -175,7 +175,7 @@ def linear(
     dtype: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Multiply x (B, E) by `weight` (O, E), for at most 16 rows: (B, O), in `dtype`, that of `weight` if not given.
+    """Multiply x (B, E) by `weight` (O, E), for at most 64 rows: (B, O), in `dtype`, that of `weight` if not given.
 
     Several weights, up to four, of one dtype, share the launch: their outputs lie side by side, without `residual`.
 
@@ -190,7 +190,7 @@ def linear(
     assert all(w.is_contiguous() and w.shape[1] == inputs and w.dtype == weights[0].dtype for w in weights)
     out = torch.empty(rows, sum(outputs), dtype=dtype or weights[0].dtype, device=x.device)
     if tile is None:
-        few = 1 if rows == 1 else MOST_ROWS
+        few = next(n for n in TILES if rows <= n)
         tile = next(each for most, each in TILES[few] if sum(outputs) <= most)
     width = min(tile.inputs, triton.next_power_of_2(inputs))
     more = [*weights, *[weights[0]] * (4 - len(weights))]
@@ -216,7 +216,7 @@ def linear(
         NORMED=norm is not None,
         ADDS=residual is not None,
         WEIGHTS=len(weights),
-        BB=1 if rows == 1 else MOST_ROWS,
+        BB=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         BO=tile.outputs,
         BE=width,
         num_warps=tile.warps,

@@ -76,9 +76,7 @@ def _step(
     C, C_in = convolve(new, ring, weight, bias, cC, whole, at, K, S, BIAS)
     if SILU:
         x, B, C = silu(x), silu(B), silu(C)
-    step = softplus(
-        tl.load(dt + row * dt_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    )
+    step = softplus(tl.load(dt + row * dt_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
     if LIMITED:
         step = tl.minimum(tl.maximum(step, low), high)
     decay = tl.exp(-step * tl.exp(tl.load(A_log + head).to(tl.float32)))
@@ -110,12 +108,14 @@ def step(
     groups: int,
     silu: bool = True,
     limits: tuple[float, float] = (0.0, float("inf")),
+    block: int = 64,
+    warps: int = 2,
 ) -> Tensor:
     """Take in one token of each row, `ring` (B, C, S) and `state` (B, H, P, N) in place; the outputs (B, W), as `new`.
 
     new: x, B and C as one (B, C), dt (B, H) before its bias, both with any stride between rows; weight (C, K), bias
     (C,), A_log, dt_bias and D (H,). start: (B,) or (1,), where rows stand; count: (B,), 0 or 1, None for all.
-    S must be at least K.
+    S must be at least K. `block`: channels of a head that a program takes.
     """
     rows, H, P, N = state.shape
     channels, slots = ring.shape[1:]
@@ -123,7 +123,7 @@ def step(
     assert slots >= K and weight.is_contiguous() and ring.is_contiguous() and state.is_contiguous()
     assert new.stride(-1) == 1 and dt.stride(-1) == 1 and channels == H * P + 2 * groups * N
     y = torch.empty(rows, H * P, dtype=new.dtype, device=new.device)
-    block = min(triton.next_power_of_2(P), 16 if rows < 16 else 32)
+    block = min(triton.next_power_of_2(P), block)
     low, high = limits
     _step[(rows, H, triton.cdiv(P, block))](
         new,
@@ -155,7 +155,7 @@ def step(
         COUNTED=count is not None,
         BP=block,
         BN=triton.next_power_of_2(N),
-        num_warps=4,
+        num_warps=warps,
         **early(new.device),
     )
     return y

@@ -25,11 +25,11 @@ from statecache import kernels
 from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.given import layer_states
-from statecache.models.mixers import Mixer
+from statecache.models.mixers import Mixer, Recurrent
 from statecache.models.mixers.delta import Delta, joined
 from statecache.models.mixers.ssd import SSD
-from statecache.models.prepared import LayerState, Lent, LentKeys
 from statecache.models.prepare import borrowed
+from statecache.models.prepared import LayerState, Lent, LentKeys
 from statecache.models.table import KINDS, layer_types
 
 # RMS norms by class name: what is added to their weight
@@ -104,7 +104,6 @@ def ways(model: nn.Module) -> list[Way]:
 def by_kernels(model: nn.Module) -> Iterator[None]:
     """Have the layers of a prepared model run by kernels within, each the way that `ways` says."""
     decoder, put = decoder_of(model), []
-    owned: set[nn.Module] = set()
 
     def stand_in(module: nn.Module, name: str, value: Any) -> None:
         put.append((module, name, vars(module).get(name)))
@@ -118,15 +117,14 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
             whole = _whole(layer)
             if callable(whole):
                 stand_in(layer, "forward", whole)
-                owned |= {layer.norm} if hasattr(layer, "norm") else set()
             for mixer in _mixers(layer):
                 kernel = _kernel(mixer)
-                if kernel is not None:
+                if kernel is not None and isinstance(mixer, Recurrent):
                     mixer.kernel = kernel
                     stack.callback(setattr, mixer, "kernel", None)
         for module in decoder.modules():
             name = type(module).__name__
-            if module in owned or "forward" in vars(module) or _hooked(module) or _unavailable(module):
+            if "forward" in vars(module) or _hooked(module) or _unavailable(module):
                 continue
             if name in NORMS:
                 stand_in(module, "forward", _norm(module))
@@ -247,7 +245,7 @@ def _product(
 
     `by`: the norm module in front; `gated`: x is the input of a gated unit.
     """
-    from statecache.kernels.linear import MOST_ROWS, linear
+    from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import norm, unit
 
     eps, offset = (0.0, 0.0) if by is None else (_eps(by), NORMS.get(type(by).__name__, 0.0))
@@ -255,7 +253,7 @@ def _product(
     if len(x) > 1:  # every program would compute the gates of all rows
         if gated:
             x, gated = unit(x), False
-        if gate is not None or (by is not None and len(x) > MOST_ROWS):
+        if gate is not None or (by is not None and len(x) > FEW_ROWS):
             x = norm(x, by.weight, eps=eps, offset=offset, gate=gate, dtype=weights[0].dtype)
             by = gate = None
     if len(x) <= MOST_ROWS:
@@ -384,7 +382,7 @@ def _attend(
         lent.count,
         scale=m.scaling,
         norms=norms,
-        angles=angles,  # type: ignore[arg-type]
+        angles=angles,
         gated=gated,
     )
     return _product(y, m.o_proj.weight, residual=x, scale=scale)
@@ -488,7 +486,7 @@ def _eps(module: Any) -> float:
     return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
 
 
-def _plain(weight: Any) -> bool:
+def _plain(weight: object) -> bool:
     return type(weight) is nn.Parameter and weight.is_contiguous() and weight.is_floating_point()
 
 
@@ -497,13 +495,14 @@ def _hooked(module: nn.Module) -> bool:
     return any(vars(module).get(name) for name in hooks)
 
 
-def _unusual(module: nn.Module) -> str | None:
+def _unusual(module: Any) -> str | None:
     """Why a linear layer's weight is not read where it lies; None where it is."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}"
     if _hooked(module) or "forward" in vars(module):
         return "is hooked"
-    if module.bias is not None:
+    bias: Any = module.bias
+    if bias is not None:
         return "has a bias"
     if not _plain(module.weight):
         return "has an unusual weight"

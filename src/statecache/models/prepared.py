@@ -342,7 +342,8 @@ class LayerState:
     def lend(self) -> Lent | None:
         """Both states for a kernel, which then updates them; None where the pass is none for it.
 
-        That is a pass of one token of all rows in order, outside of rounds, with nothing to log, on states that lie in one tensor, the convolution's in a ring with a slot to spare.
+        That is a pass of one token of all rows in order, outside of rounds, with nothing to log, on states that lie in
+        one tensor, the convolution's in a ring with a slot to spare.
         """
         step, states = self.writer.step, self.writer.states
         if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():

@@ -22,7 +22,7 @@ from statecache.models.given import layer_states
 from statecache.models.prepared import LayerState, Lent, Stateless
 
 Shapes = tuple[tuple[int, ...], ...]
-# from a mixer, what its projections made of one token (B, 1, ...) and the layer's states to what the gate takes (B, 1, W)
+# from a mixer, what its projections made of one token (B, 1, ...), and both states to what the gate takes (B, 1, W)
 Kernel = Callable[[Any, tuple[Tensor, ...], Lent], Tensor]
 
 
