@@ -56,7 +56,7 @@ INSIDE = {
         "prepare",
         "fused",
     ],
-    "kernels": ["convolve linear norms", "ssd_step delta_step"],
+    "kernels": ["convolve early", "linear norms attend ssd_step delta_step"],
     "decode": [
         "limits request report text draft_length feed processors",
         "noise",

@@ -112,7 +112,6 @@ def step(
     silu: bool = True,
     doubled: bool = False,
     block: int | None = None,
-    warps: int = 2,
 ) -> Tensor:
     """Take in one token of each row, `ring` (B, C, S) and `state` (B, H, K, V) in place; outputs (B, H V), as `new`.
 
@@ -157,7 +156,7 @@ def step(
         COUNTED=count is not None,
         BK=triton.next_power_of_2(K),
         BV=block,
-        num_warps=warps,
+        num_warps=2,
         **early(new.device),
     )
     return y

@@ -108,8 +108,7 @@ def step(
     groups: int,
     silu: bool = True,
     limits: tuple[float, float] = (0.0, float("inf")),
-    block: int = 64,
-    warps: int = 2,
+    block: int | None = None,
 ) -> Tensor:
     """Take in one token of each row, `ring` (B, C, S) and `state` (B, H, P, N) in place; the outputs (B, W), as `new`.
 
@@ -123,7 +122,8 @@ def step(
     assert slots >= K and weight.is_contiguous() and ring.is_contiguous() and state.is_contiguous()
     assert new.stride(-1) == 1 and dt.stride(-1) == 1 and channels == H * P + 2 * groups * N
     y = torch.empty(rows, H * P, dtype=new.dtype, device=new.device)
-    block = min(triton.next_power_of_2(P), block)
+    few = rows < 8  # programs must be many, else each loads more at once
+    block = min(triton.next_power_of_2(P), block or (16 if few else 64))
     low, high = limits
     _step[(rows, H, triton.cdiv(P, block))](
         new,
@@ -155,7 +155,7 @@ def step(
         COUNTED=count is not None,
         BP=block,
         BN=triton.next_power_of_2(N),
-        num_warps=warps,
+        num_warps=4 if few else 2,
         **early(new.device),
     )
     return y
