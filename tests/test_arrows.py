@@ -14,8 +14,8 @@ ROOT = Path(statecache.__file__).parent
 # Each may import what stands before it. A package's own order follows it; files of a package that share a line are one
 # floor, and do not import each other.
 FLOORS = (
-    *("errors", "rotary", "spec", "mask", "storage", "ops", "step", "ring", "lease", "replay", "clock", "logs"),
-    "offload",
+    *("errors", "rotary", "spec", "mask", "storage", "ops", "kernels", "step", "ring", "lease", "replay", "clock"),
+    *("logs", "offload"),
     *("snapshot", "one_pass", "states", "round", "models", "decode", "cli", "__main__"),
 )
 OPERATORS = "scan ssd delta kda pooled_index block_index short_conv residual_conv relative lightning rg_lru cca"
@@ -42,7 +42,9 @@ INSIDE = {
         "wrappers",
         "generation",
         "prepare",
+        "fused",
     ],
+    "kernels": ["convolve early", "linear norms attend ssd_step delta_step"],
     "decode": [
         "limits request report text draft_length feed processors",
         "noise",
@@ -50,7 +52,7 @@ INSIDE = {
         "drafters",
         "options",
         "prompt",
-        "batch",
+        "batch decoder",
         "stream",
         "generate",
     ],

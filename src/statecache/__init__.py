@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from statecache import errors as errors
+    from statecache.decode.decoder import Decoder as Decoder
     from statecache.decode.generate import generate as generate
     from statecache.decode.report import Report as Report
     from statecache.models.cache import StateCache as StateCache
+    from statecache.models.fused import explain as explain
     from statecache.models.prepare import prepare as prepare
     from statecache.models.prepare import unprepare as unprepare
     from statecache.round import Round as Round
@@ -20,18 +22,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Decoder": "decode.decoder",
     "Mark": "snapshot",
     "ModelSpec": "spec",
     "Report": "decode.report",
     "Round": "round",
     "StateCache": "models.cache",
     "States": "states",
+    "explain": "models.fused",
     "generate": "decode.generate",
     "prepare": "models.prepare",
     "unprepare": "models.prepare",
 }
 
 __all__ = [
+    "Decoder",
     "Mark",
     "ModelSpec",
     "Report",
@@ -39,6 +44,7 @@ __all__ = [
     "StateCache",
     "States",
     "errors",
+    "explain",
     "generate",
     "prepare",
     "unprepare",

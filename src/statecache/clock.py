@@ -101,6 +101,13 @@ class Clock:
         self._used = self.data if self.rows == self.data.shape[1] else self.data[:, : self.rows]
         self._seen = self.data._version
 
+    def use(self, rows: int) -> None:
+        """Have the first `rows` in use, whatever the others hold. Waits for the device."""
+        self.rows = rows
+        self._look()
+        self.read()
+        self.unseen = None
+
     @property
     def allocated(self) -> int:
         """Rows that there is room for."""

@@ -603,6 +603,33 @@ class States:
             for state in self.held.values():
                 state.use(len(wanted))
 
+    @contextmanager
+    def narrowed(self, rows: int) -> Iterator[None]:
+        """Have the first `rows` alone in use within, at the same addresses: for a graph over fewer rows.
+
+        The others keep what they hold. Makes marks stale. Needs a fixed capacity.
+        """
+        self.settle()
+        allow(self._refuse_empty("there are no rows before the first forward"))
+        clock = self.clock
+        assert clock is not None and self.capacity is not None and 0 < rows <= clock.rows
+        before = clock.rows
+        if rows == before:
+            yield
+            return
+        self.marks.invalidate("a graph over fewer rows was captured since")
+
+        def use(n: int) -> None:
+            clock.use(n)
+            for state in self.held.values():
+                state.use(n)
+
+        use(rows)
+        try:
+            yield
+        finally:
+            use(before)
+
     def fork(self) -> States:
         """An independent copy, allocated anew."""
         other = copy.deepcopy(self)

@@ -20,15 +20,17 @@ from statecache.decode.options import (
     check_new,
     check_room,
     check_turns,
+    each_row,
     end_ids,
     most_drafts,
     pad_id,
     relative_cost,
+    seeds_of,
 )
 from statecache.decode.processors import APPLIED, Processor, asked, made, refused
 from statecache.decode.prompt import conversations_of, rows_of, stops_of, templated, texts_of
 from statecache.decode.report import Report
-from statecache.decode.request import Request, check_seed, row_seed
+from statecache.decode.request import Request
 from statecache.decode.stream import Run, Stream
 from statecache.decode.text import Text, special_tokens
 from statecache.errors import OptionError
@@ -251,12 +253,12 @@ def _requests(
 ) -> list[Request]:
     """A request for each row. `drawing`: by option, a value for each row or one for all."""
     n = len(prompts)
-    options = {name: _each(name, value, n) for name, value in drawing.items()}
+    options = {name: each_row(name, value, n) for name, value in drawing.items()}
     requests = [
         Request(prompt, limit, ends, **{name: values[row] for name, values in options.items()}, before=before[row])
         for row, prompt in enumerate(prompts)
     ]
-    return [replace(request, seed=s) for request, s in zip(requests, _seeds(seed, requests), strict=True)]
+    return [replace(request, seed=s) for request, s in zip(requests, seeds_of(seed, requests), strict=True)]
 
 
 def _process(
@@ -291,26 +293,6 @@ def _process(
         own = made(settings, end_ids(config), len(held) + len(request.prompt), device)
         changed.append(replace(request, processors=[*own, *(processors or ())], history=held))
     return changed
-
-
-def _each(name: str, value: Any, n: int) -> list[Any]:
-    """A value for each row, of one for all or of a list of them."""
-    if not isinstance(value, list | tuple):
-        return [value] * n
-    if len(value) != n:
-        raise OptionError(f"{name}={value!r}: {len(value)} values came for {n} rows; give one for each, or one for all")
-    return list(value)
-
-
-def _seeds(seed: Any, requests: list[Request]) -> list[int]:
-    """A seed for each row; of torch's own generator only if a row draws."""
-    if isinstance(seed, list | tuple):
-        return _each("seed", seed, len(requests))
-    if seed is None:
-        draws = any(request.temperature for request in requests)
-        return torch.randint(2**63 - 1, (len(requests),)).tolist() if draws else [0] * len(requests)
-    check_seed(seed)
-    return [row_seed(seed, row) for row in range(len(requests))]
 
 
 # ---- what goes out

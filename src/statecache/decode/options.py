@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from statecache.decode.limits import LONGEST_RUN, MOST_DRAFTS
+from statecache.decode.request import Request, check_seed, row_seed
 from statecache.errors import CapacityError, ConfigError, OptionError, RotaryError, RowsError, SlackError
 from statecache.models.cache import StateCache
 
@@ -147,3 +150,23 @@ def pad_id(config: Any) -> int:
     """What fills up a row that has ended."""
     pad = getattr(config, "pad_token_id", None)
     return int(pad) if pad is not None else min(end_ids(config), default=0)
+
+
+def each_row(name: str, value: Any, n: int) -> list[Any]:
+    """A value for each of n rows, of one for all or of a list of them."""
+    if not isinstance(value, list | tuple):
+        return [value] * n
+    if len(value) != n:
+        raise OptionError(f"{name}={value!r}: {len(value)} values came for {n} rows; give one for each, or one for all")
+    return list(value)
+
+
+def seeds_of(seed: Any, requests: Sequence[Request]) -> list[int]:
+    """A seed for each row; of torch's own generator only if a row draws."""
+    if isinstance(seed, list | tuple):
+        return each_row("seed", seed, len(requests))
+    if seed is None:
+        draws = any(request.temperature for request in requests)
+        return torch.randint(2**63 - 1, (len(requests),)).tolist() if draws else [0] * len(requests)
+    check_seed(seed)
+    return [row_seed(seed, row) for row in range(len(requests))]

@@ -35,41 +35,134 @@ class Drafts:
     probabilities: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Uses:
+    """Which options any of some rows uses: what none does is not computed.
+
+    draws, greedy: whether any draws, or takes the likeliest token; most: the largest top_k; cuts: whether any has a
+    top_p, floors: a min_p.
+    """
+
+    draws: bool = False
+    greedy: bool = True
+    most: int = 0
+    cuts: bool = False
+    floors: bool = False
+
+    @staticmethod
+    def of(requests: Sequence[Request]) -> Uses:
+        """What these rows use."""
+        return Uses(
+            draws=any(r.temperature for r in requests),
+            greedy=not all(r.temperature for r in requests),
+            most=max((r.top_k for r in requests), default=0),
+            cuts=any(r.top_p < 1 for r in requests),
+            floors=any(r.min_p for r in requests),
+        )
+
+
+class Columns:
+    """The options of B rows as tensors on a device, (B,) or (B, 1, 1), each once it is needed."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device | str) -> None:
+        self.requests, self.device = list(requests), device
+
+    def put(self, row: int, request: Request) -> None:
+        """Have this row draw as a request says from now on: in place, in what has been made."""
+        self.requests[row] = request
+        one = Columns([request], self.device)
+        for name, held in vars(self).items():
+            if isinstance(held, Tensor):
+                held[row] = getattr(one, name)[0]
+
+    def first(self, rows: int) -> Columns:
+        """The same options of the first rows, in the same memory."""
+        some = Columns(self.requests[:rows], self.device)
+        for name in ("temperature", "greedy", "top_p", "top_k", "min_p", "seeds", "before"):
+            vars(some)[name] = getattr(self, name)[:rows]
+        return some
+
+    def _column(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)[:, None, None]
+
+    @cached_property
+    def temperature(self) -> Tensor:
+        # of a row that is greedy any will do
+        return self._column([max(r.temperature, TINIEST) if r.temperature else 1.0 for r in self.requests], torch.float)
+
+    @cached_property
+    def greedy(self) -> Tensor:
+        return self._column([not r.temperature for r in self.requests], torch.bool)
+
+    @cached_property
+    def top_p(self) -> Tensor:
+        # sums of probabilities may come to a little more than 1: without a limit, 2
+        return self._column([r.top_p if r.top_p < 1 else 2.0 for r in self.requests], torch.float)
+
+    @cached_property
+    def top_k(self) -> Tensor:
+        return self._column([r.top_k for r in self.requests], torch.long)
+
+    @cached_property
+    def min_p(self) -> Tensor:
+        return self._column([r.min_p for r in self.requests], torch.float)
+
+    @cached_property
+    def seeds(self) -> Tensor:
+        words = [r.seed - 2**64 if r.seed >= 2**63 else r.seed for r in self.requests]
+        return torch.tensor(words, device=self.device)
+
+    @cached_property
+    def before(self) -> Tensor:
+        return torch.tensor([r.before for r in self.requests], device=self.device)
+
+
 class Sampler:
     """How each of B rows draws. What one row asks for does not touch the bits of another.
 
     Options become tensors on `device` once they are needed: those of greedy rows never do.
     """
 
-    def __init__(self, requests: Sequence[Request], device: torch.device | str = "cpu") -> None:
-        self.requests, self.device = requests, device
-        self.draws = any(r.temperature for r in requests)
-        self._greedy_rows = not all(r.temperature for r in requests)
-        self._most = max((r.top_k for r in requests), default=0)
-        self._cuts = any(r.top_p < 1 for r in requests)
-        self._floors = any(r.min_p for r in requests)
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        device: torch.device | str = "cpu",
+        *,
+        columns: Columns | None = None,
+        uses: Uses | None = None,
+    ) -> None:
+        """`columns`: the options, if they are there already; `uses`: of which of them there is to be use, at least."""
+        self.columns = Columns(requests, device) if columns is None else columns
+        self.uses = Uses.of(requests) if uses is None else uses
+
+    @property
+    def draws(self) -> bool:
+        """Whether any row draws."""
+        return self.uses.draws
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distributions (B, T, V) float32 that tokens are drawn from, of logits (B, T, V)."""
         best = logits.argmax(-1, keepdim=True)
         certain = None
-        if self._greedy_rows:
+        if self.uses.greedy:
             certain = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
             if not self.draws:
                 return certain
         logits = logits.float()
-        logits = (logits - logits.gather(-1, best)) / self._temperature  # at most 0: nothing overflows but to -inf
-        most = min(self._most, logits.shape[-1])
+        logits = (
+            logits - logits.gather(-1, best)
+        ) / self.columns.temperature  # at most 0: nothing overflows but to -inf
+        most = min(self.uses.most, logits.shape[-1])
         if most:
-            last = (self._top_k - 1).clamp(0, most - 1).expand(*logits.shape[:2], 1)
+            last = (self.columns.top_k - 1).clamp(0, most - 1).expand(*logits.shape[:2], 1)
             least = logits.topk(most, -1).values.gather(-1, last)
-            logits = logits.masked_fill((logits < least) & (self._top_k > 0), float("-inf"))
+            logits = logits.masked_fill((logits < least) & (self.columns.top_k > 0), float("-inf"))
         p = logits.softmax(-1)
-        if self._cuts:
+        if self.uses.cuts:
             p = self._nucleus(p)
-        if self._floors:
+        if self.uses.floors:
             p = self._above(p)
-        return p if certain is None else torch.where(self._greedy, certain, p)
+        return p if certain is None else torch.where(self.columns.greedy, certain, p)
 
     def draw(self, logits: Tensor, lengths: Tensor, purpose: Purpose = Purpose.DRAW) -> tuple[Tensor, Tensor | None]:
         """A token for each row (B,), and the distribution (B, V) that it is from; None where all are certain.
@@ -91,68 +184,34 @@ class Sampler:
         places = lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)
         if drafts.probabilities is not None:
             positions = self._positions(places)
-            return accept(self.probabilities(logits), drafts.probabilities, tokens, counts, self._seeds, positions)
+            return accept(
+                self.probabilities(logits), drafts.probabilities, tokens, counts, self.columns.seeds, positions
+            )
         if not self.draws:
             return agree(logits.argmax(-1), tokens, counts)
         return agree(self._race(self.probabilities(logits), places, Purpose.DRAW), tokens, counts)
 
     def _race(self, p: Tensor, lengths: Tensor, purpose: Purpose) -> Tensor:
         """Draw from p (B, T, V) after so many tokens (B, T): (B, T)."""
-        return race(p, exponential(self._seeds, self._positions(lengths), purpose, p.shape[-1]))
+        return race(p, exponential(self.columns.seeds, self._positions(lengths), purpose, p.shape[-1]))
 
     def _positions(self, lengths: Tensor) -> Tensor:
-        return lengths + self._before[:, None]
+        return lengths + self.columns.before[:, None]
 
     def _nucleus(self, p: Tensor) -> Tensor:
         """Of p (B, T, V) the likeliest tokens that make up each row's top_p, scaled to 1."""
         falling, order = p.sort(stable=True, dim=-1, descending=True)
         total = falling.cumsum(-1)
-        beyond = total - falling >= self._top_p  # the likelier tokens make it up already
+        beyond = total - falling >= self.columns.top_p  # the likelier tokens make it up already
         # the sum of what stays, from the same running sum: `sum` adds in an order that depends on the batch
         kept = total.masked_fill(beyond, 0.0).amax(-1, keepdim=True)
         cut = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        return torch.where(self._top_p > 1, p, cut / kept)
+        return torch.where(self.columns.top_p > 1, p, cut / kept)
 
     def _above(self, p: Tensor) -> Tensor:
         """Of p (B, T, V) the tokens that have each row's part of the greatest, scaled to 1."""
-        cut = p.masked_fill(p < self._min_p * p.amax(-1, keepdim=True), 0.0)
-        return torch.where(self._min_p > 0, cut / cut.cumsum(-1)[..., -1:], p)
-
-    # ---- options, (B,) or (B, 1, 1)
-
-    def _column(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None, None]
-
-    @cached_property
-    def _temperature(self) -> Tensor:
-        # of a row that is greedy any will do
-        return self._column([max(r.temperature, TINIEST) if r.temperature else 1.0 for r in self.requests], torch.float)
-
-    @cached_property
-    def _greedy(self) -> Tensor:
-        return self._column([not r.temperature for r in self.requests], torch.bool)
-
-    @cached_property
-    def _top_p(self) -> Tensor:
-        # sums of probabilities may come to a little more than 1: without a limit, 2
-        return self._column([r.top_p if r.top_p < 1 else 2.0 for r in self.requests], torch.float)
-
-    @cached_property
-    def _top_k(self) -> Tensor:
-        return self._column([r.top_k for r in self.requests], torch.long)
-
-    @cached_property
-    def _min_p(self) -> Tensor:
-        return self._column([r.min_p for r in self.requests], torch.float)
-
-    @cached_property
-    def _seeds(self) -> Tensor:
-        words = [r.seed - 2**64 if r.seed >= 2**63 else r.seed for r in self.requests]
-        return torch.tensor(words, device=self.device)
-
-    @cached_property
-    def _before(self) -> Tensor:
-        return torch.tensor([r.before for r in self.requests], device=self.device)
+        cut = p.masked_fill(p < self.columns.min_p * p.amax(-1, keepdim=True), 0.0)
+        return torch.where(self.columns.min_p > 0, cut / cut.cumsum(-1)[..., -1:], p)
 
 
 def agree(drawn: Tensor, tokens: Tensor, counts: Tensor) -> Verdict:

@@ -265,6 +265,13 @@ class StateCache(Cache):
         with self._between():
             self.states.gather(rows)
 
+    @contextmanager
+    def narrowed(self, rows: int) -> Iterator[None]:
+        """Have the first `rows` alone in use within, at the same addresses. See `States.narrowed`."""
+        with self._between(), self.states.narrowed(rows):
+            self.writer.moved()
+            yield
+
     def fork(self) -> Self:
         """An independent copy, allocated anew."""
         self.writer.finish()
@@ -406,11 +413,14 @@ class StateCache(Cache):
 
     # ---- the pass of a prepared model
 
-    def expect(self, count: Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None) -> None:
+    def expect(
+        self, count: Tensor | Sequence[int], rows: Sequence[int] | None = None, *, counted: Tensor | None = None
+    ) -> None:
         """Say what the next forward of a prepared model brings: the b-th row takes in its first `count[b]` tokens.
 
         Without an attention mask then. `rows`: of the cache, that the forward is over; None for all. `counted`: the
-        count (R,) long on the model's device, if it is there already. Said once, it holds for one forward.
+        count (R,) long on the model's device, if it is there already. Said once, it holds for one forward. In a
+        captured pass `count` is itself such a tensor, which replays read.
         """
         self.expected = Expected(count, rows, counted)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -229,6 +230,30 @@ class Writer(Protocol):
     whole: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """What a kernel needs to take in one token of each row by itself, and to keep its states in place.
+
+    ring: (B, C, S), the inputs of the convolution, that of position p in slot p % S. state: (B, *D), the recurrence's.
+    start: (B,) or (1,) long, where rows stand. count: (B,) long, 0 or 1; None for all.
+    """
+
+    ring: Tensor
+    state: Tensor
+    start: Tensor
+    count: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class LentKeys:
+    """The same of attention: keys and values (B, H, C, D), that of position p in slot p."""
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor
+    count: Tensor | None
+
+
 class LayerState:
     """The states of one layer: its convolutions' inputs, its recurrent state, and the log of what that consumed."""
 
@@ -314,6 +339,48 @@ class LayerState:
             return STATELESS.recur(recurrence, taken, query)
         return no_gradient(y, first) if first.requires_grad else y
 
+    def lend(self) -> Lent | None:
+        """Both states for a kernel, which then updates them; None where the pass is none for it.
+
+        That is a pass of one token of all rows in order, outside of rounds, with nothing to log, on states that lie in
+        one tensor, the convolution's in a ring with a slot to spare.
+        """
+        step, states = self.writer.step, self.writer.states
+        if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():
+            return None
+        conv, state = (states.held.get(f"{self.index}.{name}") for name in ("conv", "recurrent"))
+        if not isinstance(conv, Ring) or not isinstance(state, Lease):
+            return None
+        logs = state.spec.logged and states.back
+        window = conv.spec.window
+        if logs or state.copies is not None or state.shown is None or not conv.store.shows or not conv.wraps:
+            return None
+        if window is None or conv.capacity <= window:
+            return None
+        step.write()
+        here = step.on(conv.device)
+        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=conv.device)
+        return Lent(conv.store.read(slice(0, conv.capacity)), state.shown, start, here.count)
+
+    def lend_keys(self) -> LentKeys | None:
+        """The keys and values for a kernel, which then writes them; None where the pass is none for it, as above.
+
+        They are without a window, so that a position is its slot.
+        """
+        step, held = self.writer.step, self.writer.states.held
+        if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():
+            return None
+        key, value = (held.get(f"{self.index}.{name}") for name in ("key", "value"))
+        if not isinstance(key, Ring) or not isinstance(value, Ring) or key.wraps or value.wraps:
+            return None
+        if key.spec.window is not None or not key.store.shows or not value.store.shows:
+            return None
+        step.write()
+        here = step.on(key.device)
+        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=key.device)
+        keys, values = (ring.store.read(slice(0, ring.capacity)) for ring in (key, value))
+        return LentKeys(keys, values, start, here.count)
+
     def places(self, x: Tensor) -> Tensor:
         """The position of each of x (B, T, ...) in its row: (B, T), or (1, T) where all rows stand alike."""
         step = self.writer.step
@@ -375,6 +442,9 @@ class Stateless:
     def recur(self, recurrence: Recurrence, taken: Parts, query: Tensor) -> Tensor:
         """See `LayerState.recur`."""
         return recurrence.chunk(taken, query, None)[0]
+
+    def lend(self) -> None:
+        """See `LayerState.lend`."""
 
     def places(self, x: Tensor) -> Tensor:
         """See `LayerState.places`."""

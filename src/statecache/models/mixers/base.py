@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from statecache.models.given import layer_states
-from statecache.models.prepared import LayerState, Stateless
+from statecache.models.prepared import LayerState, Lent, Stateless
 
 Shapes = tuple[tuple[int, ...], ...]
+# from a mixer, what its projections made of one token (B, 1, ...), and both states to what the gate takes (B, 1, W)
+Kernel = Callable[[Any, tuple[Tensor, ...], Lent], Tensor]
 
 
 class Mixer:
@@ -84,6 +86,12 @@ class Recurrent(Mixer):
     query: tuple[int, ...]  # what it asks of the state
     gates: Shapes  # the last of these: where all gates are 0 there is no token
     constant: Derived | None = None  # what the operator needs of the weights
+    kernel: Kernel | None = None  # what `advance` leaves one token to, while a step is captured
+
+    def by_kernel(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor | None:
+        """What `advance` returns, by the kernel; None in a pass that it is not for."""
+        lent = states.lend()
+        return None if self.kernel is None or lent is None else self.kernel(self, projected, lent)
 
     def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
         """Take in T tokens: from what the projections made of them, (B, T, ...) each, to what the gate takes (B, T, W).

@@ -76,6 +76,8 @@ class Delta(Recurrent):
 
     def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
         """See `Recurrent.advance`. Projected: q, k and v as one (B, T, 2 J K + H V), b and a (B, T, H)."""
+        if self.kernel is not None and (y := self.by_kernel(projected, states)) is not None:
+            return y
         m: Any = self.module
         qkv, b, a = projected
         A = self.decay(m, anew=a.shape[1] > 1)

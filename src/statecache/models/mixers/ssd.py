@@ -51,6 +51,8 @@ class SSD(Recurrent):
 
     def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
         """See `Recurrent.advance`. Projected: x, B and C as one (B, T, W + 2 G N), dt (B, T, H) before its bias."""
+        if self.kernel is not None and (y := self.by_kernel(projected, states)) is not None:
+            return y
         m: Any = self.module
         xBC, dt = projected
         xBC = states.convolve(xBC, m.conv1d.weight.squeeze(1), m.conv1d.bias, self.silu)

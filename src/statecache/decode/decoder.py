@@ -1,0 +1,324 @@
+"""Decoder: a model's step captured once, for all lengths and for any rows of one cache.
+
+On a CUDA device a step is two graphs: the forward pass of a prepared model, with kernels where there are some, and the
+choice of the next tokens. Elsewhere the same steps run plainly, so that everything but speed can be tested there.
+
+B rows of the cache, b of them in a bucket, V tokens of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from statecache import kernels
+from statecache.decode.feed import advance, feed, input_device
+from statecache.decode.options import check_kinds, each_row, seeds_of
+from statecache.decode.request import Request
+from statecache.decode.sampling import Columns, Sampler, Uses
+from statecache.errors import CapacityError, OptionError, RowsError, StepError
+from statecache.models.cache import StateCache
+from statecache.models.fused import by_kernels
+from statecache.models.prepare import lend
+
+GREEDY = Request([0])
+
+
+@dataclass
+class Counts:
+    """What a decoder has done: `graphs` captured, steps that were `replayed`, and steps that ran `plain`ly."""
+
+    graphs: int = 0
+    replayed: int = 0
+    plain: int = 0
+
+
+class Decoder:
+    """Writes with a model on the rows of one cache, a captured step at a time.
+
+    cache: with `capacity=`, `rows=`, `dtype=` and `device=`; the decoder owns it from then on. Kernels need one with
+    `slack=1, back=False`. buckets: a step is captured for the first so many rows each, and runs in the smallest that
+    has all that write; powers of two up to all rows, if left out. fused: with kernels where there are some.
+
+    The model is prepared and in eval mode until `close`. Raises OptionError, ConfigError or UnknownLayerError.
+    """
+
+    def __init__(
+        self, model: Any, cache: StateCache, *, buckets: Sequence[int] | None = None, fused: bool = True
+    ) -> None:
+        check_kinds(model, None, cache, None, None)
+        if cache is None or cache.capacity is None or cache.rows is None:
+            raise OptionError(
+                "a decoder needs a cache that never moves: make it with capacity=, rows=, dtype=, device="
+            )
+        if cache.spec.rotary is not None:
+            raise OptionError(
+                f"the rotary factors of a {cache.spec.model} model change with the length, which no captured step "
+                "follows: write with generate()"
+            )
+        rows = cache.rows
+        self.buckets = _buckets(buckets, rows)
+        self.model, self.cache, self.device = model, cache, input_device(model)
+        self.counts = Counts()
+        self._fused = fused and kernels.available(self.device)
+        self._loan = lend(model)
+        with torch.inference_mode(False):
+            self._ids = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+            self._count = torch.zeros(rows, dtype=torch.long, device=self.device)
+            self._columns = Columns([GREEDY] * rows, self.device)
+            self._by_bucket = {n: self._columns.first(n) for n in self.buckets}
+        self._requests: list[Request | None] = [None] * rows  # of the rows that write
+        self._lengths = cache.lengths.tolist()
+        self._uses = Uses()
+        self._captures = self.device.type == "cuda"
+        self._passes: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+
+    # ---- what there is
+
+    @property
+    def tokens(self) -> Tensor:
+        """The last token of each row, (B,) long on the device: live, so that the next step overwrites it."""
+        return self._ids[:, 0]
+
+    @property
+    def writing(self) -> list[int]:
+        """The rows that write."""
+        return [row for row, request in enumerate(self._requests) if request is not None]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that the cache holds of each row, as the host knows without asking the device."""
+        return list(self._lengths)
+
+    # ---- rows that come and go
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]] | Tensor,
+        rows: Sequence[int] | None = None,
+        *,
+        temperature: float | Sequence[float] = 0.0,
+        top_p: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        min_p: float | Sequence[float] = 0.0,
+        seed: int | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Read a prompt into each of these rows, behind what they hold; their first tokens (n,), on the device.
+
+        From then on they write with every step. rows: idle ones, the first if left out. Options are those of
+        `generate`, one for all or a list, and draw what it draws. Waits for the device.
+        Raises OptionError, RowsError or CapacityError before anything is read.
+        """
+        texts = [[int(token) for token in prompt] for prompt in prompts]
+        places = self._idle(len(texts), rows)
+        options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        given = {name: each_row(name, value, len(texts)) for name, value in options.items()}
+        requests = [Request(text, **{name: v[n] for name, v in given.items()}) for n, text in enumerate(texts)]
+        requests = [replace(r, seed=s) for r, s in zip(requests, seeds_of(seed, requests), strict=True)]
+        limit = self.cache.get_max_length()
+        for place, text in zip(places, texts, strict=True):
+            if 0 <= limit < self._lengths[place] + len(text):
+                raise CapacityError(
+                    f"row {place} holds {self._lengths[place]} tokens and its prompt brings {len(text)}: make the "
+                    f"cache with more than capacity={self.cache.capacity}"
+                )
+        first = torch.empty(len(texts), dtype=torch.long, device=self.device)
+        widths = sorted({len(text) for text in texts})
+        for width in widths:  # a pass for each length, so that there is no padding
+            part = [n for n, text in enumerate(texts) if len(text) == width]
+            at = [places[n] for n in part]
+            logits = feed(self.model, self.cache, [texts[n] for n in part], at)
+            lengths = torch.tensor([self._lengths[row] + width for row in at], device=self.device)
+            token, _ = Sampler([requests[n] for n in part], self.device).draw(logits, lengths)
+            first[part] = token
+        for place, request in zip(places, requests, strict=True):
+            self._lengths[place] += len(request.prompt)
+            self._requests[place] = replace(request, prompt=[0])
+            self._columns.put(place, request)
+        index = torch.tensor(places, device=self.device)
+        self._ids[index, 0] = first
+        self._count[index] = 1
+        self._changed()
+        return first
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """Have these rows write no longer. They keep what they hold: all their tokens but the last."""
+        for row in self._some(rows):
+            self._requests[row] = None
+            self._count[row] = 0
+        self._changed()
+
+    def reset(self, rows: Sequence[int]) -> None:
+        """Empty these rows, which then write no longer."""
+        self.leave(rows)
+        self.cache.reset(rows)
+        for row in rows:
+            self._lengths[row] = 0
+
+    def bind(self, cache: StateCache, rows: Sequence[int] | None = None) -> None:
+        """Copy the rows of another cache for the same model into these, the first if left out. They are idle then.
+
+        That cache may have any capacity and slack; it stays as it is. `prefill` goes on with the last token of each.
+        Raises ConfigError, RowsError or CapacityError, and changes nothing then.
+        """
+        held = cache.lengths.tolist()
+        places = self._some(range(len(held)) if rows is None else rows)
+        if len(places) != len(held):
+            raise RowsError(f"a cache of {len(held)} rows came for {len(places)}: give one row for each")
+        limit = self.cache.get_max_length()
+        if 0 <= limit < max(held, default=0):
+            raise CapacityError(
+                f"the cache holds a row of {max(held)} tokens: make the decoder's with more than "
+                f"capacity={self.cache.capacity}"
+            )
+        copies = [cache.snapshot(row) for row in range(len(held))]
+        self.leave(places)
+        for place, copied in zip(places, copies, strict=True):
+            self.cache.admit(place, copied)
+            self._lengths[place] = copied.length
+
+    # ---- a step
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Take in the last token of every row that writes, and choose the next: `tokens`, (B,) long on the device.
+
+        Idle rows keep theirs. The host waits for nothing once a step over as many rows, with as many options, was
+        captured. Raises StepError where no row writes, CapacityError where one is full; nothing is changed then.
+        """
+        rows, limit = self.writing, self.cache.get_max_length()
+        if self._loan.model is None:
+            raise StepError("the decoder was closed: make another")
+        if not rows:
+            raise StepError("no row writes: prefill() one")
+        full = next((row for row in rows if 0 <= limit <= self._lengths[row]), None)
+        if full is not None:
+            raise CapacityError(f"row {full} is full, at capacity={self.cache.capacity}: leave() or reset() it")
+        if self._captures:
+            bucket = next(n for n in self.buckets if n > rows[-1])
+            forward, choice = self._pass(bucket), self._choice(bucket)
+            forward.replay()
+            choice.replay()
+            self.counts.replayed += 1
+        else:
+            with self._kernels():
+                self._choose(len(self._lengths), self._forward(len(self._lengths)))
+            self.counts.plain += 1
+        for row in rows:
+            self._lengths[row] += 1
+        return self.tokens
+
+    def _forward(self, bucket: int) -> Tensor:
+        """The logits (b, V) after the last tokens of the first b rows, of which idle ones take nothing in."""
+        self.cache.expect(self._count[:bucket])
+        return advance(self.model, self.cache, self._ids[:bucket], None)[:, -1]
+
+    def _choose(self, bucket: int, logits: Tensor) -> None:
+        """Put the next tokens in place of the last ones, in the rows that write."""
+        clock = self.cache.states.clock
+        assert clock is not None
+        sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
+        token, _ = sampler.draw(logits, clock.lengths[:bucket].to(self.device))
+        last = self._ids[:bucket, 0]
+        last.copy_(torch.where(self._count[:bucket] > 0, token, last))
+
+    # ---- capturing
+
+    def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
+        made = self._passes.get(bucket)
+        if made is None:
+            taken = self._count.clone()
+            self._count.zero_()  # what warms up takes nothing in
+            with self.cache.narrowed(bucket), self._kernels():
+                made = self._captured(lambda: self._forward(bucket))
+            self._count.copy_(taken)
+            self._passes[bucket] = made
+        return made[0]
+
+    def _choice(self, bucket: int) -> torch.cuda.CUDAGraph:
+        key = bucket, self._uses
+        made = self._choices.get(key)
+        if made is None:
+            logits, taken = self._passes[bucket][1], self._count.clone()
+            self._count.zero_()
+            made = self._choices[key] = self._captured(lambda: self._choose(bucket, logits))[0]
+            self._count.copy_(taken)
+        return made
+
+    def _captured(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of what `run` does, after it was run once, and what it gave."""
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = run()
+        self.counts.graphs += 1
+        return graph, out
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return by_kernels(self.model) if self._fused else nullcontext()
+
+    # ---- inside
+
+    def _changed(self) -> None:
+        """Other rows write, or in another way."""
+        requests = [request for request in self._requests if request is not None]
+        uses = Uses.of(requests)
+        most = min(2 ** (uses.most - 1).bit_length(), 2**30) if uses.most else 0  # few graphs for many top_k
+        self._uses = replace(uses, greedy=True, most=most)
+
+    def _some(self, rows: Sequence[int]) -> list[int]:
+        """These rows, if there are such."""
+        chosen, count = [int(row) for row in rows], len(self._lengths)
+        if len(set(chosen)) != len(chosen) or not all(0 <= row < count for row in chosen):
+            raise RowsError(f"rows {chosen} of {count}: give each once, in 0..{count - 1}")
+        return chosen
+
+    def _idle(self, n: int, rows: Sequence[int] | None) -> list[int]:
+        """Where n prompts go: these rows, or the first that do not write."""
+        free = [row for row, request in enumerate(self._requests) if request is None]
+        chosen = free[:n] if rows is None else self._some(rows)
+        if len(chosen) != n or not n:
+            raise RowsError(f"{n} prompts came for {len(chosen)} rows: give one for each, to rows that do not write")
+        busy = [row for row in chosen if row not in free]
+        if busy:
+            raise RowsError(f"rows {busy} still write: leave() or reset() them first")
+        return chosen
+
+    # ---- its end
+
+    def close(self) -> None:
+        """Give the model back, as it was, and drop the graphs. The cache keeps what it holds."""
+        self._loan.end()
+        self._passes.clear()
+        self._choices.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _buckets(given: Sequence[int] | None, rows: int) -> list[int]:
+    """Of how many rows steps are captured, the last of all."""
+    if given is None:
+        return [2**n for n in range(rows.bit_length()) if 2**n < rows] + [rows]
+    sizes = sorted({*given, rows})
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= rows for n in sizes):
+        raise OptionError(f"buckets={list(given)!r}: give numbers of rows, from 1 to the cache's {rows}")
+    return sizes

@@ -1,0 +1,285 @@
+"""One token of attention over a cache's keys: norms and rotation of query and key, their entry, and attention itself.
+
+It reads keys up to each row's length, not to the capacity, split over programs so that one long row fills the device;
+a second launch joins the splits and applies the output's gate.
+
+B rows, H heads of size D, G of them on each of J keys' heads, C slots of a row, N splits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from statecache.kernels.early import early, launch, wait
+
+BLOCK = 32  # keys of a tile
+PROGRAMS = 264  # that fill a device: two for each of an H100's processors
+MOST_SPLITS = 64
+
+
+@triton.jit
+def _turned(x, by, cos, sin, head, d, there, eps, offset, D, R: tl.constexpr, NORMED: tl.constexpr):
+    """Heads (BG, BD) of a query or key at x + head + d: their RMS norm, rotated in the first R channels; float32."""
+    seen = tl.load(x + head[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
+    if NORMED:
+        scale = tl.rsqrt(tl.sum(seen * seen, 1) / D + eps)[:, None]
+        weight = (tl.load(by + d, mask=d < D, other=0.0).to(tl.float32) + offset)[None, :]
+        seen = seen * scale * weight
+    if R > 0:
+        inside = d < R
+        other = tl.where(d < R // 2, d + R // 2, d - R // 2)
+        beside = tl.load(x + head[:, None] + other[None, :], mask=there & inside[None, :], other=0.0).to(tl.float32)
+        if NORMED:
+            beside = beside * scale
+            beside *= (tl.load(by + other, mask=inside, other=0.0).to(tl.float32) + offset)[None, :]
+        beside = tl.where((d < R // 2)[None, :], -beside, beside)
+        c = tl.load(cos + d, mask=inside, other=1.0).to(tl.float32)[None, :]
+        s = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        seen = seen * c + beside * s
+    return seen
+
+
+@triton.jit
+def _attend(
+    query,
+    key,
+    value,
+    q_by,
+    k_by,
+    cos,
+    sin,
+    keys,
+    values,
+    start,
+    count,
+    sums,
+    tops,
+    weights,
+    q_stride,
+    k_stride,
+    v_stride,
+    start_stride,
+    angle_stride,
+    C,
+    eps,
+    offset,
+    scale,
+    J: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    APART: tl.constexpr,
+    N: tl.constexpr,
+    NORMED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    EARLY: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+    BS: tl.constexpr,
+):
+    row, j, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    if EARLY:
+        launch()
+        wait()
+    if COUNTED:
+        if tl.load(count + row) == 0:
+            return
+    at = tl.load(start + row * start_stride)
+    g, d, s = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BS)
+    there = (g < G)[:, None] & (d < D)[None, :]
+    cos += row * angle_stride
+    sin += row * angle_stride
+    q = _turned(query + row * q_stride, q_by, cos, sin, (j * G + g) * APART, d, there, eps, offset, D, R, NORMED)
+    q = (q * scale).to(keys.dtype.element_ty)
+    keys += (row * J + j) * C * D
+    values += (row * J + j) * C * D
+    top = tl.full([BG], -float("inf"), tl.float32)
+    weight = tl.zeros([BG], tl.float32)
+    total = tl.zeros([BG, BD], tl.float32)
+    if split == 0:  # the token itself
+        head = (g * 0 + j) * D
+        k = _turned(key + row * k_stride, k_by, cos, sin, head, d, there, eps, offset, D, R, NORMED)
+        k = k.to(keys.dtype.element_ty)
+        v = tl.load(value + row * v_stride + head[:, None] + d[None, :], mask=there, other=0.0)
+        v = v.to(values.dtype.element_ty)
+        first = (g == 0)[:, None] & there & (tl.broadcast_to(at, [BG, BD]) < C)
+        tl.store(keys + at * D + (g * 0)[:, None] + d[None, :], k, mask=first)
+        tl.store(values + at * D + (g * 0)[:, None] + d[None, :], v, mask=first)
+        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        weight += 1.0
+        total += v.to(tl.float32)
+    each = tl.cdiv(tl.cdiv(at, BS), N) * BS
+    begin = split * each
+    end = tl.minimum(begin + each, at)
+    for first in range(begin, end, BS):
+        p = first + s
+        held = (p < end)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + p[:, None] * D + d[None, :], mask=held, other=0.0)
+        v = tl.load(values + p[:, None] * D + d[None, :], mask=held, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        score = tl.where((p < end)[None, :], score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        less = tl.exp(top - higher)
+        now = tl.exp(score - higher[:, None])
+        weight = weight * less + tl.sum(now, 1)
+        total = total * less[:, None] + tl.dot(now.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    place = ((row * J + j) * N + split) * G + g
+    tl.store(tops + place, top, mask=g < G)
+    tl.store(weights + place, weight, mask=g < G)
+    tl.store(sums + place[:, None] * D + d[None, :], total, mask=there)
+
+
+@triton.jit
+def _join(
+    sums,
+    tops,
+    weights,
+    gate,
+    count,
+    out,
+    gate_stride,
+    J: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    APART: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    EARLY: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if EARLY:
+        launch()
+        wait()
+    n, d = tl.arange(0, BN), tl.arange(0, BD)
+    some, inside = n < N, d < D
+    out += (row * J * G + head) * D + d
+    if COUNTED:
+        if tl.load(count + row) == 0:
+            tl.store(out, tl.zeros([BD], tl.float32).to(out.dtype.element_ty), mask=inside)
+            return
+    place = ((row * J + head // G) * N + n) * G + head % G
+    top = tl.load(tops + place, mask=some, other=-float("inf"))
+    share = tl.exp(top - tl.max(top, 0))
+    share = tl.where(some, share, 0.0)
+    weight = tl.sum(share * tl.load(weights + place, mask=some, other=0.0), 0)
+    both = some[:, None] & inside[None, :]
+    total = tl.sum(share[:, None] * tl.load(sums + place[:, None] * D + d[None, :], mask=both, other=0.0), 0)
+    y = total / weight
+    if GATED:
+        y /= 1.0 + tl.exp(-tl.load(gate + row * gate_stride + head * APART + d, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out, y.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """RMS norms (D,) of queries and keys, each weight + `offset`."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+    offset: float
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    count: Tensor | None,
+    *,
+    scale: float,
+    norms: Norms | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    gated: bool = False,
+    splits: int | None = None,
+) -> Tensor:
+    """Attend with one token of each row, whose key and value go into `keys` and `values` (B, J, C, D): (B, H D).
+
+    query (B, H D), key and value (B, J D), of any stride between rows. `gated`: query is (B, H 2 D), each head's query
+    and then its output's gate, of which the logistic function is taken. angles: cosines and sines (B, R) of the first R
+    channels, R even. start: (B,) or (1,), where rows stand; count: (B,), 0 or 1, None for all. Attends to all keys
+    before `start`, and to its own.
+    """
+    rows, J, C, D = keys.shape
+    apart = 2 * D if gated else D
+    heads = query.shape[1] // apart
+    G = heads // J
+    assert keys.is_contiguous() and values.is_contiguous() and values.shape == keys.shape
+    assert query.stride(1) == key.stride(1) == value.stride(1) == 1 and key.shape[1] == J * D
+    cos, sin = (query, query) if angles is None else angles
+    if splits is None:
+        splits = max(1, min(MOST_SPLITS, triton.cdiv(C, BLOCK), PROGRAMS // (rows * J)))
+    sums = torch.empty(rows, J, splits, G, D, dtype=torch.float32, device=query.device)
+    tops, weights = (torch.empty(rows, J, splits, G, dtype=torch.float32, device=query.device) for _ in range(2))
+    out = torch.empty(rows, heads * D, dtype=query.dtype, device=query.device)
+    by = (query, query, 0.0, 0.0) if norms is None else (norms.query, norms.key, norms.eps, norms.offset)
+    counted, width = start if count is None else count, triton.next_power_of_2(D)
+    options = early(query.device)
+    _attend[(rows, J, splits)](
+        query,
+        key,
+        value,
+        by[0],
+        by[1],
+        cos,
+        sin,
+        keys,
+        values,
+        start,
+        counted,
+        sums,
+        tops,
+        weights,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        1 if len(start) == rows and rows > 1 else 0,
+        0 if angles is None else cos.stride(0),
+        C,
+        by[2],
+        by[3],
+        scale,
+        J=J,
+        G=G,
+        D=D,
+        R=0 if angles is None else cos.shape[1],
+        APART=apart,
+        N=splits,
+        NORMED=norms is not None,
+        COUNTED=count is not None,
+        BG=max(16, triton.next_power_of_2(G)),
+        BD=max(16, width),
+        BS=BLOCK,
+        num_warps=4,
+        **options,
+    )
+    _join[(rows, heads)](
+        sums,
+        tops,
+        weights,
+        query[:, D:] if gated else query,
+        counted,
+        out,
+        query.stride(0),
+        J=J,
+        G=G,
+        D=D,
+        APART=apart,
+        N=splits,
+        GATED=gated,
+        COUNTED=count is not None,
+        BN=triton.next_power_of_2(splits),
+        BD=width,
+        num_warps=4,
+        **options,
+    )
+    return out

@@ -1,0 +1,192 @@
+"""A decoder writes what `generate` writes, on any rows, whatever comes and goes beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import statecache as sc
+from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, StepError
+
+PROMPTS = [[5, 9, 33, 70], [8, 8, 90], [41, 7, 7, 2, 61]]
+NEW = 9
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "seed": 3},
+    {"temperature": [0.0, 1.1, 0.7], "top_p": [1.0, 0.8, 1.0], "top_k": [0, 0, 6], "seed": [1, 2, 2**64 - 3]},
+    {"temperature": 1.3, "min_p": [0.0, 0.2, 0.0], "seed": 11},
+]
+
+
+def cache_for(model: Any, rows: int = 3, capacity: int = 64, **options: Any) -> sc.StateCache:
+    given = {"slack": 1, "back": False, **options}
+    return sc.StateCache(model.config, capacity=capacity, rows=rows, dtype=torch.float32, device="cpu", **given)
+
+
+def alone(model: Any, row: int, way: dict[str, Any], new: int = NEW) -> list[int]:
+    """What `generate` writes for one of the prompts, given all of them as rows of ids of their own length."""
+    from statecache.decode.request import row_seed
+
+    own = {name: value[row] if isinstance(value, list) else value for name, value in way.items()}
+    if isinstance(way.get("seed"), int):
+        own["seed"] = [row_seed(way["seed"], row)]
+    elif "seed" in own:
+        own["seed"] = [own["seed"]]
+    prompt = torch.tensor([PROMPTS[row]])
+    return sc.generate(model, prompt, max_new_tokens=new, processors=[], **own)[0, prompt.shape[1] :].tolist()
+
+
+def write(decoder: sc.Decoder, first: torch.Tensor, steps: int) -> list[list[int]]:
+    """The tokens of all rows, each with its first."""
+    out = [first.clone()]
+    out += [decoder.step().clone() for _ in range(steps)]
+    return torch.stack(out, 1).tolist()
+
+
+@pytest.mark.parametrize(("way", "slack"), [(0, 0), (2, 0), (0, 1), (1, 1), (2, 1), (3, 1), (2, 3)])
+def test_it_writes_what_generate_writes(story: Any, way: int, slack: int) -> None:
+    with sc.Decoder(story, cache_for(story, slack=slack)) as decoder:
+        got = write(decoder, decoder.prefill(PROMPTS, **WAYS[way]), NEW - 1)
+        assert decoder.counts.plain == NEW - 1
+        assert decoder.lengths == decoder.cache.lengths.tolist() == [len(p) + NEW - 1 for p in PROMPTS]
+    for row in range(3):
+        want = alone(story, row, WAYS[way])  # may end before, with an end token
+        assert got[row][: len(want)] == want
+        assert len(want) > 1
+
+
+def test_rows_come_and_go(story: Any) -> None:
+    way = WAYS[2]
+    want = [alone(story, row, way) for row in range(3)]
+
+    def options(row: int) -> dict[str, Any]:
+        return {name: [value[row]] for name, value in way.items()}
+
+    with sc.Decoder(story, cache_for(story)) as decoder:
+        got: dict[int, list[int]] = {0: decoder.prefill(PROMPTS[:1], [2], **options(0)).tolist()}
+        place = {0: 2}
+
+        def step() -> None:
+            tokens = decoder.step().tolist()
+            for row, written in got.items():
+                if place[row] in decoder.writing:
+                    written.append(tokens[place[row]])
+
+        step()
+        got[1], place[1] = decoder.prefill(PROMPTS[1:2], **options(1)).tolist(), 0
+        step()
+        step()
+        decoder.leave([2])
+        before = decoder.tokens[2].item()
+        step()
+        assert decoder.tokens[2].item() == before
+        assert decoder.writing == [0]
+        decoder.reset([2])
+        got[2], place[2] = decoder.prefill(PROMPTS[2:], [2], **options(2)).tolist(), 2
+        place[0] = 1
+        step()
+        for row in range(3):
+            assert got[row] == want[row][: len(got[row])]
+        assert list(map(len, got.values())) == [4, 5, 2]
+        assert decoder.cache.lengths.tolist() == decoder.lengths == [len(PROMPTS[1]) + 4, 0, len(PROMPTS[2]) + 1]
+
+
+def test_another_cache_is_copied_in(story: Any) -> None:
+    other = sc.StateCache(story.config, slack=4)
+    ids = torch.tensor([[5, 9, 33, 70, 3], [8, 8, 90, 1, 4]])
+    sc.generate(story, ids, cache=other, max_new_tokens=3, processors=[])
+    want = sc.generate(story, torch.tensor([[12], [13]]), cache=other.fork(), max_new_tokens=5, processors=[])
+    with sc.Decoder(story, cache_for(story)) as decoder:
+        decoder.bind(other, [2, 0])
+        assert decoder.lengths == [7, 0, 7]
+        assert not decoder.writing
+        tokens = write(decoder, decoder.prefill([[12], [13]], [2, 0])[[1, 1, 0]], 4)
+        assert [tokens[2], tokens[0]] == want[:, 1:].tolist()
+        assert other.lengths.tolist() == [7, 7]
+
+
+def test_what_is_wrong_is_refused_and_changes_nothing(story: Any, draft: Any) -> None:
+    with pytest.raises(OptionError, match="never moves"):
+        sc.Decoder(story, sc.StateCache(story.config))
+    with pytest.raises(OptionError, match=r"buckets=\[0\]: give numbers of rows, from 1 to the cache's 3"):
+        sc.Decoder(story, cache_for(story), buckets=[0])
+    decoder = sc.Decoder(story, cache_for(story, capacity=6))
+    with pytest.raises(StepError, match="no row writes"):
+        decoder.step()
+    with pytest.raises(CapacityError, match="row 0 holds 0 tokens and its prompt brings 7"):
+        decoder.prefill([[1] * 7])
+    with pytest.raises(RowsError, match="4 prompts came for 3 rows"):
+        decoder.prefill([[1]] * 4)
+    with pytest.raises(OptionError, match="top_p=7"):
+        decoder.prefill([[1]], top_p=7)
+    decoder.prefill([[1, 2, 3, 4, 5]], [1])
+    with pytest.raises(RowsError, match=r"rows \[1\] still write"):
+        decoder.prefill([[1]], [1])
+    with pytest.raises(RowsError, match=r"rows \[3\] of 3"):
+        decoder.leave([3])
+    decoder.step()
+    with pytest.raises(CapacityError, match="row 1 is full, at capacity=6"):
+        decoder.step()
+    long = sc.StateCache(story.config, slack=1)
+    sc.generate(story, torch.ones(1, 9, dtype=torch.long), cache=long, max_new_tokens=1)
+    with pytest.raises(CapacityError, match="a row of 9 tokens"):
+        decoder.bind(long, [0])
+    foreign = sc.StateCache(draft.config, slack=1)
+    sc.generate(draft, torch.ones(1, 2, dtype=torch.long), cache=foreign, max_new_tokens=1)
+    with pytest.raises(ConfigError, match="another model"):
+        decoder.bind(foreign, [0])
+    assert decoder.lengths == decoder.cache.lengths.tolist() == [0, 6, 0]
+    decoder.close()
+    with pytest.raises(StepError, match="closed"):
+        decoder.step()
+
+
+def test_the_model_is_given_back(story: Any) -> None:
+    from statecache.models.prepare import is_prepared
+
+    story.train()
+    decoder = sc.Decoder(story, cache_for(story))
+    assert is_prepared(story)
+    assert not story.training
+    decoder.close()
+    assert not is_prepared(story)
+    assert story.training
+    story.eval()
+
+
+def test_buckets() -> None:
+    from statecache.decode.decoder import _buckets
+
+    assert _buckets(None, 1) == [1]
+    assert _buckets(None, 6) == [1, 2, 4, 6]
+    assert _buckets(None, 8) == [1, 2, 4, 8]
+    assert _buckets([3], 8) == [3, 8]
+
+
+def test_a_narrowed_cache_keeps_its_other_rows(story: Any) -> None:
+    with sc.Decoder(story, cache_for(story)) as decoder:
+        decoder.prefill(PROMPTS)
+        decoder.step()
+        cache, lengths = decoder.cache, decoder.lengths
+        held = [buffer.clone() for buffer in cache.buffers()]
+        mark = cache.checkpoint()
+        with cache.narrowed(2):
+            assert cache.rows == 2
+            assert cache.lengths.tolist() == lengths[:2]
+        assert cache.lengths.tolist() == lengths
+        assert all(map(torch.equal, held, cache.buffers()))
+        with pytest.raises(sc.errors.StaleMarkError, match="a graph over fewer rows"):
+            cache.restore(mark)
+        with cache.narrowed(2), torch.no_grad():
+            story(torch.tensor([[4], [5]]), past_key_values=cache)
+        assert cache.lengths.tolist() == [lengths[0] + 1, lengths[1] + 1, lengths[2]]
+
+
+def test_every_layer_says_which_way_it_runs(story: Any) -> None:
+    ways = sc.explain(story)
+    assert len(ways) == story.config.num_hidden_layers
+    assert str(ways[0]).startswith("layer 0 (")
+    assert {way.way for way in ways} == {"modules"}
+    assert "no kernels on cpu" in ways[0].why

@@ -1,0 +1,120 @@
+"""A decoder on a GPU: two graphs a bucket, no waiting in a step, and the tokens of the plain form in float32.
+
+pytest tests/gpu -m gpu -n 6
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from steps import build
+
+import statecache as sc
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # compilers warn about what others do
+]
+
+DENSE = {"granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0}}
+FAMILIES = [name for name in families.FAMILIES if "+" not in name and name not in ("minimax", "recurrent_gemma")]
+NEW = 200
+
+
+def decoder_for(name: str, rows: int, **options: Any) -> sc.Decoder:
+    model, config, _ = build(name, **DENSE.get(name, {}))
+    cache = sc.StateCache(config, capacity=256, rows=rows, dtype=torch.float32, device="cuda", slack=1, back=False)
+    return sc.Decoder(model, cache, **options)
+
+
+def prompts(rows: int, width: int = 11) -> list[list[int]]:
+    ids = torch.randint(1, 90, (rows, width), generator=torch.Generator().manual_seed(3))
+    return [row[: width - n % 3].tolist() for n, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_of_200_steps_are_those_of_the_plain_form(name: str) -> None:
+    with decoder_for(name, 2) as decoder:
+        given = prompts(2)
+        out = [decoder.prefill(given).clone()]
+        decoder.step()
+        out.append(decoder.tokens.clone())
+        graphs = decoder.counts.graphs
+        out += [decoder.step().clone() for _ in range(NEW - 2)]
+        assert graphs == decoder.counts.graphs == 2
+        assert decoder.counts.replayed == NEW - 1
+        assert decoder.counts.plain == 0
+        got = torch.stack(out, 1).tolist()
+        assert decoder.cache.lengths.tolist() == decoder.lengths
+        for row, text in enumerate(given):
+            alone = torch.tensor([text], device="cuda")
+            want = sc.generate(decoder.model, alone, max_new_tokens=NEW, processors=[])[0, len(text) :].tolist()
+            assert got[row] == want
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_5", "granitemoehybrid", "jamba"])
+def test_no_step_waits_and_rows_come_and_go(name: str) -> None:
+    ways = [{}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.2, "top_p": 0.9, "top_k": 20, "seed": 9}]
+    with decoder_for(name, 6) as decoder:
+        assert decoder.buckets == [1, 2, 4, 6]
+        given = prompts(6)
+        order = [0, 3, 1, 5, 2, 4]
+        got: dict[int, list[int]] = {}
+        for n, place in enumerate(order):
+            first = decoder.prefill([given[n]], [place], **ways[n % 3])
+            got[place] = first.tolist()
+            for _ in range(2):
+                tokens = decoder.step().tolist()
+                for row, written in got.items():
+                    written.append(tokens[row])
+        graphs = decoder.counts.graphs
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            waiting = [decoder.step().clone() for _ in range(3)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert decoder.counts.graphs == graphs
+        for tokens in waiting:
+            for row, written in got.items():
+                written.append(tokens[row].item())
+        decoder.leave([5, 4])
+        for _ in range(2):  # in a smaller bucket
+            tokens = decoder.step().tolist()
+            for row in decoder.writing:
+                got[row].append(tokens[row])
+        assert decoder.cache.lengths.tolist() == decoder.lengths
+        for n, place in enumerate(order):
+            alone, new = torch.tensor([given[n]], device="cuda"), len(got[place])
+            way = {"seed": [ways[n % 3].get("seed", 0)]}
+            want = sc.generate(decoder.model, alone, max_new_tokens=new, processors=[], **{**ways[n % 3], **way})
+            assert got[place] == want[0, len(given[n]) :].tolist(), (n, place)
+
+
+def test_kernels_ran() -> None:
+    found = {}
+    for fused in (True, False):
+        with decoder_for("mamba2", 1, fused=fused) as decoder:
+            decoder.prefill(prompts(1))
+            decoder.step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                decoder.step()
+                torch.cuda.synchronize()
+            found[fused] = sum(event.count for event in seen.key_averages() if event.self_device_time_total)
+    assert found[True] * 3 < found[False]
+
+
+def test_memory_that_a_step_leaves_is_the_cache() -> None:
+    with decoder_for("qwen3_5", 2) as decoder:
+        decoder.prefill(prompts(2))
+        decoder.step()
+        addresses = [buffer.data_ptr() for buffer in decoder.cache.buffers()]
+        held = torch.cuda.memory_allocated()
+        for _ in range(5):
+            decoder.step()
+        assert torch.cuda.memory_allocated() == held
+        assert addresses == [buffer.data_ptr() for buffer in decoder.cache.buffers()]

@@ -1,0 +1,99 @@
+"""The linear layer and the norms against plain PyTorch in float64, on fresh random inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from drawn import HALF, draw, error, normed, strided
+from torch.nn import functional as F
+
+from statecache.kernels.linear import Tile, linear
+from statecache.kernels.norms import norm, unit
+
+ROWS = [1, 2, 16, 33]
+SIZES = [(37, 48), (64, 130)]
+
+
+@pytest.mark.parametrize("form", ["plain", "norm", "gate", "unit"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dtype, form: str) -> None:
+    outputs, inputs = size
+    weight = draw(outputs, inputs, dtype=dtype)
+    x = strided(draw(rows, inputs * (2 if form == "unit" else 1), dtype=dtype))
+    gate = strided(draw(rows, inputs, dtype=dtype)) if form == "gate" else None
+    by = draw(inputs, dtype=dtype) if form in ("norm", "gate") else None
+    residual = strided(draw(rows, outputs)) if form != "plain" else None
+    offset, scale = (1.0, 0.3) if form == "norm" else (0.0, 1.0)
+    seen = x.double()
+    if form == "unit":
+        seen = F.silu(seen[:, :inputs]) * seen[:, inputs:]
+    if gate is not None:
+        seen = seen * F.silu(gate.double())
+    want = normed(seen, by, 1e-5, offset) @ weight.double().mT * scale
+    if residual is not None:
+        want = want + residual.double()
+    got = linear(
+        x,
+        weight,
+        norm=by,
+        eps=1e-5,
+        offset=offset,
+        gate=gate,
+        unit=form == "unit",
+        residual=residual,
+        scale=scale,
+        dtype=torch.float32,
+        tile=Tile(16, 32, 4),
+    )
+    assert got.dtype == torch.float32
+    # products of float32 would be 3e-4 off in tf32
+    assert error(got, want) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sizes", [(20, 33), (16, 3, 40), (33, 16, 1, 7)])
+def test_several_weights_share_a_launch(sizes: tuple[int, ...], rows: int) -> None:
+    weights = [draw(n, 48) for n in sizes]
+    x, by = draw(rows, 48), draw(48)
+    got = linear(x, weights, norm=by, eps=1e-5, tile=Tile(16, 32, 4))
+    want = torch.cat([normed(x.double(), by, 1e-5, 0.0) @ w.double().mT for w in weights], 1)
+    assert error(got, want) < 2e-6
+
+
+def test_linear_gives_the_dtype_of_its_weight() -> None:
+    assert linear(draw(1, 8), draw(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("first", [True, False, None])
+@pytest.mark.parametrize("group", [None, 8, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_groups_with_gates(dtype: torch.dtype, group: int | None, first: bool | None) -> None:
+    rows, width = 3, 40
+    size = group or width
+    x, gate = strided(draw(rows, width, dtype=dtype)), strided(draw(rows, width, dtype=dtype))
+    weight = draw(size if group == 5 else width, dtype=dtype)
+    seen, by = x.double(), F.silu(gate.double())
+    if first:
+        seen = seen * by
+    by_group = seen.view(rows, -1, size)
+    seen = (by_group * (by_group.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).view(rows, width)
+    full = weight.double().repeat(width // size) if group == 5 else weight.double()
+    want = seen * (full + 1.0)
+    if first is False:
+        want = want * by
+    got = norm(
+        x, weight, eps=1e-5, offset=1.0, group=group, gate=None if first is None else gate, gate_first=bool(first)
+    )
+    assert got.dtype == dtype
+    assert error(got, want) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_unit(dtype: torch.dtype) -> None:
+    x = strided(draw(3, 2 * 520, dtype=dtype))
+    want = F.silu(x[:, :520].double()) * x[:, 520:].double()
+    assert error(unit(x), want) < (1e-6 if dtype == torch.float32 else 5e-3)
