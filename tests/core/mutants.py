@@ -40,6 +40,28 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.data[: len(rows)] = 0",
         ),
     },
+    "storage.coded": {
+        "runs lie across the slots where these come last": (
+            "self.last = axis == len(shape) + 1",
+            "self.last = False",
+        ),
+        "what is read keeps its slots before its numbers": (
+            "return entries.transpose(-1, -2) if self.last else entries",
+            "return entries",
+        ),
+        "a choice of rows clears them all": (
+            "self.dense.clear(rows)",
+            "self.dense.clear()",
+        ),
+        "all slots but the last move along": (
+            "self.dense.taken(rows, used)",
+            "self.dense.taken(rows, max(used - 1, 0))",
+        ),
+        "rows in use stay as many as they were": (
+            "self.dense.use(rows)",
+            "pass",
+        ),
+    },
     "storage.paged": {
         "growth forgets the last slot": (
             "wider.write(slice(0, self.slots), held)",
@@ -813,4 +835,19 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            if False:\n",
         ),
     },
+}
+
+# of what turns numbers into bytes, in storage.coded: what is wrong, and the line that makes it so
+CODES: dict[str, tuple[str, ...]] = {
+    "int8 rounds towards zero": ("(scaled / step).round()", "(scaled / step).trunc()"),
+    "the largest int8 does not fit": ("exponent - 6)).nan", "exponent - 5)).nan"),
+    "int8 reads its scale's bits as numbers": ("codes & -self._step(codes)", "codes & -1"),
+    "a bit of the scale is lost": (
+        "torch.arange(BITS, device=codes.device)",
+        "torch.arange(BITS, device=codes.device) % 7",
+    ),
+    "the first int8 are clamped as the others": (".clamp(step - 128, 128 - step)", ".clamp(-127, 127)"),
+    "a scale of fp8 is that of the number before it is rounded": ("keepdim=True), mantissa=3)", "keepdim=True))"),
+    "fp8 has the scale of int8": ("exponent - 7)).nan", "exponent - 6)).nan"),
+    "what is not finite reads as a number": ("largest.isfinite(), exponent, 255", "largest.isfinite(), exponent, 254"),
 }

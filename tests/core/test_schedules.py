@@ -25,7 +25,7 @@ schedules = st.lists(operation, min_size=1, max_size=25)
 often = st.sampled_from([True, True, False])
 
 
-@pytest.mark.parametrize("store", ["dense", "paged"])
+@pytest.mark.parametrize("store", ["dense", "paged", "coded"])
 @pytest.mark.parametrize("leased", [False, True], ids=["put", "leased"])
 @pytest.mark.parametrize(("fixed", "on_device"), [(False, False), (True, False), (True, True)])
 @settings(max_examples=60, deadline=None)

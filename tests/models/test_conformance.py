@@ -31,13 +31,17 @@ FULL_MASK = "generate gives sliding layers that convolve the mask of full ones, 
 LOOPS = "the model's own index loops over tokens, by how many each sees"
 CLAMP = "the model clamps its time steps in prefill and not in decoding"
 
-NOT_BUILT = [(name, ALL, LATER) for name in ("file_roundtrip", "offloaded", "quantised_attention")]
+NOT_BUILT = [(name, ALL, LATER) for name in ("file_roundtrip", "offloaded")]
+# random weights choose experts, or entries of an index, by differences that rounding in bfloat16 (2 ** -9 of the largest
+# number) or in int8 (2 ** -7) turns: errors are then 0.1 to 0.5, and below 0.02 where none turns
+ROUNDED = ("quantised_attention", "lara_mini kimi_linear glm5_next inkling2 inkling2_loop", "rounding turns a choice")
 # of each subject (capabilities, families, why they may fail), alike with transformers 5.17 and 5.23. Every other cell
 # passes; those that are not built yet fail, so that this table shrinks when they are.
 EXCUSED = {
-    "prepared": NOT_BUILT,
+    "prepared": [*NOT_BUILT, ROUNDED],
     "statecache": [
         *NOT_BUILT,
+        ROUNDED,
         ("ragged_turn_padded_*", ALL, PREPARED_ALONE),
         ("right_padded_prompt", ALL, PREPARED_ALONE),
         ("rollback_chunk", RECUR, PREPARED_ALONE),

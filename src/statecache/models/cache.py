@@ -33,6 +33,7 @@ from statecache.snapshot import Mark, Snapshot
 from statecache.spec import ModelSpec, Sizes
 from statecache.states import Capability, States
 from statecache.step import Step, offset
+from statecache.storage.table import Stores
 
 check_version(transformers.__version__)
 
@@ -53,6 +54,7 @@ class StateCache(Cache):
     - `slack`: how many of its last tokens each row can forget.
     - `rows`, `dtype`, `device`: allocate at once, where the configuration gives every shape; else at the first forward.
     - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for slack.
+    - `store`: where keys and values live: "dense", "paged", "int8" or "fp8". The last two are lossy.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, ConfigError for a model that keeps nothing in a cache,
@@ -69,6 +71,7 @@ class StateCache(Cache):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         back: bool = True,
+        store: str = "dense",
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise OptionError(
@@ -90,6 +93,7 @@ class StateCache(Cache):
             dtype=dtype,
             device=device,
             back=back,
+            store=Stores(store),
             made_for=made_for,
         )
         self.writer: Unmodified | Prepared = Unmodified(self.states)
