@@ -75,6 +75,14 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "slot // self.size]",
             "slot * 0]",
         ),
+        "pages are a run whatever their order": (
+            "self.in_order = torch.equal(table.flatten(), torch.arange(table.numel(), device=table.device))",
+            "self.in_order = True",
+        ),
+        "a run begins at the first slot": (
+            "rows[:, at]",
+            "rows[:, : at.stop - at.start]",
+        ),
         "a repeated row shares its pages": (
             "row if row not in chosen[:place] else left.pop()",
             "row",

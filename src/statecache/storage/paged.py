@@ -13,7 +13,8 @@ PAGE = 16  # slots of a page, at most
 class Paged:
     """Pages (N, P, *D), P slots each, and a table (B, M) of the M pages that hold a row's C slots. See `Store`.
 
-    A row that is repeated gets pages of its own. Entries are gathered to be read: there is no view.
+    A row that is repeated gets pages of its own. While rows have their pages in the order of the pool, as they do until
+    some are moved at fixed addresses, slots in a run are read as a view; else entries are gathered to be read.
     """
 
     shows = False
@@ -34,7 +35,7 @@ class Paged:
         self.pages = zeros(rows * each, self.size, *shape, dtype=dtype, device=device, static=static)
         self.table = zeros(rows, each, dtype=torch.long, device=device, static=static)
         self.table.copy_(torch.arange(rows * each, device=device).view(rows, each))
-        self.rows = rows
+        self.rows, self.in_order = rows, True
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -44,10 +45,21 @@ class Paged:
         self.rows = rows
 
     def read(self, at: Slots) -> Tensor:
+        if self.in_order and isinstance(at, slice):
+            return self._run(at)
         return self.pages[self._index(at)].movedim(1, self.axis)
 
     def write(self, at: Slots, entries: Tensor) -> None:
-        self.pages[self._index(at)] = entries.detach().movedim(self.axis, 1)
+        if self.in_order and isinstance(at, slice):
+            self._run(at).copy_(entries.detach())
+        else:
+            self.pages[self._index(at)] = entries.detach().movedim(self.axis, 1)
+
+    def _run(self, at: slice) -> Tensor:
+        """The entries themselves at these slots, where a row's pages lie one behind the other."""
+        each = self.table.shape[1]
+        rows = self.pages[: self.rows * each].view(self.rows, each * self.size, *self.pages.shape[2:])
+        return rows[:, at].movedim(1, self.axis)
 
     def _index(self, at: Slots) -> tuple[Tensor, Tensor]:
         """Pages and places in them, each (R, n)."""
@@ -85,7 +97,7 @@ class Paged:
         return lambda: self._hold(pages, table)
 
     def _hold(self, pages: Tensor, table: Tensor) -> None:
-        self.pages, self.table, self.rows = pages, table, len(table)
+        self.pages, self.table, self.rows, self.in_order = pages, table, len(table), True
 
     def _move(self, rows: Tensor) -> None:
         """The first of each row that is kept takes its pages along; a repeated one is copied into pages left over."""
@@ -98,6 +110,7 @@ class Paged:
         self.pages[table[: len(rows)]] = self.pages[source]
         self.table.copy_(table)
         self.rows = len(rows)
+        self.in_order = torch.equal(table.flatten(), torch.arange(table.numel(), device=table.device))
 
     def buffers(self) -> list[Tensor]:
         return [self.pages, self.table]
