@@ -80,15 +80,15 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.in_order = True",
         ),
         "a run begins at the first slot": (
-            "rows[:, at]",
-            "rows[:, : at.stop - at.start]",
+            "self.pool[: self.rows].narrow(self.axis, at.start,",
+            "self.pool[: self.rows].narrow(self.axis, 0,",
         ),
         "a repeated row shares its pages": (
             "row if row not in chosen[:place] else left.pop()",
             "row",
         ),
         "a repeated row gets pages and not what is in them": (
-            "        self.pages[table[: len(rows)]] = self.pages[source]\n",
+            "        pool[at] = pool[self._pages(source)[1]]\n",
             "",
         ),
         "pages of rows that were dropped are lost": (
@@ -99,13 +99,13 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        self.table.copy_(table)\n        self.rows",
             "        self.rows",
         ),
-        "copied rows keep the table they had": (
-            "table = torch.arange(len(pages), device=pages.device).view(len(rows), -1)",
-            "table = self.table[rows] % len(pages)",
+        "copied rows are the first ones": (
+            "self.pool.index_select(0, rows)",
+            "self.pool[: len(rows)].clone()",
         ),
         "clearing some rows clears the first pages": (
-            "self.pages[self.table[rows].flatten()] = 0",
-            "self.pages[: len(rows)] = 0",
+            "self._pages(self.table[rows].flatten())",
+            "self._pages(torch.arange(len(rows) * self.table.shape[1]))",
         ),
     },
     "step": {
