@@ -95,6 +95,22 @@ def test_rows_come_and_go_as_they_were_kept(model: Any, store: str, options: dic
     assert not cache.lengths.any()
 
 
+@pytest.mark.parametrize("store", ["paged", "int8", "fp8"])
+def test_a_compiled_step_is_one_graph_and_writes_what_an_eager_one_does(model: Any, store: str) -> None:
+    cache, eager = (fed(model, store, capacity=64) for _ in range(2))
+    addresses = [buffer.data_ptr() for buffer in cache.buffers()]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for n in range(3):
+            one = torch.full((2, 1), 7 + n)
+            got, want = step(one, past_key_values=cache).logits, model(one, past_key_values=eager).logits
+            assert torch.allclose(got, want, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert [buffer.data_ptr() for buffer in cache.buffers()] == addresses
+
+
 def test_int8_halves_what_attention_takes_in_bfloat16(model: Any) -> None:
     sizes = {
         store: sc.StateCache(model.config, store=store, capacity=64, rows=2, dtype="bfloat16", device="cpu")

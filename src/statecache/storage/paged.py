@@ -14,8 +14,8 @@ class Paged:
     """A pool of pages, P slots each, and a table (B, M) of the M pages that hold a row's C slots. See `Store`.
 
     Page n of the pool (B, M * P, *D) is the n % M-th of its n // M-th row. A row that is repeated gets pages of its
-    own. While rows have their pages in the order of the pool, as they do until some are moved at fixed addresses, slots in a
-    run are read as a view that lies as `Dense` does; else entries are gathered to be read.
+    own. While rows have their pages in the order of the pool, as they do until some are moved at fixed addresses, slots
+    in a run are read as a view that lies as `Dense` does; else entries are gathered to be read.
     """
 
     shows = False
