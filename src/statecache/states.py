@@ -41,6 +41,7 @@ from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec, as_dtype
 from statecache.step import Allocation, Step
 from statecache.storage.dense import Dense
 from statecache.storage.store import MakeStore
+from statecache.storage.table import Stores
 
 WAY_OUT = "reset(), or restore() a mark"
 
@@ -84,8 +85,8 @@ class States:
     With `rows`, `dtype` and `device` all is allocated at once; else each state when it is first written.
 
     `back`: whether rows can be rolled back; without it the slack serves speculative rounds alone, and costs less.
-    `store`: where entries live. `offload`: in host memory, but for the layers in use. `made_for`: the digest of the
-    model's specification, if `spec` is another form of it.
+    `store`: where entries live, all of them or as `Stores` says. `offload`: in host memory, but for the layers in use.
+    `made_for`: the digest of the model's specification, if `spec` is another form of it.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class States:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         back: bool = True,
-        store: MakeStore = Dense,
+        store: MakeStore | Stores = Dense,
         offload: bool = False,
         made_for: str | None = None,
     ) -> None:
@@ -209,7 +210,7 @@ class States:
     def start(self, rows: int, device: torch.device) -> None:
         """Have a clock, for this many rows."""
         self.clock = Clock(
-            self._allocation(rows, torch.long, device),
+            Allocation(rows, self.capacity, self.slack, torch.long, device, Dense),
             self.spec.full_at(self.capacity, self.slack),
             self.back,
             self.spec.rotary,
@@ -256,7 +257,8 @@ class States:
         spec = self.declared[name]
         if self.capacity is None:
             tokens += max(self.clock.known.lengths)  # a ring that is yet to grow has a slot for every position
-        room = self._allocation(self.clock.allocated, dtype, device)
+        store = self.store.of(spec) if isinstance(self.store, Stores) else self.store
+        room = Allocation(self.clock.allocated, self.capacity, self.slack, dtype, device, store)
         state = Lease(spec, room, self.back) if spec.leased else Ring(spec, room, tokens)
         if self.clock.rows != room.rows:
             state.use(self.clock.rows)
@@ -265,9 +267,6 @@ class States:
         self.held[name] = state
         self._room = 0  # look at every ring again
         return state
-
-    def _allocation(self, rows: int, dtype: torch.dtype, device: torch.device) -> Allocation:
-        return Allocation(rows, self.capacity, self.slack, dtype, device, self.store)
 
     def keep_logs(self) -> None:
         """Have recurrences roll back by logs instead of copies, from the tokens on that are held now."""

@@ -40,6 +40,28 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.data[: len(rows)] = 0",
         ),
     },
+    "storage.coded": {
+        "runs lie across the slots where these come last": (
+            "self.last = axis == len(shape) + 1",
+            "self.last = False",
+        ),
+        "what is read keeps its slots before its numbers": (
+            "return entries.transpose(-1, -2) if self.last else entries",
+            "return entries",
+        ),
+        "a choice of rows clears them all": (
+            "self.dense.clear(rows)",
+            "self.dense.clear()",
+        ),
+        "all slots but the last move along": (
+            "self.dense.taken(rows, used)",
+            "self.dense.taken(rows, max(used - 1, 0))",
+        ),
+        "rows in use stay as many as they were": (
+            "self.dense.use(rows)",
+            "pass",
+        ),
+    },
     "storage.paged": {
         "growth forgets the last slot": (
             "wider.write(slice(0, self.slots), held)",
@@ -53,12 +75,20 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "slot // self.size]",
             "slot * 0]",
         ),
+        "pages are a run whatever their order": (
+            "self.in_order = torch.equal(table.flatten(), torch.arange(table.numel(), device=table.device))",
+            "self.in_order = True",
+        ),
+        "a run begins at the first slot": (
+            "self.pool[: self.rows].narrow(self.axis, at.start,",
+            "self.pool[: self.rows].narrow(self.axis, 0,",
+        ),
         "a repeated row shares its pages": (
             "row if row not in chosen[:place] else left.pop()",
             "row",
         ),
         "a repeated row gets pages and not what is in them": (
-            "        self.pages[table[: len(rows)]] = self.pages[source]\n",
+            "        pool[at] = pool[self._pages(source)[1]]\n",
             "",
         ),
         "pages of rows that were dropped are lost": (
@@ -69,13 +99,13 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        self.table.copy_(table)\n        self.rows",
             "        self.rows",
         ),
-        "copied rows keep the table they had": (
-            "table = torch.arange(len(pages), device=pages.device).view(len(rows), -1)",
-            "table = self.table[rows] % len(pages)",
+        "copied rows are the first ones": (
+            "self.pool.index_select(0, rows)",
+            "self.pool[: len(rows)].clone()",
         ),
         "clearing some rows clears the first pages": (
-            "self.pages[self.table[rows].flatten()] = 0",
-            "self.pages[: len(rows)] = 0",
+            "self._pages(self.table[rows].flatten())",
+            "self._pages(torch.arange(len(rows) * self.table.shape[1]))",
         ),
     },
     "step": {
@@ -831,4 +861,19 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            if False:\n",
         ),
     },
+}
+
+# of what turns numbers into bytes, in storage.coded: what is wrong, and the line that makes it so
+CODES: dict[str, tuple[str, ...]] = {
+    "int8 rounds towards zero": ("(scaled / step).round()", "(scaled / step).trunc()"),
+    "the largest int8 does not fit": ("exponent - 6)).nan", "exponent - 5)).nan"),
+    "int8 reads its scale's bits as numbers": ("codes & -self._step(codes)", "codes & -1"),
+    "a bit of the scale is lost": (
+        "torch.arange(BITS, device=codes.device)",
+        "torch.arange(BITS, device=codes.device) % 7",
+    ),
+    "the first int8 are clamped as the others": (".clamp(step - 128, 128 - step)", ".clamp(-127, 127)"),
+    "a scale of fp8 is that of the number before it is rounded": ("keepdim=True), mantissa=3)", "keepdim=True))"),
+    "fp8 has the scale of int8": ("exponent - 7)).nan", "exponent - 6)).nan"),
+    "what is not finite reads as a number": ("largest.isfinite(), exponent, 255", "largest.isfinite(), exponent, 254"),
 }

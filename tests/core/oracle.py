@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,10 +41,29 @@ WHAT = [what for what, often in OFTEN.items() for _ in range(often)]
 def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
     names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
-    names += ("storage.dense", "storage.paged")
+    names += ("storage.dense", "storage.paged", "storage.coded")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     stores = {"dense": found.pop("storage.dense").Dense, "paged": found.pop("storage.paged").Paged}
-    return SimpleNamespace(**found, stores=stores)
+    coded = found.pop("storage.coded")
+    return SimpleNamespace(**found, coded=coded, stores={**stores, "coded": partial(coded.Coded, Exact())})
+
+
+class Exact:
+    """A code that rounds nothing: stores of codes are held to the lists by it, as those that round cannot be."""
+
+    def width(self, numbers: int) -> int:
+        return 8 * numbers
+
+    def encode(self, runs: torch.Tensor) -> torch.Tensor:
+        return _packed(runs.double()).view(torch.int8)
+
+    def decode(self, codes: torch.Tensor, numbers: int) -> torch.Tensor:
+        return _packed(codes).view(torch.float64)
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """A copy with the last axis at stride 1, which `contiguous` does not promise where it has one number."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,7 @@ class Form:
 
     def beside(self) -> Form:
         """Another kind, which a row's states can move to."""
-        other = "dense" if self.store == "paged" else "paged"
+        other = {"dense": "paged", "paged": "coded", "coded": "dense", "offload": "paged"}[self.store]
         return replace(self, fixed=not self.fixed, back=True, store=other, slack=self.slack + 2)
 
 
@@ -586,7 +606,7 @@ def sound(s: Subject) -> None:
     assert floors == s.lists.floor if s.form.back else floors == lengths
     assert all(0 <= b <= f <= n <= r for b, f, n, r in zip(base, floors, lengths, reach, strict=True))
     for name, state in dict.items(s.states.held):  # looked at where they are
-        assert state.store.rows == clock.rows, name
+        assert getattr(state.store, "dense", state.store).rows == clock.rows, name
         limit = None if state.spec.leased else state.spec.limit(s.states.capacity, s.form.slack)
         assert limit is None or state.store.slots <= limit, name
         if state.spec.window is None:

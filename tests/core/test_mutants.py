@@ -20,7 +20,8 @@ import statecache
 
 MODULES = (  # in the order in which they import each other
     *("errors", "rotary", "spec", "mask", "storage", "storage.store", "storage.dense", "storage.paged"),
-    *("step", "ring", "lease", "clock", "replay", "logs", "offload", "snapshot", "one_pass", "states", "round"),
+    *("storage.coded", "storage.table", "step", "ring", "lease", "clock", "replay", "logs", "offload"),
+    *("snapshot", "one_pass", "states", "round"),
 )
 
 NAME = "mutant"  # the package that a mutant is loaded as
@@ -122,7 +123,7 @@ STEPS = ((False, False), (True, False), (True, True))  # fixed, on_device
 def by_chance(rnd: random.Random, i: int) -> tuple[list[Op], Form]:
     fixed, on_device = STEPS[i % len(STEPS)]
     leased, lazy, store = rnd.random() < 0.5, rnd.random() < 0.3, rnd.choice(("dense", "paged"))
-    store = "offload" if not fixed and i % 2 else store
+    store = "coded" if i % 5 == 4 else "offload" if not fixed and i % 2 else store
     form = Form(fixed, leased, on_device, rnd.random() < 0.8, lazy, store, rnd.choice((None, None, 23, 0)))
     number = [1, 1, 1, 2, 3, rnd.randint(0, 29)]  # mostly steps of a few tokens, within the slack
     operations = range(rnd.randint(4, 25))

@@ -21,7 +21,6 @@ ON_MODULES = " ".join(f for f in families.FAMILIES if f == "recurrent_gemma")
 ALL = "*"
 QWEN4 = " ".join(f for f in families.FAMILIES if f == "qwen4_exp")  # of later transformers
 
-LATER = "not built yet"
 PREPARED_ALONE = "it takes a prepared model"
 DROPS = "the model's own code drops its recurrent state when it gets several tokens"
 NOT_ASKED = "transformers does not ask cache_params what it holds"
@@ -31,13 +30,16 @@ FULL_MASK = "generate gives sliding layers that convolve the mask of full ones, 
 LOOPS = "the model's own index loops over tokens, by how many each sees"
 CLAMP = "the model clamps its time steps in prefill and not in decoding"
 
-NOT_BUILT = [(name, ALL, LATER) for name in ("quantised_attention",)]
-# of each subject (capabilities, families, why they may fail), alike with transformers 5.17 and 5.23. Every other cell
-# passes; those that are not built yet fail, so that this table shrinks when they are.
+# random weights choose experts, or entries of an index, by differences that rounding turns, as in int8 (2 ** -7 of the
+# largest number), mostly in bfloat16 (2 ** -9) too: errors are then 0.1 to 0.5, and mostly below 0.02 where none turns
+TIES = ("lara_mini", "kimi_linear", "glm5_next", "inkling2", "inkling2_loop", "minimax+full0")
+TIES = " ".join(f for f in families.FAMILIES if f in TIES)
+ROUNDED = ("quantised_attention", TIES, "rounding turns a choice")
+# of each subject (capabilities, families, why they may fail), alike with transformers 5.17 and 5.24: all others pass
 EXCUSED = {
-    "prepared": NOT_BUILT,
+    "prepared": [ROUNDED],
     "statecache": [
-        *NOT_BUILT,
+        ROUNDED,
         ("ragged_turn_padded_*", ALL, PREPARED_ALONE),
         ("right_padded_prompt", ALL, PREPARED_ALONE),
         ("rollback_chunk", RECUR, PREPARED_ALONE),
@@ -105,7 +107,6 @@ def test_family_has_every_capability_that_is_not_excused(subject, family, run, c
     with capfd.disabled():
         report(subject, family, {name: cell for name, cell in failed.items() if excuse(subject, name, family)})
     assert {name: cell for name, cell in failed.items() if not excuse(subject, name, family)} == {}
-    assert [name for name in got if excuse(subject, name, family) == LATER and got[name]["status"] != "FAIL"] == []
 
 
 def report(subject: str, family: str, failed: dict[str, dict[str, object]]) -> None:

@@ -48,6 +48,7 @@ from statecache.snapshot import Mark, Snapshot
 from statecache.spec import ModelSpec, Sizes
 from statecache.states import Capability, States
 from statecache.step import Step, offset
+from statecache.storage.table import Stores
 
 check_version(transformers.__version__)
 
@@ -87,6 +88,7 @@ class StateCache(Cache):
     - `rows`, `dtype`, `device`: allocate at once, where the configuration gives every shape; else at the first forward.
     - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for slack.
     - `offload`: keep states in host memory, and on the device those of the layer that runs and of the next one.
+    - `store`: where keys and values live: "dense", "paged", "int8" or "fp8". The last two are lossy.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, ConfigError for a model that keeps nothing in a cache,
@@ -104,6 +106,7 @@ class StateCache(Cache):
         device: torch.device | str | None = None,
         back: bool = True,
         offload: bool = False,
+        store: str = "dense",
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise OptionError(
@@ -126,6 +129,7 @@ class StateCache(Cache):
             device=device,
             back=back,
             offload=offload,
+            store=Stores(store),
             made_for=made_for,
         )
         self.writer: Unmodified | Prepared = Unmodified(self.states)
