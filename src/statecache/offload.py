@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +143,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if layer not in self._here:
             self._here.append(layer)
         homes = [home for home in self._homes.get(layer, ()) if home.away]
+        if not homes:
+            return
         if any(home.late for home in homes):
             for event in self._arrivals.pop(layer, ()):
                 event.synchronize()
@@ -149,16 +152,11 @@ class Offloaded(dict[str, "Ring | Lease"]):
             for part, came in home.late:
                 _copy(part, came)
             home.late.clear()
-            stream = self._stream(home.buffer.device)
             home.buffer.untyped_storage().resize_(home.buffer.nbytes)
-            uncounted = home.buffer.data  # whose version is its own: a state that came back was not written
-            if stream is None:
-                _copy(uncounted, home.host)
-            else:
-                stream.wait_stream(torch.cuda.current_stream(home.buffer.device))
-                with torch.cuda.stream(stream):
-                    _copy(uncounted, home.host)
-                    self._arrivals.setdefault(layer, []).append(stream.record_event())
+        with self._copying(layer, homes):
+            for home in homes:  # `data` counts its own versions: a state that came back was not written
+                _copy(home.buffer.data, home.host)
+        for home in homes:
             home.away = False
 
     def _arrive(self, layer: str) -> None:
@@ -170,15 +168,18 @@ class Offloaded(dict[str, "Ring | Lease"]):
         """Copy what was written of a layer's states to host memory, and free the device's."""
         self._arrive(layer)
         known = {id(home.buffer): home for home in self._homes.get(layer, ())}
-        homes, span = [], self._written.get(layer)
+        homes, written, span = [], [], self._written.get(layer)
         for buffer, ring, always in self._buffers(layer):
             home = known.get(id(buffer)) or Home(buffer, _host(buffer))
             homes.append(home)
-            if home.away or not (always or home.version != buffer._version):
-                continue
-            parts = None if ring is None or span is None or home.version is None else _parts(ring, span)
-            self._copy_back(layer, home, ring, parts)
-            home.version = buffer._version
+            if not home.away and (always or home.version != buffer._version):
+                parts = None if ring is None or span is None or home.version is None else _parts(ring, span)
+                written.append((home, ring, parts))
+        with self._copying(layer, [home for home, _, _ in written]):
+            for home, ring, parts in written:
+                self._copy_back(home, ring, parts)
+        for home, _, _ in written:
+            home.version = home.buffer._version
         self._homes[layer] = homes
         for home in homes:
             if not home.away and home.buffer.untyped_storage().resizable():  # not what somebody else looks at, as numpy
@@ -190,26 +191,34 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._here.remove(layer)
         self._written.pop(layer, None)
 
-    def _copy_back(self, layer: str, home: Home, ring: Ring | None, parts: list[slice] | None) -> None:
+    def _copy_back(self, home: Home, ring: Ring | None, parts: list[slice] | None) -> None:
         """Copy these slots of a ring's buffer to host memory; None: all of any buffer."""
-        stream = self._stream(home.buffer.device)
-        pairs = [(home.host, home.buffer)]
-        if parts is not None and ring is not None:
-            pairs = [(_narrow(home.host, ring.axis, at), _narrow(home.buffer, ring.axis, at)) for at in parts]
-        if stream is None:
-            for host, part in pairs:
-                _copy(host, part)
+        if ring is None or parts is None:
+            _copy(home.host, home.buffer)
             return
-        stream.wait_stream(torch.cuda.current_stream(home.buffer.device))
-        with torch.cuda.stream(stream):
-            for host, part in pairs:
-                if parts is None:
-                    _copy(host, part)
-                else:  # an entry here and there: in one piece over the bus, and to its place when it is needed again
-                    came = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-                    _copy(came, part.contiguous())
-                    home.late.append((host, came))
-            self._arrivals.setdefault(layer, []).append(stream.record_event())
+        for at in parts:
+            host, part = _narrow(home.host, ring.axis, at), _narrow(home.buffer, ring.axis, at)
+            if not part.is_cuda:
+                _copy(host, part)
+                continue
+            # an entry here and there: in one piece over the bus, and to its place when it is needed again
+            came = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            _copy(came, part.contiguous())
+            home.late.append((host, came))
+
+    @contextmanager
+    def _copying(self, layer: str, homes: Sequence[Home]) -> Iterator[None]:
+        """Copies of these buffers are made within, beside what the device does next; see `_arrive`."""
+        streams = {device: self._stream(device) for device in {home.buffer.device for home in homes}}
+        with ExitStack() as within:
+            for device, stream in streams.items():
+                if stream is not None:
+                    stream.wait_stream(torch.cuda.current_stream(device))
+                    within.enter_context(torch.cuda.stream(stream))
+            yield
+        there = [stream.record_event() for stream in streams.values() if stream is not None]
+        if there:
+            self._arrivals.setdefault(layer, []).extend(there)
 
     def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
         """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""

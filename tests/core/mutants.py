@@ -676,7 +676,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "offload": {
         "what was written stays away": (
-            "always or home.version != buffer._version",
+            "(always or home.version != buffer._version)",
             "always",
         ),
         "a part goes to the beginning": (
