@@ -835,6 +835,25 @@ def test_package_runs_as_a_module_and_completes():
 # ---- inspect
 
 
+def test_inspect_shows_a_saved_cache(statecache, tmp_path):
+    model, file = families.build("lfm2")[0], str(tmp_path / "c")
+    cache = sc.StateCache(model.config)
+    with torch.no_grad():
+        model(torch.ones(2, 5, dtype=torch.long), **{families.cache_arg(model): cache})
+    cache.save(file)
+    code, out, _ = statecache("inspect", file, "--json")
+    said = json.loads(out)
+    assert (code, said["model_type"], said["weights"]) == (0, "lfm2", None)
+    assert [row["length"] for row in said["rows"]] == [5, 5]
+    keys, inputs = 2 * 5 * 2 * 2 * 32 * 4, 2 * 2 * 64 * 2 * 4  # rows, tokens, key and value, heads, ...
+    assert said["bytes"]["total"] == keys + inputs
+    assert "unverified" in statecache("inspect", file)[1]
+    (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-1])
+    code, out, err = statecache("inspect", file)
+    assert (code, out) == (1, "") and "damaged" in err
+    assert statecache("inspect", file, "--model", "x")[0] == 2
+
+
 def test_inspect_shows_every_layer_and_the_total(statecache, checkpoint):
     code, out, err = statecache("inspect", "--model", checkpoint, "--length", "100", "--rows", "2")
     assert (code, err) == (0, "")

@@ -154,7 +154,8 @@ class Ring:
         """A row's entries that its next step may read, oldest first, the last being that of `length`: (n, *D)."""
         n = length if self.spec.window is None else min(length, self.spec.window)
         seen = [self.store.read(at)[row] for at in Step(0, length).runs(length - n, n, self.capacity)]
-        return torch.cat(seen, self.axis - 1).movedim(self.axis - 1, 0).clone()
+        whole = seen[0] if len(seen) == 1 else torch.cat(seen, self.axis - 1)
+        return whole.movedim(self.axis - 1, 0).clone(memory_format=torch.contiguous_format)
 
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another ring into this row, which has taken in `length` tokens."""

@@ -271,15 +271,21 @@ def bench(
 
 @app.command(epilog="Example: statecache inspect --rows 8 --length 32768")
 def inspect(
+    file: Annotated[Path | None, typer.Argument(help="A saved cache, to show that instead.")] = None,
     model: ModelOption = None,
     rows: RowsOption = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens in each of them.")] = 2048,
     dtype: Annotated[Dtype | None, typer.Option(help="Left out: the checkpoint's own.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a model's cache is made of. Reads the configuration only, never the weights."""
+    """Show what a model's cache is made of, from the configuration alone; or what a saved cache holds."""
+    if file is not None and model is not None:
+        raise CommandError("a file and --model are both given: keep one of them", 2)
     with spinner("starting PyTorch"):
-        from statecache.cli.inspect import inspect_command
+        from statecache.cli.inspect import inspect_command, inspect_file
+    if file is not None:
+        inspect_file(file, json=json)
+        return
     inspect_command(model, rows, length, dtype, json=json)
 
 

@@ -1,8 +1,10 @@
-"""`statecache inspect`: what a model's cache is made of."""
+"""`statecache inspect`: what a model's cache is made of, and what a saved one holds."""
 
 import json as json_format
 import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from statecache.cli.model import load_config
 from statecache.cli.report import byte_rows, human_bytes, two_columns
+from statecache.models.file import describe, read
 from statecache.models.table import model_spec
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 
@@ -44,6 +47,31 @@ def inspect_command(model: str | None, rows: int, length: int, dtype: str | None
     else:
         screen.print(f"{rows} row{'s' * (rows > 1)} of {length:,} tokens:")
         screen.print(two_columns(byte_rows(sizes.by_kind, sizes.total)))
+
+
+def inspect_file(path: Path, *, json: bool) -> None:
+    """Print what a saved cache holds, every checksum compared. Raises FileError for one that is damaged."""
+    described = describe(path)
+    by_kind: Counter[str] = Counter()
+    for snapshot in read(path, described):
+        for name, entries in snapshot.entries.items():
+            by_kind[described.states[name]["kind"]] += entries.nbytes
+    report = {
+        "file": str(path),
+        "model_type": described.model,
+        "weights": described.fingerprint,
+        "rows": [{"length": row["length"], "tokens": row["tokens"] is not None} for row in described.rows],
+        "bytes": {**by_kind, "total": by_kind.total()},
+        "checksums": "right",
+    }
+    if json:
+        print(json_format.dumps(report))
+        return
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    weights = "unverified" if described.fingerprint is None else described.fingerprint[:16]
+    lengths = ", ".join(f"{length:,}" for length in described.lengths) or "none"
+    said = [("model", described.model), ("weights", weights), ("tokens of its rows", lengths)]
+    screen.print(two_columns([*said, *byte_rows(by_kind, by_kind.total()), ("checksums", "right")]))
 
 
 def _state(state: StateSpec, model: torch.dtype) -> dict[str, Any]:
