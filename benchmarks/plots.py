@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-DECODE, MATRIX = (HERE / "results" / name for name in ("2026-11-24-cpu.json", "2026-11-24-matrix.json"))
+DECODE, MATRIX = (HERE / "results" / name for name in ("2026-11-24-cpu.json", "2026-11-26-matrix.json"))
 DOCS = HERE.parent / "docs"
 LINES = {"DynamicCache": "theirs", "growing": "growing", "fixed": "fixed", "fixed compiled": "compiled"}
 CELLS = {".": ("right", "right"), "W": ("wrong", "wrong, no error"), "F": ("missing", "refused or missing")}
@@ -103,30 +103,31 @@ def decode_svg(data: dict[str, Any]) -> str:
 
 def matrix_svg(data: dict[str, Any]) -> str:
     """A square for each capability and model, of both subjects side by side."""
-    families, side, left, head = data["families"], 13, 208, 128
+    families, wide, high, left, head = data["families"], 8, 13, 208, 152
     parts, said = [], []
     squares: dict[str, list[str]] = {mark: [] for mark in CELLS}
     for n, (subject, title) in enumerate(PANELS.items()):
-        x, grid = left + n * (20 * side + 42), data["cells"][subject]
+        x, grid = left + n * (len(families) * wide + 42), data["cells"][subject]
         cells = "".join(grid.values())
         figures = ", ".join(f"{cells.count(mark)} {told}" for mark, (_, told) in CELLS.items())
         said.append(f"{title}: {figures}.")
         parts.append(text(x, 16, title, "head"))
         for column, family in enumerate(families):
-            at = x + column * side + 10
-            parts.append(f'<text transform="translate({at} {head - 6}) rotate(-60)">{family}</text>')
+            at = x + column * wide + wide - 1
+            parts.append(f'<text class="family" transform="translate({at} {head - 6}) rotate(-90)">{family}</text>')
         for row, (capability, marks) in enumerate(grid.items()):
-            y = head + row * side
+            y = head + row * high
             if not n:
                 parts.append(text(left - 8, y + 10, capability.replace("_", " "), "end"))
             for column, mark in enumerate(marks):
-                squares[mark].append(f"M{x + column * side} {y}h11v11h-11z")
+                squares[mark].append(f"M{x + column * wide} {y}h{wide - 1}v{high - 2}h{1 - wide}z")
     parts += [f'<path class="{CELLS[mark][0]}" d="{"".join(drawn)}"/>' for mark, drawn in squares.items()]
-    floor = head + len(next(iter(data["cells"].values()))) * side + 18
+    floor = head + len(next(iter(data["cells"].values()))) * high + 18
     for n, (kind, told) in enumerate(CELLS.values()):
         x = left + 150 * n
         parts += [f'<rect class="{kind}" x="{x}" y="{floor - 10}" width="11" height="11"/>', text(x + 17, floor, told)]
     style = (
+        ".matrix text.family { font-size: 8px }\n"
         ".matrix .right { fill: #2e9e5b; fill-opacity: .55 }\n.matrix .wrong { fill: #d93025 }\n"
         ".matrix .missing { fill: currentColor; fill-opacity: .15 }\n"
     )
