@@ -35,7 +35,7 @@ from statecache.lease import Lease
 from statecache.models import file
 from statecache.models.checks import no_token
 from statecache.models.decoder import decoder_of
-from statecache.models.fingerprint import fingerprint
+from statecache.models.fingerprint import fingerprint, versions
 from statecache.models.interface import check_version
 from statecache.models.layers import Layer
 from statecache.models.prepared import Prepared
@@ -63,21 +63,31 @@ class Expected:
 
 
 class Weights:
-    """Whose weights filled a cache: as a file said, or those of a decoder that is still there."""
+    """Whose weights filled a cache: those of a file that was verified, or of one decoder that has not changed since."""
 
-    def __init__(self, known: str | None = None) -> None:
-        self.known = known
+    def __init__(self, known: str | None = None, unknown: bool = False) -> None:
+        """`unknown`: nobody knows whose weights filled it, nor ever will."""
+        self.known, self.unknown = known, unknown
         self._decoder: weakref.ref[torch.nn.Module] | None = None
+        self._versions = 0
 
     def filled_by(self, decoder: torch.nn.Module) -> None:
         """Look at this decoder, when somebody asks. Does not keep it alive."""
-        if self._decoder is None or self._decoder() is not decoder:
-            self._decoder = weakref.ref(decoder)
+        if self._decoder is not None and self._decoder() is decoder:
+            return
+        if self._decoder is not None or self.known is not None:  # another one, which may have the same weights
+            self.known = self.fingerprint()
+            self.unknown = self.unknown or self.known is None or self.known != fingerprint(decoder)
+        self._decoder, self._versions = weakref.ref(decoder), versions(decoder)
 
     def fingerprint(self) -> str | None:
         """A digest of the weights; None where nobody knows them."""
+        if self.unknown:
+            return None
         decoder = None if self._decoder is None else self._decoder()
-        return self.known if decoder is None else fingerprint(decoder)
+        if decoder is None:
+            return self.known
+        return fingerprint(decoder) if versions(decoder) == self._versions else None
 
 
 class StateCache(Cache):
@@ -148,7 +158,8 @@ class StateCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         self.writer.finish()
-        return {**self.__dict__, "weights": Weights(self.weights.fingerprint())}
+        known = self.weights.fingerprint()
+        return {**self.__dict__, "weights": Weights(known, unknown=known is None and bool(self.rows))}
 
     # ---- what it holds
 
@@ -364,11 +375,9 @@ class StateCache(Cache):
                 f"{path} holds the states of a {described.model} model of another configuration than this "
                 f"{made.spec.model} model's: load the model that filled it"
             )
-        weights = Weights(described.fingerprint)
-        if whole:
-            weights.filled_by(decoder_of(model))
+        there = fingerprint(decoder_of(model)) if whole and described.fingerprint is not None else None
         if not allow_unverified:
-            _verify(path, described.fingerprint, weights.fingerprint() if whole else None, whole)
+            _verify(path, described.fingerprint, there, whole)
         snapshots = file.read(path, described)
         device = made.states.device or (next(model.parameters()).device if whole else torch.device("cpu"))
         if snapshots and made.rows is None:
@@ -380,7 +389,7 @@ class StateCache(Cache):
                 made.states.declare(name, spec)
         for row, snapshot in enumerate(snapshots):
             made.admit(row, snapshot.on(device))
-        made.weights = weights
+        made.weights = Weights(there, unknown=there is None or there != described.fingerprint)
         return made
 
     def filled_by(self, decoder: torch.nn.Module) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +36,6 @@ AXES = {  # what the axes of an entry are, by kind of state and how many there a
     ("recurrent", 3): ("heads", "head size", "state size"),
     ("position", 1): ("size",),
 }
-WORDS = 1 << 16  # of a block of the checksum
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,12 @@ def write(
     text = json.dumps({"format": FORMAT, **asdict(described)}, sort_keys=True)
     metadata = {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
     target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    temporary.touch(exist_ok=False)
+    mode = (target if target.exists() else temporary).stat().st_mode  # as other programs write files
     try:
         save_file(entries, temporary, metadata)
+        temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(target)
     except BaseException:
@@ -210,28 +211,8 @@ def read(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
 
 
 def checksum(tensor: Tensor) -> str:
-    """16 bytes, in hexadecimal, of a contiguous tensor's bytes: see docs/format.md. At the speed of memory."""
-    flat = tensor.flatten().view(torch.uint8) if tensor.numel() else torch.zeros(0, dtype=torch.uint8)
-    whole = len(flat) // (8 * WORDS) * 8 * WORDS
-    columns, rows = torch.zeros(WORDS, dtype=torch.int64), []
-    for part in (flat[:whole], flat[whole:]):
-        if not len(part):
-            continue
-        if part.data_ptr() % 8 or len(part) % (8 * WORDS):
-            padded = torch.zeros(-(-len(part) // (8 * WORDS)) * 8 * WORDS, dtype=torch.uint8)
-            padded[: len(part)] = part
-            part = padded
-        words = part.view(torch.int64).view(-1, WORDS)
-        columns += words.sum(0)
-        rows.append(words.sum(1))
-    sums = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-    found = (_weighted(columns), _weighted(sums))
-    return "".join(f"{value % (1 << 64):016x}" for value in found)
-
-
-def _weighted(sums: Tensor) -> int:
-    """The sum of these, each times an odd number of its own, modulo 2^64."""
-    return int((sums * (2 * torch.arange(len(sums)) + 1)).sum())
+    """CRC-32 of a contiguous tensor's bytes, in hexadecimal."""
+    return f"{zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0:08x}"
 
 
 def _damaged(path: object, why: str) -> FileError:

@@ -39,6 +39,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def versions(model: nn.Module) -> int:
+    """What changes when a weight is written to or an adapter is switched: quick, and of this process alone."""
+    switched = [str(getattr(m, what, None)) for m in model.modules() for what in ADAPTERS if hasattr(m, what)]
+    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters() if not p.is_meta]
+    return hash((tuple(switched), tuple(weights)))
+
+
 def _sample(tensor: Tensor) -> bytes:
     """All of a small tensor, else pieces from its beginning to its end."""
     flat = tensor.detach().contiguous().flatten()
