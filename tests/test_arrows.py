@@ -30,6 +30,7 @@ INSIDE = {
         "prepared",
         "unmodified",
         "cache",
+        "plan",
         "positions",
         "masks given code",
         "columns",
