@@ -85,19 +85,17 @@ def test_a_plan_is_what_passes_leave(name: str, prepared: bool) -> None:
         sc.prepare(model)
     # unprepared, some take one token at a time on top of others
     passes, kept = (5, 1, 66, 80) if prepared else (66, 1), {"dtype": "float32", "device": "cpu"}
-    for store, slack in (("dense", 0), ("paged", 3)):
-        options = {"slack": slack, "store": store}
-        grown, at_once = sc.StateCache(model.config, **options), sc.StateCache(model.config, rows=2, **kept, **options)
-        fixed = sc.StateCache(model.config, capacity=200, **options)
-        for cache in (grown, at_once, fixed):
-            lengths = feed(model, cache, passes)
-        plans = (
-            (grown, {"lengths": lengths}),
-            (at_once, {"lengths": [0, *lengths]}),
-            (fixed, {"capacity": 200}),
-        )
-        for cache, where in plans:
-            assert_equal(sc.plan(model.config, rows=2, prepared=prepared, **where, **options), cache)
+    options: dict[str, Any] = {"slack": 3, "store": "paged" if prepared else "dense"}
+    grown, at_once = sc.StateCache(model.config, **options), sc.StateCache(model.config, rows=2, **kept, **options)
+    fixed = sc.StateCache(model.config, capacity=200, **options)
+    for cache in (grown, at_once, fixed):
+        lengths = feed(model, cache, passes)
+    for cache, where in (
+        (grown, {"lengths": lengths}),
+        (at_once, {"lengths": [0, *lengths]}),
+        (fixed, {"capacity": 200}),
+    ):
+        assert_equal(sc.plan(model.config, rows=2, prepared=prepared, **where, **options), cache)
 
 
 def test_how_a_cache_grew_is_seen() -> None:
@@ -135,18 +133,16 @@ def test_a_token_takes_what_the_capacity_grows_by(name: str, store: str) -> None
 @pytest.mark.parametrize("name", ["lara_mini", "kimi_linear", "zaya", "llama"])
 def test_a_budget_is_used_up(name: str, store: str) -> None:
     config, given = configuration(name), {"slack": 2, "store": store, "checkpoints": 2, "weights": True}
-    capacities = (5, 123_457)
-    for budget in (sc.plan(config, rows=4, capacity=n, **given).total + 7 for n in capacities):
+    for n, over in ((5, 0), (123_457, 7)):
+        budget = sc.plan(config, rows=4, capacity=n, **given).total + over
         widest = sc.plan(config, rows=4, budget=budget, **given)
-        at = {"rows": 4, **given}
         assert widest.fits and widest.rows == 4
+        at = {"rows": 4, **given}
         assert sc.plan(config, capacity=widest.capacity, **at).total == widest.total <= budget
-        if widest.capacity != MOST:
-            assert sc.plan(config, capacity=widest.capacity + 1, **at).total > budget
-        most = sc.plan(config, capacity=50, budget=budget, **given) if budget > 2**21 else None
-        if most is not None:
-            assert most.total <= budget
-            assert sc.plan(config, capacity=50, rows=most.rows + 1, **given).total > budget
+        assert sc.plan(config, capacity=widest.capacity + 1, **at).total > budget
+    most = sc.plan(config, capacity=50, budget="8MiB", **given)
+    assert most.rows > 4 and most.total <= 2**23
+    assert sc.plan(config, capacity=50, rows=most.rows + 1, **given).total > 2**23
 
 
 def test_rows_are_looked_for_at_given_lengths() -> None:
