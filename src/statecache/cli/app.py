@@ -294,7 +294,7 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FOLDER|FILE|NAME]",
+            metavar="FOLDER|FILE|NAME",
             callback=_named,
             help="Checkpoint folder, its config.json, or hub name. Left out: the embedded model.",
         ),
@@ -334,7 +334,7 @@ def plan(
     """Say what a cache will take, and the most rows or tokens for a budget. Reads the configuration, never weights."""
     if capacity is not None and length is not None:
         raise CommandError("--capacity and --length are both given: keep one of them", 2)
-    if capacity is None and length is None and budget is None and device is None:
+    if capacity is None and length is None and budget is None and device in (None, "cpu"):
         length = 2048
     with spinner("starting PyTorch"):
         from statecache.cli.plan import plan_command
