@@ -30,6 +30,7 @@ INSIDE = {
         "prepared",
         "unmodified",
         "cache",
+        "plan",
         "positions",
         "masks given code",
         "columns",
@@ -56,7 +57,7 @@ INSIDE = {
         "stream",
         "generate",
     ],
-    "cli": ["failure report", "model", "measure writing inspect", "generate chat bench", "demo", "app"],
+    "cli": ["failure report", "model", "measure writing inspect plot", "generate chat bench plan", "demo", "app"],
 }
 NO_TORCH = ("errors", "rotary", "decode.request")
 FOREIGN = {"torch._dynamo", "._version", "._modules", "._hf_hook", "._attn_implementation"}  # private names of others

@@ -33,6 +33,7 @@ import statecache as sc
 from statecache.cli import chat, main
 from statecache.cli.measure import measure, ratio
 from statecache.cli.model import Settings, drawing, load, load_model
+from statecache.cli.plot import curves
 from statecache.cli.writing import Stop, write_on
 from statecache.decode.processors import APPLIED, REFUSED, REFUSED_DRAWN
 from statecache.models.names import FUNCTIONS_TAKE
@@ -95,7 +96,15 @@ def program(*args: str, **options) -> subprocess.Popen[str]:
 @pytest.mark.program
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["demo", "-h"], ["bench", "-h"]],
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["chat", "--help"],
+        ["inspect", "--help"],
+        ["demo", "-h"],
+        ["bench", "-h"],
+        ["plan", "-h"],
+    ],
 )
 def test_help_answers_without_torch(args):
     code = (
@@ -159,6 +168,15 @@ def test_version_is_that_of_the_package(statecache):
         (["nonsense"], False, 2, "No such command 'nonsense'"),
         (["generate", "a", "--model", "./no/such/folder"], False, 1, 'there is no folder "./no/such/folder": give'),
         (["inspect", "--model", "tests"], False, 1, '"tests" holds no config.json: give the folder of'),
+        (["plan", "tests"], False, 1, '"tests" holds no config.json: give the folder of'),
+        (["plan", "pyproject.toml"], False, 1, 'cannot load "pyproject.toml"'),
+        (["plan", "--budget", "much"], False, 1, "budget='much': give bytes, or a size such as \"24GiB\""),
+        (["plan", "--budget", "1KiB"], False, 1, "budget=1024: 1 row of 1 tokens takes"),
+        (["plan", "--capacity", "4", "--length", "4"], False, 2, "--capacity and --length are both given: keep"),
+        (["plan", "--capacity", "4", "--slack", "5"], False, 1, "slack=5 is more than capacity=4"),
+        (["plan", "--store", "cloud"], False, 1, "store='cloud': give one of 'dense'"),
+        (["plan", "--plot", "x.gif"], False, 2, "--plot x.gif: give a name that ends in .svg or .png"),
+        (["plan", "--plot", "no/x.svg"], False, 2, "--plot no/x.svg: there is no folder no: make it first"),
         (["generate", "a", "--device", "abacus"], False, 2, 'no device "abacus" here: leave --device out'),
     ],
 )
@@ -900,3 +918,88 @@ def test_inspect_knows_the_embedded_model(statecache):
     report = json.loads(out)
     assert code == 0
     assert {s["kind"] for x in report["layers"] for s in x["states"]} >= {"conv", "recurrent", "attention"}
+
+
+# ---- plan
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+def test_plan_is_what_a_cache_takes(statecache, checkpoint, where):
+    model = checkpoint if where == "folder" else str(Path(checkpoint, "config.json"))
+    args = ("--rows", "2", "--capacity", "40", "--slack", "3", "--dtype", "float32", "--store", "int8")
+    code, out, err = statecache("plan", model, *args, "--checkpoints", "2", "--weights", "--budget", "1GB", "--json")
+    assert (code, err) == (0, "")
+    said, config = json.loads(out), transformers.AutoConfig.from_pretrained(checkpoint)
+    options = {"rows": 2, "capacity": 40, "slack": 3, "dtype": "float32", "store": "int8"}
+    cache = sc.StateCache(config, device="cpu", **options)
+    assert said["bytes"] == {**cache.nbytes().by_kind, "total": cache.nbytes().total}
+    assert said["bytes_per_checkpoint"] == cache.checkpoint().nbytes
+    kept = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
+    assert said["weights"] == sum(t.nbytes for t in [*kept.parameters(), *kept.buffers()])
+    assert said["total"] == said["bytes"]["total"] + 2 * said["bytes_per_checkpoint"] + said["weights"]
+    assert said["fits"] and said["budget"] == 10**9
+
+
+def test_plan_finds_what_fits(statecache):
+    code, out, _ = statecache("plan", "--rows", "8", "--budget", "1GiB", "--json")
+    widest = json.loads(out)
+    assert code == 0 and widest["rows"] == 8
+    assert 2**30 - 8 * widest["bytes_per_token"]["total"] < widest["total"] <= 2**30
+    most = json.loads(statecache("plan", "--capacity", "4096", "--budget", "1GiB", "--json")[1])
+    assert 2**30 - most["bytes_per_row"]["total"] < most["total"] <= 2**30
+    assert most["capacity"] == 4096
+
+
+def test_plan_shows_a_table(statecache):
+    code, out, err = statecache(
+        "plan", "--rows", "3", "--length", "2048", "--checkpoints", "1", "--weights", "--budget", "20MiB"
+    )
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[:2] == ["qwen3_5_text, bfloat16: 3 rows grown to 2,048 tokens", "all rows a row a token"]
+    assert lines[2].startswith("attention state 7.5 MiB 2.5 MiB 1.0 KiB")
+    assert lines[-1].startswith("It does not fit: ")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "A checkpoint of all rows would take" in statecache("plan")[1]
+
+
+def test_plan_of_what_does_not_grow_says_so(statecache, tmp_path):
+    transformers.Mamba2Config().save_pretrained(tmp_path)
+    assert "1 row of any length" in statecache("plan", str(tmp_path), "--budget", "1GiB")[1]
+    assert json.loads(statecache("plan", str(tmp_path), "--budget", "1GiB", "--json")[1])["capacity"] is None
+
+
+def test_plan_says_which_shapes_nobody_knows(statecache, tmp_path):
+    BloomConfig().save_pretrained(tmp_path)
+    code, out, err = statecache("plan", str(tmp_path))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "layer 0 of bloom" in err and "does not know the shapes" in err
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plan_draws_what_it_says(statecache, checkpoint, tmp_path, suffix):
+    file = tmp_path / f"plan.{suffix}"
+    code, out, _ = statecache("plan", checkpoint, "--capacity", "4096", "--slack", "2", "--plot", str(file))
+    assert code == 0 and f"drawn: {file}" in out
+    assert file.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+
+
+def test_a_curve_is_what_caches_take(checkpoint):
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    options = {"rows": 2, "capacity": 1000, "slack": 2, "dtype": "float32", "store": "paged"}
+    lengths, ours, alone = curves(config, sc.plan(config, **options), options)
+    assert lengths == [256, 512, 1000]
+    kept = {**options, "device": "cpu"}
+    assert ours == [sc.StateCache(config, **{**kept, "capacity": n}).nbytes().total for n in lengths]
+    # four layers with two heads of 16 for keys and for values, and lengths of the rows
+    assert [n - 2 * 4 * 2 * 2 * 16 * 4 * of for n, of in zip(alone, lengths, strict=True)] == [66] * 3
+
+
+def test_without_a_plotting_library_plan_says_what_to_install(statecache, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = statecache("plan", "--plot", str(tmp_path / "x.svg"))
+    assert (code, out, err) == (
+        1,
+        "",
+        "statecache: --plot needs matplotlib: pip install 'statecache[plot]', or leave it out\n",
+    )

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from statecache.decode.report import Report as Report
     from statecache.models.cache import StateCache as StateCache
     from statecache.models.fused import explain as explain
+    from statecache.models.plan import Plan as Plan
+    from statecache.models.plan import plan as plan
     from statecache.models.prepare import prepare as prepare
     from statecache.models.prepare import unprepare as unprepare
     from statecache.round import Round as Round
@@ -25,12 +27,14 @@ _HOME = {
     "Decoder": "decode.decoder",
     "Mark": "snapshot",
     "ModelSpec": "spec",
+    "Plan": "models.plan",
     "Report": "decode.report",
     "Round": "round",
     "StateCache": "models.cache",
     "States": "states",
     "explain": "models.fused",
     "generate": "decode.generate",
+    "plan": "models.plan",
     "prepare": "models.prepare",
     "unprepare": "models.prepare",
 }
@@ -39,6 +43,7 @@ __all__ = [
     "Decoder",
     "Mark",
     "ModelSpec",
+    "Plan",
     "Report",
     "Round",
     "StateCache",
@@ -46,6 +51,7 @@ __all__ = [
     "errors",
     "explain",
     "generate",
+    "plan",
     "prepare",
     "unprepare",
 ]

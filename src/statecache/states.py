@@ -366,7 +366,7 @@ class States:
         if now.after is not None and self.marks.longest:
             self.marks.written(clock.known.lengths, now.rows, now.taken(clock.known))
         if self.capacity is None and now.step.end is not None and now.step.end > self._room:
-            self._reserve(now.step.end)
+            self.reserve(now.step.end)
         if now.operators is not None and self.logs.operators is not now.operators:
             self.logs.bind(now.operators)
         self.logs.catch_up(clock)
@@ -424,8 +424,8 @@ class States:
         lengths = clock.known.lengths if now.rows is None else [clock.known.lengths[row] for row in now.rows]
         return max(min(lengths) - 1, 0), now.step.end  # a copy of a state is that of the token before
 
-    def _reserve(self, end: int) -> None:
-        """Make room for rows of this length."""
+    def reserve(self, end: int) -> None:
+        """Make room for rows of this length, as a pass up to it does."""
         for state in self.held.values():
             state.reserve(end)
         growing = [s.capacity for s in dict.values(self.held) if isinstance(s, Ring) and s.capacity != s.limit]
@@ -714,7 +714,7 @@ class States:
             if name not in self.held and name in self.declared:
                 self.allocate(name, self.dtype or entries.dtype, self.device or entries.device, snapshot.length)
         if self.capacity is None:
-            self._reserve(snapshot.length)
+            self.reserve(snapshot.length)
         with self._changing("an admission"):
             self.marks.invalidate(f"row {row} was filled from a snapshot since")
             index = {

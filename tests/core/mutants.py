@@ -769,11 +769,11 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            pass  # a compiled",
         ),
         "a growing cache makes no room": (
-            "            self._reserve(now.step.end)\n",
+            "            self.reserve(now.step.end)\n",
             "            pass\n",
         ),
         "a growing cache makes no room for a value": (
-            "            self._reserve(snapshot.length)\n",
+            "            self.reserve(snapshot.length)\n",
             "            pass\n",
         ),
         "room is remembered though a ring is new": (

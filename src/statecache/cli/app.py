@@ -289,6 +289,71 @@ def inspect(
     inspect_command(model, rows, length, dtype, json=json)
 
 
+@app.command(epilog="Example: statecache plan org/name --rows 32 --capacity 8192 --budget 24GiB")
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FOLDER|FILE|NAME",
+            callback=_named,
+            help="Checkpoint folder, its config.json, or hub name. Left out: the embedded model.",
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Sequences side by side. Left out: 1, or as many as fit the budget.")
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a row, at fixed addresses. Left out: --length, or all that fit the budget."
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that a growing cache was given at once. Left out: 2048."),
+    ] = None,
+    slack: Annotated[int, typer.Option(min=0, help="Tokens that each row can forget.")] = 0,
+    store: Annotated[str, typer.Option(help="Where keys and values live: dense, paged, int8, fp8.")] = "dense",
+    checkpoints: Annotated[int, typer.Option(min=0, help="Checkpoints that are held at once.")] = 0,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What there is, such as 24GiB. Left out with --device cuda: what is free."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1: whose free memory is the budget.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Left out: the checkpoint's own.")] = None,
+    prepared: Annotated[
+        bool, typer.Option("--prepared", help="For a prepared model: slack by logs, not copies.")
+    ] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Count the model's weights, too.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg|png", help="Draw bytes over context length. Needs statecache\\[plot]."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a cache will take, and the most rows or tokens for a budget. Reads the configuration, never weights."""
+    if capacity is not None and length is not None:
+        raise CommandError("--capacity and --length are both given: keep one of them", 2)
+    if capacity is None and length is None and budget is None and device in (None, "cpu"):
+        length = 2048
+    with spinner("starting PyTorch"):
+        from statecache.cli.plan import plan_command
+    options = {
+        "rows": rows,
+        "capacity": capacity,
+        "lengths": length,
+        "slack": slack,
+        "store": store,
+        "checkpoints": checkpoints,
+        "budget": budget,
+        "device": device,
+        "dtype": dtype,
+        "prepared": prepared,
+        "weights": weights,
+    }
+    plan_command(model, options, plot, json=json)
+
+
 def _one_prompt(argument: str | None, option: str | None, file: Path | None, messages: Path | None) -> str:
     ways = {"PROMPT": argument, "--prompt": option, "--file": file, "--messages": messages}
     given = [name for name, x in ways.items() if x is not None]

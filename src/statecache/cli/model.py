@@ -115,8 +115,8 @@ def new_cache(loaded: Loaded, settings: Settings) -> Any:
 
 
 def load_config(model: str | None) -> Any:
-    """The configuration alone."""
-    source = find(model)
+    """The configuration alone, also from its file."""
+    source = model if model is not None and Path(model).is_file() else find(model)
     with spinner(f"reading the configuration of {model or 'the embedded model'}"), reading(source):
         return transformers.AutoConfig.from_pretrained(source)
 
@@ -145,7 +145,7 @@ def reading(source: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         told = error.__cause__ if isinstance(error, StrictDataclassError) else error
         cause = next((line.strip() for line in str(told).splitlines() if line.strip()), type(error).__name__)
-        if Path(source).is_dir():
+        if Path(source).exists():
             raise CommandError(f'cannot load "{source}": {cause}') from error
         hint = "check the name and the network, or give a folder"
         raise CommandError(f'"{source}" is no folder here and no model that the hub gave ({hint}): {cause}') from error

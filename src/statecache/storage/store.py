@@ -77,7 +77,7 @@ class MakeStore(Protocol):
 
 def fixed(tensor: Tensor) -> Tensor:
     """Promise torch.compile that this tensor never moves; unpromised, a CUDA graph may copy it or be skipped."""
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or tensor.is_meta):  # what has no memory has no address
         torch._dynamo.mark_static_address(tensor)
     return tensor
 
