@@ -870,6 +870,8 @@ def test_inspect_shows_a_saved_cache(statecache, tmp_path):
     code, out, err = statecache("inspect", file)
     assert (code, out) == (1, "") and "damaged" in err
     assert statecache("inspect", file, "--model", "x")[0] == 2
+    code, out, err = statecache("inspect", str(tmp_path))
+    assert (code, out) == (2, "") and f"--model {tmp_path}" in err.replace("\n", "")
 
 
 def test_inspect_shows_every_layer_and_the_total(statecache, checkpoint):

@@ -281,6 +281,8 @@ def inspect(
     """Show what a model's cache is made of, from the configuration alone; or what a saved cache holds."""
     if file is not None and model is not None:
         raise CommandError("a file and --model are both given: keep one of them", 2)
+    if file is not None and (file.is_dir() or file.suffix == ".json"):
+        raise CommandError(f"{file} is no saved cache: give a model with --model {file}", 2)
     with spinner("starting PyTorch"):
         from statecache.cli.inspect import inspect_command, inspect_file
     if file is not None:
