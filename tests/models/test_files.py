@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import statecache as sc
 from statecache import errors
 from statecache.models import file
+from statecache.models.decoder import decoder_of
 from statecache.models.fingerprint import fingerprint
 from statecache.models.table import model_spec
 
@@ -217,6 +218,21 @@ def test_weights_that_change_between_filling_and_saving_are_unknown(tmp_path: Pa
     feed(tiny(), again, torch.tensor([[1], [2]]))  # other weights go on with it
     again.save(path)
     assert file.describe(path).fingerprint is None
+
+
+def test_weights_that_are_away_are_unknown_and_stop_nothing(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    away = copy.deepcopy(model)
+    away.get_input_embeddings().weight = nn.Parameter(away.get_input_embeddings().weight.to("meta"))
+    filled(model).save(path)
+    alone, after = sc.StateCache(model.config), sc.StateCache.load(path, model)
+    for cache in (alone, after):  # by a model whose weights are offloaded, alone and after another
+        cache.filled_by(decoder_of(away))
+        for same in (cache, cache.fork(), copy.deepcopy(cache)):
+            same.save(tmp_path / "other")
+            assert file.describe(tmp_path / "other").fingerprint is None
+    with pytest.raises(errors.ConfigError, match="allow_unverified"):
+        sc.StateCache.load(path, away)
 
 
 def test_a_file_is_as_readable_as_any(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from statecache.lease import Lease
 from statecache.models import file
 from statecache.models.checks import no_token
 from statecache.models.decoder import decoder_of
-from statecache.models.fingerprint import fingerprint, versions
+from statecache.models.fingerprint import Weights, fingerprint
 from statecache.models.interface import check_version
 from statecache.models.layers import Layer
 from statecache.models.prepared import Prepared
@@ -60,34 +59,6 @@ class Expected:
     count: Tensor | Sequence[int]
     rows: Sequence[int] | None
     counted: Tensor | None
-
-
-class Weights:
-    """Whose weights filled a cache: those of a file that was verified, or of one decoder that has not changed since."""
-
-    def __init__(self, known: str | None = None, unknown: bool = False) -> None:
-        """`unknown`: nobody knows whose weights filled it, nor ever will."""
-        self.known, self.unknown = known, unknown
-        self._decoder: weakref.ref[torch.nn.Module] | None = None
-        self._versions = 0
-
-    def filled_by(self, decoder: torch.nn.Module) -> None:
-        """Look at this decoder, when somebody asks. Does not keep it alive."""
-        if self._decoder is not None and self._decoder() is decoder:
-            return
-        if self._decoder is not None or self.known is not None:  # another one, which may have the same weights
-            self.known = self.fingerprint()
-            self.unknown = self.unknown or self.known is None or self.known != fingerprint(decoder)
-        self._decoder, self._versions = weakref.ref(decoder), versions(decoder)
-
-    def fingerprint(self) -> str | None:
-        """A digest of the weights; None where nobody knows them."""
-        if self.unknown:
-            return None
-        decoder = None if self._decoder is None else self._decoder()
-        if decoder is None:
-            return self.known
-        return fingerprint(decoder) if versions(decoder) == self._versions else None
 
 
 class StateCache(Cache):

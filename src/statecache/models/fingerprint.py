@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from typing import Any
 
 import torch
@@ -39,7 +40,43 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def versions(model: nn.Module) -> int:
+class Weights:
+    """Whose weights filled a cache: those of a file that was verified, or of one decoder that has not changed since."""
+
+    def __init__(self, known: str | None = None, unknown: bool = False) -> None:
+        """`unknown`: nobody knows whose weights filled it, nor ever will."""
+        self.known, self.unknown = known, unknown
+        self._decoder: weakref.ref[nn.Module] | None = None
+        self._versions = 0
+
+    def filled_by(self, decoder: nn.Module) -> None:
+        """Look at this decoder, when somebody asks. Does not keep it alive."""
+        if self._decoder is not None and self._decoder() is decoder:
+            return
+        if self._decoder is not None or self.known is not None:  # another one, which may have the same weights
+            self.known = self.fingerprint()
+            self.unknown = self.unknown or self.known is None or self.known != _if_there(decoder)
+        self._decoder, self._versions = weakref.ref(decoder), _versions(decoder)
+
+    def fingerprint(self) -> str | None:
+        """A digest of the weights; None where nobody knows them, or they are not there to look at."""
+        if self.unknown:
+            return None
+        decoder = None if self._decoder is None else self._decoder()
+        if decoder is None:
+            return self.known
+        return _if_there(decoder) if _versions(decoder) == self._versions else None
+
+
+def _if_there(decoder: nn.Module) -> str | None:
+    """The fingerprint of weights, if none is offloaded: no pass, no copy and no file waits for it."""
+    try:
+        return fingerprint(decoder)
+    except ConfigError:
+        return None
+
+
+def _versions(model: nn.Module) -> int:
     """What changes when a weight is written to or an adapter is switched: quick, and of this process alone."""
     switched = [str(getattr(m, what, None)) for m in model.modules() for what in ADAPTERS if hasattr(m, what)]
     weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters() if not p.is_meta]
