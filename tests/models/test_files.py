@@ -151,6 +151,13 @@ def test_adapters_count_while_they_are_on() -> None:
     assert len({plain, on, fingerprint(model)}) == 3
 
 
+def test_how_a_model_prints_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(prepared=False)
+    was = fingerprint(model)
+    monkeypatch.setattr(nn.Module, "__repr__", lambda module: "as another torch prints it")
+    assert fingerprint(model) == was
+
+
 @pytest.mark.parametrize("place", [0, 300_000, -1])
 def test_large_tensors_are_looked_at_from_end_to_end(place: int) -> None:
     model = nn.Linear(1000, 600)

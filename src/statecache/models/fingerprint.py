@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ def fingerprint(model: nn.Module) -> str:
     told = {name: value for name, value in config.to_dict().items() if name not in VOLATILE}
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, module in model.named_modules():
-        on = [f"{what}={getattr(module, what)}" for what in ADAPTERS if hasattr(module, what)]
-        if on:
+        if on := _switches(module):
             digest.update(f"{name}: {', '.join(on)}".encode())
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
@@ -78,9 +78,27 @@ def _if_there(decoder: nn.Module) -> str | None:
 
 def _versions(model: nn.Module) -> int:
     """What changes when a weight is written to or an adapter is switched: quick, and of this process alone."""
-    switched = [str(getattr(m, what, None)) for m in model.modules() for what in ADAPTERS if hasattr(m, what)]
-    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters() if not p.is_meta]
-    return hash((tuple(switched), tuple(weights)))
+    found: list[object] = []
+    left = [model]
+    while left:  # every new cache asks: torch's own iterators, over names, would take several times as long
+        module = left.pop()
+        left.extend(child for child in module._modules.values() if child is not None)
+        weights = [p for p in module._parameters.values() if p is not None and not p.is_meta]
+        found += [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
+        found += _switches(module)
+    return hash(tuple(found))
+
+
+def _switches(module: nn.Module) -> list[str]:
+    """Which of a layer's adapters count: "name=value"."""
+    own, of_class = vars(module), _switches_of(type(module))
+    return [f"{what}={getattr(module, what)}" for what in ADAPTERS if what in own or what in of_class]
+
+
+@cache
+def _switches_of(kind: type) -> tuple[str, ...]:
+    # transformers' models have methods of these names, which say nothing
+    return tuple(what for what in ADAPTERS if not callable(getattr(kind, what, print)))
 
 
 def _sample(tensor: Tensor) -> bytes:
