@@ -108,6 +108,9 @@ class Log:
 
     def put(self, taken: Parts, step: Step, gates: int) -> None:
         """Write down the parts (R, T, *shape) that a step takes in, the last `gates` of them gates."""
+        n = min(step.tokens, self.inputs.capacity)
+        if n < step.tokens and step.count is None:  # a prompt's last tokens alone are logged: the others are not moved
+            taken = tuple(part[:, -n:] for part in taken)
         parts = (taken[: len(taken) - gates], taken[len(taken) - gates :])
         for ring, each in zip((self.inputs, self.gates), parts, strict=True):
             flat = [part.flatten(2) for part in each]

@@ -56,12 +56,12 @@ class Ring:
     # ---- in a step
 
     def put(self, new: Tensor, step: Step) -> None:
-        """Write the step's entries (R, T, *D); of a chunk longer than the ring, its last C."""
+        """Write the step's entries (R, T, *D); of a chunk longer than the ring its last C, which may come alone."""
         step.write()
         n = min(step.tokens, self.capacity)
         dropped = step.tokens - n
         if isinstance(step.start, int):
-            self._put_runs(new.narrow(self.axis, dropped, n) if dropped else new, step, step.start + dropped)
+            self._put_runs(self._last(n, new), step, step.start + dropped)
             return
         step = step.on(new.device)
         keep: Tensor | None
@@ -70,7 +70,7 @@ class Ring:
             shape = (*new.shape[: self.axis], n, *new.shape[self.axis + 1 :])
             new = new.gather(self.axis, self._spread(index, new).expand(shape))
         else:
-            new = new.narrow(self.axis, dropped, n) if dropped else new
+            new = self._last(n, new)
             keep, at = step.takes(None if self.wraps else self.capacity), step.slots(dropped, n, self.capacity)
         if keep is not None:  # a slot that gets no entry gets its own back
             new = torch.where(self._spread(keep[..., -n:], new), new, self.store.read(at))
@@ -175,6 +175,10 @@ class Ring:
             size = at.stop - at.start
             self.store.write(at, new if size == n else new.narrow(self.axis, done, size))
             done += size
+
+    def _last(self, n: int, new: Tensor) -> Tensor:
+        more = new.shape[self.axis] - n
+        return new.narrow(self.axis, more, n) if more else new
 
     def _nothing(self, n: int, like: Tensor) -> Tensor:
         return like.new_zeros(*like.shape[: self.axis], n, *like.shape[self.axis + 1 :])

@@ -186,7 +186,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ring": {
         "a chunk longer than the ring keeps its first entries": (
-            "new.narrow(self.axis, dropped, n) if dropped else new, step, step.start + dropped",
+            "self._last(n, new), step, step.start + dropped",
             "new.narrow(self.axis, 0, n), step, step.start",
         ),
         "the past of a window is one entry short": (
