@@ -109,9 +109,14 @@ def drafts(loaded: Loaded, settings: Settings) -> bool:
     return settings.lookup > 0 or loaded.assistant is not None
 
 
+def slack_of(loaded: Loaded, settings: Settings) -> int:
+    """How many tokens a cache is to take back: drafts, where there are any."""
+    return 1 + MOST_DRAFTS if drafts(loaded, settings) else 0
+
+
 def new_cache(loaded: Loaded, settings: Settings) -> Any:
-    """An empty cache for the model, with room to take drafts back where there are any."""
-    return sc.StateCache(loaded.model.config, slack=1 + MOST_DRAFTS if drafts(loaded, settings) else 0)
+    """An empty cache for the model."""
+    return sc.StateCache(loaded.model.config, slack=slack_of(loaded, settings))
 
 
 def load_config(model: str | None) -> Any:
