@@ -45,8 +45,9 @@ def chat_command(settings: Settings, system: str | None = None, path: Path | Non
         talk, system = Conversation.of(held, loaded, settings), held.system
         seed, retries = held.seed if settings.seed is None else seed, held.retries
         how["seed"] = (seed + retries) % 2**63
-        said = f", the last of which began: {talk.turns[-1].line}" if talk.turns else ""
-        note(f"{path}: {len(talk.ids)} tokens, {talk.held()} of them in the cache, {len(talk.turns)} turns{said}")
+        count = f"{len(talk.turns)} turn{'s' * (len(talk.turns) != 1)}"
+        last = f"; the last began: {talk.turns[-1].line}" if talk.turns else ""
+        note(f"{path}: {count}, {len(talk.ids)} tokens, {talk.held()} of them in the cache{last}")
     elif path is not None:
         note(f"{path} is new: the conversation is kept there.")
 
