@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,8 +16,8 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 
 
-def save_checkpoint(family: str, folder: Path, template: str | None = None) -> str:
-    """A tiny random model of this family with a tokenizer of bytes."""
+def save_checkpoint(family: str, folder: Path, template: str | None = None, **changes: Any) -> str:
+    """A tiny random model of this family with a tokenizer of bytes. `changes`: of its configuration."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({x: i for i, x in enumerate([*SPECIAL, *alphabet])}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -26,7 +27,7 @@ def save_checkpoint(family: str, folder: Path, template: str | None = None) -> s
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    model, _ = families.build(family, vocab_size=len(tokenizer))
+    model, _ = families.build(family, vocab_size=len(tokenizer), **changes)
     model.save_pretrained(folder)
     return str(folder)
 

@@ -37,6 +37,18 @@ def checkpoint_of(family: str, folder: Path, template: str | None = None, **asks
 # ---- going on
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 2 * j for j in range(8)],
+    "factor": 4.0,
+    "original_max_position_embeddings": 44,
+}
+CHANGES = {"falcon_h1": {"rope_parameters": LONGROPE, "max_position_embeddings": 512}}
+
+
 @pytest.mark.parametrize(
     ("family", "template", "how", "lines"),
     [
@@ -48,13 +60,15 @@ def checkpoint_of(family: str, folder: Path, template: str | None = None, **asks
         ("mamba", None, "--temperature 1 --seed 1", FEWER),
         ("recurrent_gemma", TEMPLATE, "--temperature 1 --seed 2", FEWER),
         ("qwen4_exp", None, "--temperature 1 --seed 2", FEWER),
+        ("falcon_h1", None, "--temperature 1 --seed 2", "Once|a fox|and|there was a hen|/stats|/undo|/undo|a|/retry"),
     ],
 )
 def test_a_conversation_that_is_left_after_each_line_is_the_one_that_never_was(
     statecache, tmp_path, family, template, how, lines
 ):
-    model = [] if family is None else ["-m", save_checkpoint(family, tmp_path / "model", template)]
-    args = ["chat", *model, "-n", "9", *how.split()]
+    args = ["chat", "-n", "9", *how.split()]
+    if family is not None:
+        args += ["-m", save_checkpoint(family, tmp_path / "model", template, **CHANGES.get(family, {}))]
     _, whole, told = statecache(*args, stdin=lines.replace("|", "\n"))
     kept, parts, notes = str(tmp_path / "kept"), "", []
     for line in lines.split("|"):
@@ -195,9 +209,10 @@ def begun(tmp_path_factory):
     settings = Settings(device="cpu")
     loaded = load(settings, show=False)
     of = chat.Conversation(loaded, settings)
-    of.say("Once upon a time")
-    with Stop() as stop:
-        of.answer({"max_new_tokens": 3}, stop)
+    for line in ("Once upon a time", "there was"):
+        of.say(line)
+        with Stop() as stop:
+            of.answer({"max_new_tokens": 3}, stop)
     session.write(folder / "kept", session.Session(of.cache, of.ids, of.turns, None, 1), loaded)
     of.cache.save(folder / "cache")
     return folder
@@ -254,7 +269,7 @@ def test_a_system_message_is_the_one_that_it_was_begun_with(statecache, tmp_path
 def test_a_conversation_that_makes_no_sense_is_damage(statecache, tmp_path, begun):
     described = file.describe(begun / "kept")
     rows = file.read(begun / "kept", described)
-    for change in ({"turns": 3}, {"turns": [{"line": "x"}]}, {"unread": None}, {"seed": ...}, {"model": ...}):
+    for change in ({"turns": 3}, {"turns": [{"line": "x"}]}, {"unread": None}, {"seed": "x"}, {"seed": ...}, {"model": ...}):
         told = {name: x for name, x in {**described.session, **change}.items() if x is not ...}
         fingerprint = "x" if "model" in change else described.fingerprint
         whose = {"model": described.model, "made_for": described.made_for, "fingerprint": fingerprint}
@@ -291,11 +306,20 @@ def test_what_cannot_be_written_is_said_and_the_conversation_goes_on(statecache,
     with monkeypatch.context() as patch:
         patch.setattr(file, "save_file", full)
         code, out, err = statecache(*args, stdin="there was\na fox\n")
-    assert code == 0 and len(out.splitlines()) == 2
+    assert code == 0 and out and err.count("tokens reused") == 2
     said = f"Not kept: {kept} cannot be written (No space left on device), and stays as it was."
     assert err.splitlines().count(said) == 2
     assert kept.read_bytes() == (begun / "kept").read_bytes()
     assert [x.name for x in tmp_path.iterdir()] == ["kept"]
+
+
+def test_ctrl_c_waits_for_the_file(statecache, tmp_path, begun, monkeypatch):
+    kept, save = tmp_path / "kept", file.save_file
+    kept.write_bytes((begun / "kept").read_bytes())
+    monkeypatch.setattr(file, "save_file", lambda *args: (signal.raise_signal(signal.SIGINT), save(*args)))
+    code, _, err = statecache("chat", "-n", "2", "--session", str(kept), stdin="a\nb\n")
+    assert code == 0 and err.count("tokens reused") == 2
+    assert [turn["line"] for turn in file.describe(kept).session["turns"][2:]] == ["a", "b"]
 
 
 def test_a_link_stays_one(statecache, tmp_path, begun):
@@ -304,7 +328,7 @@ def test_a_link_stays_one(statecache, tmp_path, begun):
     (tmp_path / "link").symlink_to(tmp_path / "there" / "kept")
     statecache("chat", "-n", "2", "--session", str(tmp_path / "link"), stdin="there was")
     assert (tmp_path / "link").is_symlink()
-    assert len(file.describe(tmp_path / "there" / "kept").session["turns"]) == 2
+    assert len(file.describe(tmp_path / "there" / "kept").session["turns"]) == 3
 
 
 # ---- what is in it
@@ -319,16 +343,16 @@ def test_inspect_shows_a_conversation(statecache, begun):
         "model": "embedded",
         "dtype": "float32",
         "system": None,
-        "tokens": 7,
-        "turns": ["Once upon a time"],
-        "points": [],
+        "tokens": 12,
+        "turns": ["Once upon a time", "there was"],
+        "points": [6],
     }
     out = statecache("inspect", kept)[1]
     for words in (
         "conversation with │ embedded, float32",
-        "its tokens │ 7",
-        "its turns │ 1",
-        "back to tokens │ none",
+        "its tokens │ 12",
+        "its turns │ 2",
+        "back to tokens │ 6",
         "checksums │ right",
     ):
         assert words in " ".join(out.split()), out
@@ -338,7 +362,7 @@ def test_inspect_shows_a_conversation(statecache, begun):
 def test_a_session_is_a_cache_too(begun):
     settings = Settings(device="cpu")
     cache = sc.StateCache.load(begun / "kept", load(settings, show=False).model)
-    assert cache.lengths.tolist() == [6]
+    assert cache.lengths.tolist() == [11]
 
 
 # ---- a process that ends

@@ -9,7 +9,7 @@ from typing import Any
 
 from statecache.cli import session as sessions
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, new_cache, options
+from statecache.cli.model import Loaded, Settings, load, new_cache, options, tokens_held
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.session import Session, Turn
 from statecache.cli.writing import Stop, Written, write_on
@@ -137,13 +137,18 @@ class Conversation:
         turn = self.turns.pop()
         try:
             if turn.point is None:
-                self.cache = new_cache(self.loaded, self.settings)
+                self._start_over()
             else:
                 self.cache.admit(0, turn.point)
         except RotaryError:  # the row was read anew since, with keys that are no use to a shorter one
-            self.cache = new_cache(self.loaded, self.settings)
+            self._start_over()
         self.ids = turn.ids
         return turn.line
+
+    def _start_over(self) -> None:
+        """Read all tokens again in the next turn: an empty row goes back to no point."""
+        self.cache = new_cache(self.loaded, self.settings)
+        self.turns = [replace(turn, point=None) for turn in self.turns]
 
     def fork(self) -> "Conversation":
         """A copy to go on from, whose turns so far cannot be taken back."""
@@ -153,7 +158,7 @@ class Conversation:
 
     def held(self) -> int:
         """How many of the tokens the cache has taken in."""
-        return int(self.cache.get_seq_length())
+        return tokens_held(self.cache)
 
     def say(self, text: str) -> None:
         """Append what the user says, in the model's own form, to the tokens."""
@@ -204,8 +209,7 @@ class Conversation:
             try:
                 self.cache.restore(mark)
             except StaleMarkError:
-                self.cache = new_cache(self.loaded, self.settings)
-                self.turns = [replace(turn, point=None) for turn in self.turns]
+                self._start_over()
             return None
         self.ids += written.tokens
         return written

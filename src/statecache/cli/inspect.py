@@ -56,6 +56,7 @@ def inspect_file(path: Path, *, json: bool) -> None:
     for snapshot in read(path, described) + read_points(path, described):
         for name, entries in snapshot.entries.items():
             by_kind[described.states[name]["kind"]] += entries.nbytes
+    talk = _session(described)
     report = {
         "file": str(path),
         "model_type": described.model,
@@ -63,7 +64,7 @@ def inspect_file(path: Path, *, json: bool) -> None:
         "rows": [{"length": row["length"], "tokens": row["tokens"] is not None} for row in described.rows],
         "bytes": {**by_kind, "total": by_kind.total()},
         "checksums": "right",
-        "session": _session(described),
+        "session": talk,
     }
     if json:
         print(json_format.dumps(report))
@@ -72,13 +73,11 @@ def inspect_file(path: Path, *, json: bool) -> None:
     weights = "unverified" if described.fingerprint is None else described.fingerprint[:16]
     lengths = ", ".join(f"{length:,}" for length in described.lengths) or "none"
     said = [("model", described.model), ("weights", weights), ("tokens of its rows", lengths)]
-    if talk := report["session"]:
-        back = ", ".join(f"{point['length']:,}" for point in described.points) or "none"
+    if talk is not None:
+        back = ", ".join(f"{length:,}" for length in talk["points"]) or "none"
         said += [
             ("conversation with", f"{talk['model']}, {talk['dtype']}"),
             ("its system message", talk["system"] or "none"),
-        ]
-        said += [
             ("its tokens", f"{talk['tokens']:,}"),
             ("its turns", str(len(talk["turns"]))),
             ("goes back to tokens", back),

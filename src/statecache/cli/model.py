@@ -119,6 +119,11 @@ def new_cache(loaded: Loaded, settings: Settings) -> Any:
     return sc.StateCache(loaded.model.config, slack=slack_of(loaded, settings))
 
 
+def tokens_held(cache: Any) -> int:
+    """How many tokens a cache of one row has taken in. Columns count more, once the row has been read anew."""
+    return int(sum(cache.lengths.tolist()))
+
+
 def load_config(model: str | None) -> Any:
     """The configuration alone, also from its file."""
     source = model if model is not None and Path(model).is_file() else find(model)

@@ -7,8 +7,8 @@ from typing import Any
 
 import statecache as sc
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, new_cache, slack_of
-from statecache.errors import FileError
+from statecache.cli.model import Loaded, Settings, new_cache, slack_of, tokens_held
+from statecache.errors import FileError, StateCacheError
 from statecache.models import file
 from statecache.models.decoder import decoder_of
 from statecache.models.fingerprint import fingerprint
@@ -68,7 +68,7 @@ def check_system(path: Path, described: file.Described, system: str | None) -> N
 def write(path: Path, session: Session, loaded: Loaded) -> None:
     """Write a conversation to its file, which is there whole or, until it is, as it was before. Raises OSError."""
     cache, ids = session.cache, session.ids
-    held = int(cache.get_seq_length())
+    held = tokens_held(cache)
     kept = [turn.point for turn in session.turns[-POINTS:] if turn.point is not None]
     file.write(
         os.path.realpath(path),  # a link stays one
@@ -112,21 +112,22 @@ def read(path: Path, described: file.Described, loaded: Loaded, settings: Settin
             cache = sc.StateCache.load(path, loaded.model, slack=slack_of(loaded, settings))
             ids = list(described.rows[0]["tokens"])
         points = [point.on(loaded.model.device) for point in file.read_points(path, described)]
-        ids += told["unread"]
-        turns = [
-            Turn(
-                None if turn["point"] is None else points[turn["point"]],
-                ids[: turn["begins"]] + turn["more"],
-                turn["line"],
-            )
-            for turn in told["turns"]
-        ]
-        session = Session(cache, ids, turns, told["system"], told["seed"], told["retries"])
-    except (TypeError, KeyError, IndexError) as error:
+        ids += map(int, told["unread"])
+        turns = [_turn(turn, ids, points) for turn in told["turns"]]
+        return Session(cache, ids, turns, told["system"], int(told["seed"]), int(told["retries"]))
+    except StateCacheError:
+        raise
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         raise FileError(f"{path} is damaged: its conversation makes no sense ({error})") from error
-    if describe(path) != described:
-        raise CommandError(f"--session {path}: another process wrote it while it was read: try again")
-    return session
+    finally:
+        if describe(path) != described:  # then what is said of either is not to be relied on
+            raise CommandError(f"--session {path}: another process wrote it while it was read: try again")
+
+
+def _turn(told: dict[str, Any], ids: list[int], points: list[Snapshot]) -> Turn:
+    """What `_told` has told."""
+    point = None if told["point"] is None else points[told["point"]]
+    return Turn(point, [*ids[: told["begins"]], *map(int, told["more"])], str(told["line"]))
 
 
 def _dtype(loaded: Loaded) -> str:
