@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 import statecache as sc
@@ -94,8 +95,10 @@ def test_a_seed_that_was_drawn_is_kept(statecache, tmp_path):
     told = file.describe(kept).session
     assert told["retries"] == 1
     assert statecache(*args, "--seed", str(told["seed"]), stdin="Once\n/retry\nthen\n")[1] == parts
-    again = statecache(*args, "--session", str(kept), "--seed", str(told["seed"] + 1), stdin="/retry")[1]
-    assert again != statecache(*args, "--session", str(kept), stdin="/retry")[1]
+    (tmp_path / "copy").write_bytes(kept.read_bytes())
+    typed = statecache(*args, "--session", str(tmp_path / "copy"), "--seed", "77", stdin="more")[1]
+    assert typed != statecache(*args, "--session", str(kept), stdin="more")[1]
+    assert file.describe(tmp_path / "copy").session["seed"] == 77
 
 
 def test_what_is_told_at_the_start(statecache, tmp_path):
@@ -187,6 +190,20 @@ def test_an_answer_that_is_interrupted_leaves_the_turns_before_it(talk, monkeypa
     assert talk.turn(again, "a hen") == talk.turn(of, "a hen")
 
 
+def test_what_the_next_turn_took_off_comes_back_with_undo(talk):
+    talk.loaded.tokenizer.chat_template = None
+    of = talk.new()
+    talk.turn(of, "Once")
+    of.ids[-1] = talk.loaded.tokenizer.eos_token_id  # a story that has ended goes on without its end
+    ended = list(of.ids)
+    talk.turn(of, "upon")
+    assert of.ids[: len(ended)] != ended
+    talk.write(of)
+    assert talk.read().turns[-1].ids == ended
+    again = talk.read()
+    assert (again.undo(), again.ids, again.held()) == ("upon", ended, len(ended) - 1)
+
+
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(talk, monkeypatch):
     of = talk.new()
     with monkeypatch.context() as patch:
@@ -269,7 +286,14 @@ def test_a_system_message_is_the_one_that_it_was_begun_with(statecache, tmp_path
 def test_a_conversation_that_makes_no_sense_is_damage(statecache, tmp_path, begun):
     described = file.describe(begun / "kept")
     rows = file.read(begun / "kept", described)
-    for change in ({"turns": 3}, {"turns": [{"line": "x"}]}, {"unread": None}, {"seed": "x"}, {"seed": ...}, {"model": ...}):
+    for change in (
+        {"turns": 3},
+        {"turns": [{"line": "x"}]},
+        {"unread": None},
+        {"seed": "x"},
+        {"seed": ...},
+        {"model": ...},
+    ):
         told = {name: x for name, x in {**described.session, **change}.items() if x is not ...}
         fingerprint = "x" if "model" in change else described.fingerprint
         whose = {"model": described.model, "made_for": described.made_for, "fingerprint": fingerprint}
@@ -356,6 +380,7 @@ def test_inspect_shows_a_conversation(statecache, begun):
         "checksums │ right",
     ):
         assert words in " ".join(out.split()), out
+    assert told["bytes"]["total"] == sum(tensor.nbytes for tensor in load_file(kept).values())
     assert json.loads(statecache("inspect", str(begun / "cache"), "--json")[1])["session"] is None
 
 

@@ -470,6 +470,16 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_file(tmp_path: 
     assert lengths <= {5, 8} and len(lengths) == 2
 
 
+def test_a_file_takes_the_place_of_the_old_one_and_is_not_written_over_it(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    filled(model, 5).save(path)
+    whole = path.read_bytes()
+    (tmp_path / "old").hardlink_to(path)
+    filled(model, 8).save(path)
+    assert (tmp_path / "old").read_bytes() == whole
+    assert sc.StateCache.load(path, model).lengths.tolist() == [8, 8]
+
+
 # ---- other readers
 
 
