@@ -86,6 +86,7 @@ def test_processors_see_what_was_said_before_the_conversation_was_left(statecach
     _, whole, _ = statecache(*args, str(tmp_path / "whole"), stdin="Once\nupon\n")
     parts = "".join(statecache(*args, str(tmp_path / "parts"), stdin=line)[1] for line in ("Once", "upon"))
     assert parts == whole
+    assert statecache(*args, str(tmp_path / "forked"), stdin="Once\n/fork\n/back\nupon\n")[1] == whole
 
 
 def test_a_seed_that_was_drawn_is_kept(statecache, tmp_path):

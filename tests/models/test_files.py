@@ -522,3 +522,20 @@ def test_a_golden_file_is_read(tmp_path: Path) -> None:
     want = json.loads((GOLDEN / "lfm2-1.json").read_text())
     assert (described.model, described.lengths, row.tokens) == ("lfm2", [5], (1, 2, 3, 4, 5))
     assert {name: entries.flatten().tolist() for name, entries in row.entries.items()} == want
+
+
+def test_a_golden_session_is_read_rows_points_and_all() -> None:
+    path = GOLDEN / "lfm2-1-session.safetensors"
+    described, want = file.describe(path), json.loads((GOLDEN / "lfm2-1-session.json").read_text())
+    plain = file.describe(GOLDEN / "lfm2-1.safetensors")
+    (row,), (alone,) = file.read(path, described), file.read(GOLDEN / "lfm2-1.safetensors", plain)
+    assert all(torch.equal(row.entries[name], entries) for name, entries in alone.entries.items())
+    (point,) = file.read_points(path, described)
+    assert (point.length, point.point, point.rotated, described.points) == (
+        3,
+        True,
+        0,
+        [{"row": 0, "length": 3, "rotated": 0}],
+    )
+    assert {name: entries.flatten().tolist() for name, entries in point.entries.items()} == want["point"]
+    assert described.session == want["session"] and plain.session is None and plain.points == []
