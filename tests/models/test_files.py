@@ -83,8 +83,11 @@ def test_a_file_goes_on_as_the_cache_does(name: str, here: Any, there: Any, tmp_
 
 
 @pytest.mark.parametrize("name", PREPARED)
-@pytest.mark.parametrize("there", [{}, {"slack": 3}, {"capacity": 24}], ids=["growing", "slack", "fixed"])
-@pytest.mark.parametrize("here", [{}, {"slack": 4}, {"capacity": 20}], ids=["growing", "slack", "fixed"])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [({}, {"slack": 3}), ({"slack": 4}, {"capacity": 24}), ({"capacity": 20}, {})],
+    ids=["growing, slack", "slack, fixed", "fixed, growing"],
+)
 def test_a_row_goes_back_to_where_it_was_in_the_cache_and_in_its_file(
     name: str, here: Any, there: Any, tmp_path: Path
 ) -> None:
