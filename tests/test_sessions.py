@@ -322,6 +322,25 @@ def test_a_file_that_changes_while_it_is_read_is_refused(statecache, tmp_path, b
     assert code == 1 and "another process wrote it while it was read: try again" in err
 
 
+def test_two_chats_on_one_file_take_each_others_place_and_say_so(statecache, tmp_path, begun, monkeypatch):
+    kept, answers = tmp_path / "kept", iter(range(9))
+
+    def another_writes(text):
+        if text == "\n" and next(answers) == 2:  # while the third answer comes
+            kept.unlink()
+            kept.write_bytes((begun / "kept").read_bytes())
+
+    args = ("chat", "-n", "2", "--temperature", "0", "--session", str(kept))
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "show", another_writes)
+        _, _, err = statecache(*args, stdin="a\nb\nc\nd\n")
+    said = f"{kept} was changed by another process: this conversation takes its place."
+    told = [line for line in err.splitlines() if " reused, " in line or line == said]
+    assert told.index(said) == 2 and len(told) == 5
+    assert [turn["line"] for turn in file.describe(kept).session["turns"]] == ["a", "b", "c", "d"]
+    assert said not in statecache(*args, stdin="e\nf\n")[2]
+
+
 def test_what_cannot_be_written_is_said_and_the_conversation_goes_on(statecache, tmp_path, begun, monkeypatch):
     kept = tmp_path / "kept"
     kept.write_bytes((begun / "kept").read_bytes())

@@ -51,13 +51,19 @@ def chat_command(settings: Settings, system: str | None = None, path: Path | Non
     elif path is not None:
         note(f"{path} is new: the conversation is kept there.")
 
+    seen = None if path is None else sessions.stamp(path)
+
     def keep() -> None:
+        nonlocal seen
         if path is None:
             return
+        if sessions.stamp(path) != seen:
+            note(f"{path} was changed by another process: this conversation takes its place.")
         session = Session(talk.cache, talk.ids, talk.turns, system, seed, retries)
         try:
             with Stop():  # Ctrl-C waits for it
                 sessions.write(path, session, loaded)
+            seen = sessions.stamp(path)
         except OSError as error:
             note(f"Not kept: {path} cannot be written ({error.strerror or error}), and stays as it was.")
 

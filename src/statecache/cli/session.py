@@ -65,6 +65,15 @@ def check_system(path: Path, described: file.Described, system: str | None) -> N
         raise CommandError(f"--session {path}: it was begun {how}: leave --system out, or give another file", 2)
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that took its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def write(path: Path, session: Session, loaded: Loaded) -> None:
     """Write a conversation to its file, which is there whole or, until it is, as it was before. Raises OSError."""
     cache, ids = session.cache, session.ids
