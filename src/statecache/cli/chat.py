@@ -41,16 +41,15 @@ def chat_command(settings: Settings, system: str | None = None, path: Path | Non
     note = partial(console().print, style="dim", markup=False, soft_wrap=True)
     note(f"{COMMANDS}; Ctrl-C stops an answer.")
     if path is not None and described is not None:
-        held = sessions.read(path, described, loaded, settings)
-        talk, system = Conversation.of(held, loaded, settings), held.system
-        seed, retries = held.seed if settings.seed is None else seed, held.retries
+        begun = sessions.read(path, described, loaded, settings)
+        talk, system = Conversation.of(begun, loaded, settings), begun.system
+        seed, retries = begun.seed if settings.seed is None else seed, begun.retries
         how["seed"] = (seed + retries) % 2**63
         count = f"{len(talk.turns)} turn{'s' * (len(talk.turns) != 1)}"
         last = f"; the last began: {talk.turns[-1].line}" if talk.turns else ""
         note(f"{path}: {count}, {len(talk.ids)} tokens, {talk.held()} of them in the cache{last}")
     elif path is not None:
         note(f"{path} is new: the conversation is kept there.")
-
     seen = None if path is None else sessions.stamp(path)
 
     def keep() -> None:
