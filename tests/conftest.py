@@ -1,17 +1,43 @@
-"""Triton, where it is there without a GPU, is imported for its interpreter, which cannot be chosen once it is imported.
+"""What all tests share: the command line, run here; and Triton, imported for its interpreter where there is no GPU.
 
-Torch imports it in the course of other tests; these see no kernels on a CPU.
+That cannot be chosen once it is imported, and torch imports it in the course of other tests; these see no kernels on
+a CPU.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
+import pytest
 import torch
+
+from statecache.cli import main
 
 if find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def statecache(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line here: (exit code, standard output, standard error)."""
+
+    def run(*args: str, stdin: str | None = None, terminal: bool = False) -> tuple[int, str, str]:
+        source = io.StringIO(stdin or "")
+        source.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdin", source)
+        monkeypatch.setattr(sys, "argv", ["statecache", *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return run

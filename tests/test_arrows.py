@@ -57,7 +57,14 @@ INSIDE = {
         "stream",
         "generate",
     ],
-    "cli": ["failure report", "model", "measure writing inspect plot", "generate chat bench plan", "demo", "app"],
+    "cli": [
+        "failure report",
+        "model",
+        "measure writing inspect plot session",
+        "generate chat bench plan",
+        "demo",
+        "app",
+    ],
 }
 NO_TORCH = ("errors", "rotary", "decode.request")
 FOREIGN = {"torch._dynamo", "._version", "._modules", "._hf_hook", "._attn_implementation"}  # private names of others

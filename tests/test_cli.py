@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import io
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import families
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -26,11 +24,11 @@ from transformers import (
     GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
 )
 
 import statecache as sc
-from statecache.cli import chat, main
+from command_line import TEMPLATE, program, save_checkpoint
+from statecache.cli import chat
 from statecache.cli.measure import measure, ratio
 from statecache.cli.model import Settings, drawing, load, load_model
 from statecache.cli.plot import curves
@@ -39,55 +37,10 @@ from statecache.decode.processors import APPLIED, REFUSED, REFUSED_DRAWN
 from statecache.models.names import FUNCTIONS_TAKE
 from statecache.models.prepare import is_prepared
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
-
-
-def save_checkpoint(family: str, folder: Path, template: str | None = None) -> str:
-    """A tiny random model of this family with a tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({x: i for i, x in enumerate([*SPECIAL, *alphabet])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", additional_special_tokens=SPECIAL[1:]
-    )
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    model, _ = families.build(family, vocab_size=len(tokenizer))
-    model.save_pretrained(folder)
-    return str(folder)
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_checkpoint("qwen3_5", tmp_path_factory.mktemp("qwen3_5"))
-
-
-@pytest.fixture
-def statecache(monkeypatch, capfd):
-    """Run the command line here: (exit code, standard output, standard error)."""
-
-    def run(*args: str, stdin: str | None = None, terminal: bool = False) -> tuple[int, str, str]:
-        source = io.StringIO(stdin or "")
-        source.isatty = lambda: terminal
-        monkeypatch.setattr(sys, "stdin", source)
-        monkeypatch.setattr(sys, "argv", ["statecache", *args])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    return run
-
-
-def program(*args: str, **options) -> subprocess.Popen[str]:
-    code = "from statecache.cli import main; main()"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code, *args], **{**pipes, **options})
 
 
 # ---- starting
@@ -703,7 +656,7 @@ def test_chat_takes_a_turn_back_after_an_interrupt(checkpoint, monkeypatch):
     with Stop() as stop, monkeypatch.context() as patch:
         patch.setattr(chat, "show", lambda *_: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
         assert talk.answer({"max_new_tokens": 5}, stop) is None
-    assert (talk.undo(), talk.ids, talk.held()) == ("upon", ids, 0)
+    assert (talk.undo(), talk.ids, talk.held()) == ("upon", ids, len(ids) - 1)
     talk.say("a time")
     fed = list(talk.ids)
     with Stop() as stop:

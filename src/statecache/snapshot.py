@@ -96,7 +96,8 @@ class Snapshot:
 
     `entries`: of each state by name, (n, *D) in order of position, the last being that of the row's last token: all of
     them of a state without a window, else as many as the window; (1, *D) of a recurrence. `tokens`: the ids, if the
-    caller gave them. `rotated`: see `Known`.
+    caller gave them. `rotated`: see `Known`. `point`: whether states without a window are left out, so that only a row
+    which begins with the same tokens can take it, and goes back to there; its bytes do not grow with the length.
     """
 
     length: int
@@ -104,6 +105,7 @@ class Snapshot:
     made_for: str  # digest of what the model remembers
     tokens: tuple[int, ...] | None = None
     rotated: int = 0
+    point: bool = False
 
     def on(self, device: torch.device) -> Snapshot:
         """The same on another device."""

@@ -24,6 +24,7 @@ from statecache.errors import (
     ConfigError,
     MarkError,
     OptionError,
+    RotaryError,
     RowsError,
     SlackError,
     StaleMarkError,
@@ -665,9 +666,10 @@ class States:
 
     # ---- one row as a value
 
-    def snapshot(self, row: int, tokens: Sequence[int] | None = None) -> Snapshot:
+    def snapshot(self, row: int, tokens: Sequence[int] | None = None, *, point: bool = False) -> Snapshot:
         """Take one row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
 
+        `point`: without the states that have no window, for this row, or one with the same tokens, to go back to.
         Raises RowsError for a row that does not exist, or another number of tokens.
         """
         self.settle()
@@ -683,15 +685,18 @@ class States:
         length = self.clock.known.lengths[row]
         if tokens is not None and len(tokens) != length:
             raise RowsError(f"row {row} holds {length} tokens, not {len(tokens)}")
-        entries = {n: s.row(row, length) for n, s in self.held.items() if s.spec.kind != "log"}
+        taken = ((n, s) for n, s in self.held.items() if s.spec.kind != "log")
+        entries = {n: s.row(row, length) for n, s in taken if not (point and s.spec.window is None)}
         ids = None if tokens is None else tuple(tokens)
-        return Snapshot(length, entries, self.made_for, ids, self.clock.known.rotated[row])
+        return Snapshot(length, entries, self.made_for, ids, self.clock.known.rotated[row], point)
 
     def admit(self, row: int, snapshot: Snapshot) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
 
-        Entries of another dtype are rounded to that of the cache.
-        Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError, StepError.
+        Entries of another dtype are rounded to that of the cache. To a point the row goes back: what has no window
+        stays as it is.
+        Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError for a row that
+        does not exist, or does not reach a point, RotaryError for one with other rotary factors, StepError.
         """
         self.settle()
         allow(self._refuse_empty("there are no rows before the first forward: make the cache with rows="))
@@ -704,6 +709,8 @@ class States:
             raise CapacityError(
                 f"the snapshot holds {snapshot.length} tokens, and the cache was made with capacity={self.capacity}"
             )
+        if snapshot.point:
+            self._check_point(row, snapshot)
         unknown = [name for name in snapshot.entries if name not in self.declared]
         if any(bool(snapshot.entries[name].any()) for name in unknown):
             raise ConfigError(
@@ -720,13 +727,31 @@ class States:
             index = {
                 device: torch.tensor([row], device=device) for device in {s.device for s in dict.values(self.held)}
             }
+            if snapshot.point:  # columns go back with the row
+                clock.rollback([n - snapshot.length if b == row else 0 for b, n in enumerate(clock.known.lengths)])
             for name, state in self.held.items():
+                if snapshot.point and state.spec.window is None:
+                    continue
                 state.reset(index[state.device])
                 if snapshot.length and name in snapshot.entries:
                     state.admit(row, snapshot.entries[name].to(state.device, state.dtype), snapshot.length)
             clock.admit(row, snapshot.length, snapshot.rotated)
 
     # ---- refusals
+
+    def _check_point(self, row: int, point: Snapshot) -> None:
+        assert self.clock is not None
+        known = self.clock.known
+        if known.lengths[row] < point.length:
+            raise RowsError(
+                f"row {row} holds {known.lengths[row]} tokens, and the point {point.length}: only a row that has come "
+                "from there goes back to it"
+            )
+        if known.rotated[row] != point.rotated:
+            raise RotaryError(
+                f"row {row}: its keys have been rotated anew since the point of {point.length} tokens: reset() the "
+                "row, and feed its text again"
+            )
 
     def _rows(self, rows: Sequence[int]) -> list[int]:
         count = 0 if self.clock is None else self.clock.rows

@@ -689,6 +689,14 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "states": {
+        "a row that goes back to a point loses its keys": (
+            "                if snapshot.point and state.spec.window is None:\n                    continue\n",
+            "",
+        ),
+        "a row goes back to a point that it does not reach": (
+            "        if known.lengths[row] < point.length:",
+            "        if False:",
+        ),
         "a ring allocated late has slots for the step alone": (
             "            tokens += max(self.clock.known.lengths)",
             "            pass",

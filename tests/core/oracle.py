@@ -36,6 +36,7 @@ OFTEN = {  # every operation, and how often chance takes it
     "interrupt": 1,  # a pass or a rollback that ends half-way
 }
 WHAT = [what for what, often in OFTEN.items() for _ in range(often)]
+ALL = [*WHAT, "point"]  # a row goes back, after a pass, to what it was
 
 
 def core(package: str) -> SimpleNamespace:
@@ -309,6 +310,8 @@ def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
             if place == len(subjects):
                 subjects.append(subject(core, s.form.beside()))
             _admit(core, s, each[0] % len(s.rows), subjects[place], each[-1])
+        elif what == "point":
+            _point(core, s, each[0] % len(s.rows), tokens, fresh)
         elif what == "interrupt":
             _interrupt(core, s, number, each)
         for s in subjects:
@@ -515,6 +518,22 @@ def _admit(core: SimpleNamespace, source: Subject, row: int, into: Subject, plac
     into.states.admit(place, snapshot)
     into.lists.become(place, source.rows[row])
     into.all_stale()
+
+
+def _point(core: SimpleNamespace, s: Subject, row: int, tokens: int, fresh: Iterator[int]) -> None:
+    """Take a row's point, let all rows go on, and have this one go back there."""
+    if s.states.logs.behind:
+        with_error(core.errors.StepError, partial(s.states.snapshot, point=True), row)
+        return
+    point, then = s.states.snapshot(row, point=True), list(s.rows[row])
+    assert not [name for name in point.entries if s.states.declared[name].window is None]
+    _step(core, s, Feed(tokens), fresh)
+    if len(s.rows[row]) < len(then):  # the pass ran past the capacity, and what led out of that was shorter
+        with_error(core.errors.RowsError, s.states.admit, row, point)
+    elif s.rows[row][: len(then)] == then:
+        s.states.admit(row, point)
+        s.lists.become(row, then)
+        s.all_stale()
 
 
 def _interrupt(core: SimpleNamespace, s: Subject, number: int, each: tuple[int, ...]) -> None:

@@ -112,6 +112,13 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
         [ONE, ONE, ONE, ("fork", 0, (0,)), ("rollback", 1, (2,)), *[(what, 1, (0,)) for what in then], ONE]
         for then in (("reset_rows",), ("checkpoint", "restore"), ("admit",), ("gather",))
     ),
+    # a row that goes back to a point, and on from there; one whose pass ran past the capacity
+    *(
+        [first, ("point", tokens, (1,)), *[ONE] * 3, ("rollback", 0, (1,)), ("point", 1, (0,))]
+        for first in (("step", 5, (0,)), ("ragged", 9, (9, 8, 7)), ("step", 0, (0,)))
+        for tokens in (2, 9)
+    ),
+    [("step", 9, (0,)), ("step", 9, (0,)), ("point", 9, (0,)), ONE],
     # the oldest copy, after a pass that the row took nothing of, and after passes of all forms
     [ONE, ONE, ONE, ONE, ("ragged", 1, (0,)), ("rollback", 0, (3,))],
     [ONE, ONE, ONE, ("ragged", 1, (1, 0, 1)), ("rollback", 0, (3, 0, 0))],

@@ -67,14 +67,15 @@ REFUSED: list[tuple[Callable[[States], object], type[StateCacheError], str]] = [
     (lambda s: s.admit(3, s.snapshot(0)), RowsError, r"rows \[3\] of 3"),
     (lambda s: s.admit(0, states(KEY).snapshot(0)), ConfigError, r"taken of a cache for another model"),
     (lambda s: s.admit(0, longer(9)), CapacityError, r"the snapshot holds 9 tokens, .* capacity=8"),
+    (lambda s: s.admit(2, longer(5, point=True)), RowsError, r"row 2 holds 4 tokens, and the point 5: only a row that"),
 ]  # fmt: skip
 
 
-def longer(tokens: int) -> Any:
+def longer(tokens: int, point: bool = False) -> Any:
     """A row of a growing cache, as a value."""
     other = states()
     feed(other, tokens)
-    return other.snapshot(0)
+    return other.snapshot(0, point=point)
 
 
 @pytest.mark.parametrize(("refused", "error", "text"), REFUSED, ids=[text for _, _, text in REFUSED])
@@ -208,6 +209,26 @@ def test_a_row_as_a_value_is_of_its_time() -> None:
         "0.conv": [1.0] * 3,
     }
     assert value.nbytes == 4 * (4 + 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_goes_back_to_a_point_and_others_stay(rows: int) -> None:
+    of = states(rows=rows)
+    feed(of, 4)
+    point, whole = of.snapshot(0, point=True), of.snapshot(0)
+    assert list(point.entries) == ["0.conv"] and point.nbytes == 4 * 3
+    feed(of, 5, value=9.0)
+    others = [of.snapshot(row) for row in range(1, rows)]
+    for _ in range(2):  # as often as wanted
+        of.admit(0, point)
+        assert of.lengths.tolist() == [4, *[9] * (rows - 1)]
+        for now, then in zip([of.snapshot(row) for row in range(rows)], [whole, *others], strict=True):
+            assert all(torch.equal(now.entries[name], entries) for name, entries in then.entries.items())
+    assert of.clock is not None and of.clock.known.width == (4 if rows == 1 else 9)
+    oracle_of = content(of)
+    feed(of, 2, value=7.0, rows=[0])
+    assert of.snapshot(0).entries["0.key"].flatten().tolist() == [1.0] * 4 + [7.0] * 2
+    assert content(of) != oracle_of
 
 
 @pytest.mark.parametrize("rows", [None, [0], [0, 2]])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -79,6 +80,42 @@ def test_a_file_goes_on_as_the_cache_does(name: str, here: Any, there: Any, tmp_
         read.rollback(2)
         cache = sc.StateCache.load(tmp_path / "rows", model)
         assert (feed(model, read, more)[:2] - feed(model, cache, more[:2])).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [({}, {"slack": 3}), ({"slack": 4}, {"capacity": 24}), ({"capacity": 20}, {})],
+    ids=["growing, slack", "slack, fixed", "fixed, growing"],
+)
+def test_a_row_goes_back_to_where_it_was_in_the_cache_and_in_its_file(
+    name: str, here: Any, there: Any, tmp_path: Path
+) -> None:
+    model, path = tiny(name), tmp_path / "rows"
+    cache = filled(model, 3, **here)
+    forks, points = [cache.fork()], [(1, cache.snapshot(1, point=True))]
+    feed(model, cache, torch.tensor([[5, 6], [7, 8]]))
+    forks.append(cache.fork())
+    points.append((1, cache.snapshot(1, point=True)))
+    feed(model, cache, torch.tensor([[9, 10, 11], [12, 13, 14]]))
+    save(cache, path, points=points, session={})
+    read, described = sc.StateCache.load(path, model, **there), file.describe(path)
+    assert all("p0/" + n in described.tensors for n in points[0][1].entries) and described.points[1]["length"] == 5
+    again = file.read_points(path, described)
+    ids = torch.tensor([[3, 4], [5, 6]])
+    for place in (1, 0):
+        want = feed(model, forks[place], ids)[1]
+        for of, point in ((cache, points[place][1]), (read, again[place])):
+            of.admit(1, point)
+            assert of.lengths.tolist() == [8, point.length]
+            assert (feed(model, of.fork(), ids)[1] - want).abs().max() < 1e-10
+
+
+def save(cache: sc.StateCache, path: Path, **more: Any) -> None:
+    """As `StateCache.save` does, with more to it."""
+    rows = [cache.snapshot(row) for row in range(cache.rows or 0)]
+    told = {"model": cache.spec.model, "made_for": cache.made_for, "fingerprint": cache.weights.fingerprint()}
+    file.write(path, rows, cache.states.declared, **told, **more)
 
 
 def test_an_unprepared_model_goes_on_with_a_prepared_ones_file(tmp_path: Path) -> None:
@@ -348,6 +385,57 @@ def test_a_description_that_lies_is_found(change: Any, said: str, tmp_path: Path
         sc.StateCache.load(path, model)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda told: told["points"][0].update(length=6), "a point of 6 tokens is not of row 0"),
+        (lambda told: told["points"][0].update(row=1), "makes no sense"),
+        (lambda told: told["points"].clear(), "makes no sense"),
+        (lambda told: told["points"][0].update(length=1), "p0/0.conv has .* entries, and its row 1 tokens"),
+        (lambda told: told["tensors"].update({"p0/1.key": told["tensors"].pop("0/1.key")}), "belongs to a row"),
+        (lambda told: told["tensors"]["p0/0.conv"].update(checksum="0" * 8), "p0/0.conv is not what was written"),
+    ],
+)
+def test_a_point_that_lies_is_found(change: Any, said: str, tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    cache = filled(model, 4, 1)
+    point = cache.snapshot(0, point=True)
+    feed(model, cache, torch.tensor([[5]]))
+    save(cache, path, points=[(0, point)], session={})
+    assert torch.equal(file.read_points(path, file.describe(path))[0].entries["0.conv"], point.entries["0.conv"])
+    with safe_open(path, "pt") as held:
+        metadata = held.metadata()
+    told, tensors = json.loads(metadata["statecache"]), load_file(path)
+    change(told)
+    renamed = {name if name in told["tensors"] else f"p{name}": tensor for name, tensor in tensors.items()}
+    text = json.dumps(told)
+    save_file(renamed, path, {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()})
+    with pytest.raises(errors.FileError, match=said):
+        file.read_points(path, file.describe(path))
+
+
+def test_files_of_rows_alone_say_nothing_of_sessions(tmp_path: Path) -> None:
+    filled(tiny(), 4, 1).save(tmp_path / "rows")
+    with safe_open(tmp_path / "rows", "pt") as held:
+        told = json.loads(held.metadata()["statecache"])
+    assert sorted(told) == ["fingerprint", "format", "made_for", "model", "rows", "states", "tensors"]
+
+
+@pytest.mark.parametrize("what", ["a full disk", "no folder"])
+def test_what_cannot_be_written_is_an_error_of_the_system_and_leaves_the_old_file(what: str, tmp_path: Path) -> None:
+    cache, path = filled(tiny(), 4, 1), tmp_path / "rows"
+    cache.save(path)
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if what == "a full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No such file" if what == "no folder" else "too large"):
+            cache.save(path if what == "a full disk" else tmp_path / "none" / "rows")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [x.name for x in tmp_path.iterdir()] == ["rows"] and path.read_bytes() == whole
+
+
 def test_another_safetensors_file_is_told(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "x")
     with pytest.raises(errors.FileError, match="something else"):
@@ -392,6 +480,16 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_file(tmp_path: 
     assert lengths <= {5, 8} and len(lengths) == 2
 
 
+def test_a_file_takes_the_place_of_the_old_one_and_is_not_written_over_it(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    filled(model, 5).save(path)
+    whole = path.read_bytes()
+    (tmp_path / "old").hardlink_to(path)
+    filled(model, 8).save(path)
+    assert (tmp_path / "old").read_bytes() == whole
+    assert sc.StateCache.load(path, model).lengths.tolist() == [8, 8]
+
+
 # ---- other readers
 
 
@@ -434,3 +532,20 @@ def test_a_golden_file_is_read(tmp_path: Path) -> None:
     want = json.loads((GOLDEN / "lfm2-1.json").read_text())
     assert (described.model, described.lengths, row.tokens) == ("lfm2", [5], (1, 2, 3, 4, 5))
     assert {name: entries.flatten().tolist() for name, entries in row.entries.items()} == want
+
+
+def test_a_golden_session_is_read_rows_points_and_all() -> None:
+    path = GOLDEN / "lfm2-1-session.safetensors"
+    described, want = file.describe(path), json.loads((GOLDEN / "lfm2-1-session.json").read_text())
+    plain = file.describe(GOLDEN / "lfm2-1.safetensors")
+    (row,), (alone,) = file.read(path, described), file.read(GOLDEN / "lfm2-1.safetensors", plain)
+    assert all(torch.equal(row.entries[name], entries) for name, entries in alone.entries.items())
+    (point,) = file.read_points(path, described)
+    assert (point.length, point.point, point.rotated, described.points) == (
+        3,
+        True,
+        0,
+        [{"row": 0, "length": 3, "rotated": 0}],
+    )
+    assert {name: entries.flatten().tolist() for name, entries in point.entries.items()} == want["point"]
+    assert described.session == want["session"] and plain.session is None and plain.points == []

@@ -262,6 +262,18 @@ def test_a_row_that_goes_back_keeps_its_factors(name: str, kind: str) -> None:
     same(feed(model, cache, row[None, :5])[0], alone(name, kind, row[:5]))
 
 
+def test_a_row_that_was_read_anew_does_not_go_back_to_a_point_before() -> None:
+    model, row = build("phi3", "longrope"), draw(1, 10)[0]
+    cache = sc.StateCache(model.config)
+    feed(model, cache, row[None, :4])
+    point = cache.snapshot(0, point=True)
+    cache.reset()
+    feed(model, cache, row[None, :8])
+    with pytest.raises(RotaryError, match="row 0: its keys have been rotated anew since the point of 4 tokens"):
+        cache.admit(0, point)
+    same(feed(model, cache, row[None, 8:])[0], alone("phi3", "longrope", row)[8:])
+
+
 def _fork(model: Any, cache: Any) -> Any:
     return cache.fork()
 
@@ -285,7 +297,14 @@ def _restore(model: Any, cache: Any) -> Any:
     return cache
 
 
-@pytest.mark.parametrize("way", [_fork, _gather, _snapshot, _restore])
+def _point(model: Any, cache: Any) -> Any:
+    point = cache.snapshot(0, point=True)
+    feed(model, cache, draw(1, 8, 5))
+    cache.admit(0, point)
+    return cache
+
+
+@pytest.mark.parametrize("way", [_fork, _gather, _snapshot, _restore, _point])
 @pytest.mark.parametrize("name", ["phi3", "falcon_h1"])
 def test_how_keys_were_rotated_goes_where_they_go(name: str, way: Callable[[Any, Any], Any]) -> None:
     model, row = build(name, "longrope"), draw(1, 10)[0]

@@ -110,6 +110,10 @@ IgnoreOption = Annotated[
 SystemOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What a chat model is told before all else, as its system message.")
 ]
+SessionOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keep the conversation there, after each turn, and go on from where it stopped."),
+]
 RowsOption = Annotated[int, typer.Option(min=1, help="Sequences side by side.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -192,6 +196,7 @@ def generate(
 @app.command(epilog="Example: statecache chat --temperature 0.7")
 def chat(
     model: ModelOption = None,
+    session: SessionOption = None,
     system: SystemOption = None,
     max_new_tokens: NewTokensOption = 200,
     temperature: TemperatureOption = None,
@@ -227,7 +232,7 @@ def chat(
         draft=draft,
         ignore_processors=ignore_processors,
     )
-    chat_command(settings, system)
+    chat_command(settings, system, session)
 
 
 @app.command(epilog="Example: statecache demo --seed 1")

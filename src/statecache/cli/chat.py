@@ -2,15 +2,20 @@
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from statecache.cli import session as sessions
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, new_cache, options
+from statecache.cli.model import Loaded, Settings, load, new_cache, options, tokens_held
 from statecache.cli.report import byte_rows, console, show, two_columns
+from statecache.cli.session import Session, Turn
 from statecache.cli.writing import Stop, Written, write_on
+from statecache.decode.generate import remember
 from statecache.decode.prompt import templated, tokens_of
+from statecache.errors import RotaryError, StaleMarkError
 
 COMMANDS = (
     "/undo takes the last turn back, /retry answers it anew, /fork keeps a copy to which /back returns, "
@@ -19,15 +24,48 @@ COMMANDS = (
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-def chat_command(settings: Settings, system: str | None = None) -> None:
-    """Read what the user says, line by line, until there is no more. `system`: what comes before all of it."""
+def chat_command(settings: Settings, system: str | None = None, path: Path | None = None) -> None:
+    """Read what the user says, line by line, until there is no more.
+
+    `system`: what comes before all of it. `path`: of the file in which the conversation is kept, to go on from it.
+    """
+    described = None if path is None else sessions.describe(path)
+    if path is not None and described is not None:
+        sessions.check_system(path, described, system)
     loaded = load(settings)
     if system is not None and loaded.tokenizer.chat_template is None:
         raise CommandError(f'--system takes a chat model, and "{loaded.name}" has no chat template: leave it out', 2)
     how = options(loaded.model.generation_config, settings)
     talk, kept = Conversation(loaded, settings, system), list[Conversation]()
+    seed, retries = how["seed"], 0
     note = partial(console().print, style="dim", markup=False, soft_wrap=True)
     note(f"{COMMANDS}; Ctrl-C stops an answer.")
+    if path is not None and described is not None:
+        begun = sessions.read(path, described, loaded, settings)
+        talk, system = Conversation.of(begun, loaded, settings), begun.system
+        seed, retries = begun.seed if settings.seed is None else seed, begun.retries
+        how["seed"] = (seed + retries) % 2**63
+        count = f"{len(talk.turns)} turn{'s' * (len(talk.turns) != 1)}"
+        last = f"; the last began: {talk.turns[-1].line}" if talk.turns else ""
+        note(f"{path}: {count}, {len(talk.ids)} tokens, {talk.held()} of them in the cache{last}")
+    elif path is not None:
+        note(f"{path} is new: the conversation is kept there.")
+    seen = None if path is None else sessions.stamp(path)
+
+    def keep() -> None:
+        nonlocal seen
+        if path is None:
+            return
+        if sessions.stamp(path) != seen:
+            note(f"{path} was changed by another process: this conversation takes its place.")
+        session = Session(talk.cache, talk.ids, talk.turns, system, seed, retries)
+        try:
+            with Stop():  # Ctrl-C waits for it
+                sessions.write(path, session, loaded)
+            seen = sessions.stamp(path)
+        except OSError as error:
+            note(f"Not kept: {path} cannot be written ({error.strerror or error}), and stays as it was.")
+
     while (line := _next_line()) is not None:
         match line.strip():
             case "":
@@ -36,14 +74,20 @@ def chat_command(settings: Settings, system: str | None = None) -> None:
                 return
             case "/reset":
                 talk = Conversation(loaded, settings, system)
+                keep()
                 note("The conversation starts anew.")
             case "/undo" | "/retry" if not talk.turns:
                 note("There is no turn to take back.")
             case "/undo":
-                note(f"Taken back: {talk.undo()}")
+                line = talk.undo()
+                keep()
+                note(f"Taken back: {line}")
             case "/retry":
-                how["seed"] = (how["seed"] + 1) % 2**63
-                note(_turn(talk, talk.undo(), how))
+                retries += 1
+                how["seed"] = (seed + retries) % 2**63
+                told = _turn(talk, talk.undo(), how)
+                keep()
+                note(told)
             case "/fork":
                 kept.append(talk.fork())
                 note(f"Kept: {len(talk.ids)} tokens; /back returns there.")
@@ -51,6 +95,7 @@ def chat_command(settings: Settings, system: str | None = None) -> None:
                 note("There is no copy: /fork keeps one.")
             case "/back":
                 talk = kept.pop()
+                keep()
                 note(f"Back at {len(talk.ids)} tokens.")
             case "/stats":
                 sizes = talk.cache.nbytes()
@@ -59,7 +104,9 @@ def chat_command(settings: Settings, system: str | None = None) -> None:
             case text if text.startswith("/"):
                 note(f"No command {text}: {COMMANDS}.")
             case _:
-                note(_turn(talk, line.rstrip("\n"), how))
+                told = _turn(talk, line.rstrip("\n"), how)
+                keep()
+                note(told)
 
 
 def _turn(talk: "Conversation", line: str, how: dict[str, Any]) -> str:
@@ -74,15 +121,6 @@ def _turn(talk: "Conversation", line: str, how: dict[str, Any]) -> str:
     return f"{note}; stopped" if stop.requested else note
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Where a turn began: what the cache and the tokens were, and what the user said. mark: None where it is lost."""
-
-    mark: Any
-    ids: list[int]
-    line: str
-
-
 class Conversation:
     """The tokens so far, and a cache that holds all of them but the newest."""
 
@@ -92,15 +130,30 @@ class Conversation:
         self.ids: list[int] = []
         self.turns: list[Turn] = []
 
+    @classmethod
+    def of(cls, session: Session, loaded: Loaded, settings: Settings) -> "Conversation":
+        """The one that was kept."""
+        talk = cls(loaded, settings, session.system)
+        talk.cache, talk.ids, talk.turns = session.cache, session.ids, session.turns
+        return talk
+
     def undo(self) -> str:
-        """Take the last turn back; what the user said in it. Where an interruption broke the cache, it starts anew."""
+        """Take the last turn back; what the user said in it. Where nothing leads back, the cache starts anew."""
         turn = self.turns.pop()
-        if turn.mark is None:
-            self.cache = new_cache(self.loaded, self.settings)
-        else:
-            self.cache.restore(turn.mark)
+        try:
+            if turn.point is None:
+                self._start_over()
+            else:
+                self.cache.admit(0, turn.point)
+        except RotaryError:  # the row was read anew since, with keys that are no use to a shorter one
+            self._start_over()
         self.ids = turn.ids
         return turn.line
+
+    def _start_over(self) -> None:
+        """Read all tokens again in the next turn: an empty row goes back to no point."""
+        self.cache = new_cache(self.loaded, self.settings)
+        self.turns = [replace(turn, point=None) for turn in self.turns]
 
     def fork(self) -> "Conversation":
         """A copy to go on from, whose turns so far cannot be taken back."""
@@ -110,11 +163,12 @@ class Conversation:
 
     def held(self) -> int:
         """How many of the tokens the cache has taken in."""
-        return int(self.cache.get_seq_length())
+        return tokens_held(self.cache)
 
     def say(self, text: str) -> None:
         """Append what the user says, in the model's own form, to the tokens."""
-        turn = Turn(self.cache.checkpoint(), list(self.ids), text)
+        point = self.cache.snapshot(0, point=True) if self.held() else None
+        turn = Turn(point, list(self.ids), text)
         if self.loaded.tokenizer.chat_template is None:
             self._continue(text)
         else:
@@ -148,15 +202,19 @@ class Conversation:
         self.ids += new
 
     def answer(self, how: dict[str, Any], stop: Stop) -> Written | None:
-        """Let the model answer, onto standard output; None if it is interrupted within: the cache is then anew.
+        """Let the model answer, onto standard output; None if it is interrupted within: what was said is then unread.
 
         `how`: options of `sc.generate`.
         """
+        mark = self.cache.checkpoint()
+        remember(self.cache, [self.ids[: self.held()]])
         try:
             written = write_on(self.loaded, self.ids, self.cache, how, stop, show)
         except KeyboardInterrupt:
-            self.cache = new_cache(self.loaded, self.settings)
-            self.turns = [replace(turn, mark=None) for turn in self.turns]
+            try:
+                self.cache.restore(mark)
+            except StaleMarkError:
+                self._start_over()
             return None
         self.ids += written.tokens
         return written

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from statecache.cli.generate import generate_command
-from statecache.cli.model import Loaded, Settings, load, new_cache, options
+from statecache.cli.model import Loaded, Settings, load, new_cache, options, tokens_held
 from statecache.cli.report import console, spinner, two_columns
 from statecache.cli.writing import Stop, Written, write_on
 
@@ -48,6 +48,6 @@ def _second_turn(loaded: Loaded, first: Settings, stop: Stop) -> tuple[int, int,
     ids = list(loaded.tokenizer(PROMPT)["input_ids"])
     ids += write_on(loaded, ids, cache, how[0], stop, len).tokens
     ids += loaded.tokenizer(MORE, add_special_tokens=False)["input_ids"]
-    reused = int(cache.get_seq_length())
+    reused = tokens_held(cache)
     turn = write_on(loaded, ids, cache, how[1], stop, len)
     return len(ids), reused, turn, write_on(loaded, ids, new_cache(loaded, one), how[1], stop, len)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from statecache.cli.model import load_config
 from statecache.cli.report import byte_rows, human_bytes, two_columns
-from statecache.models.file import describe, read
+from statecache.models.file import Described, describe, read, read_points
 from statecache.models.table import model_spec
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 
@@ -53,9 +53,10 @@ def inspect_file(path: Path, *, json: bool) -> None:
     """Print what a saved cache holds, every checksum compared. Raises FileError for one that is damaged."""
     described = describe(path)
     by_kind: Counter[str] = Counter()
-    for snapshot in read(path, described):
+    for snapshot in read(path, described) + read_points(path, described):
         for name, entries in snapshot.entries.items():
             by_kind[described.states[name]["kind"]] += entries.nbytes
+    talk = _session(described)
     report = {
         "file": str(path),
         "model_type": described.model,
@@ -63,6 +64,7 @@ def inspect_file(path: Path, *, json: bool) -> None:
         "rows": [{"length": row["length"], "tokens": row["tokens"] is not None} for row in described.rows],
         "bytes": {**by_kind, "total": by_kind.total()},
         "checksums": "right",
+        "session": talk,
     }
     if json:
         print(json_format.dumps(report))
@@ -71,7 +73,29 @@ def inspect_file(path: Path, *, json: bool) -> None:
     weights = "unverified" if described.fingerprint is None else described.fingerprint[:16]
     lengths = ", ".join(f"{length:,}" for length in described.lengths) or "none"
     said = [("model", described.model), ("weights", weights), ("tokens of its rows", lengths)]
+    if talk is not None:
+        back = ", ".join(f"{length:,}" for length in talk["points"]) or "none"
+        said += [
+            ("conversation with", f"{talk['model']}, {talk['dtype']}"),
+            ("its system message", talk["system"] or "none"),
+            ("its tokens", f"{talk['tokens']:,}"),
+            ("its turns", str(len(talk["turns"]))),
+            ("goes back to tokens", back),
+        ]
     screen.print(two_columns([*said, *byte_rows(by_kind, by_kind.total()), ("checksums", "right")]))
+
+
+def _session(described: Described) -> dict[str, Any] | None:
+    """What a conversation is beside its rows."""
+    told = described.session
+    if told is None:
+        return None
+    return {
+        **{name: told.get(name) for name in ("model", "dtype", "system")},
+        "tokens": sum(described.lengths) + len(told.get("unread", ())),
+        "turns": [turn.get("line") for turn in told.get("turns", ())],
+        "points": [point["length"] for point in described.points],
+    }
 
 
 def _state(state: StateSpec, model: torch.dtype) -> dict[str, Any]:

@@ -109,9 +109,19 @@ def drafts(loaded: Loaded, settings: Settings) -> bool:
     return settings.lookup > 0 or loaded.assistant is not None
 
 
+def slack_of(loaded: Loaded, settings: Settings) -> int:
+    """How many tokens a cache is to take back: drafts, where there are any."""
+    return 1 + MOST_DRAFTS if drafts(loaded, settings) else 0
+
+
 def new_cache(loaded: Loaded, settings: Settings) -> Any:
-    """An empty cache for the model, with room to take drafts back where there are any."""
-    return sc.StateCache(loaded.model.config, slack=1 + MOST_DRAFTS if drafts(loaded, settings) else 0)
+    """An empty cache for the model."""
+    return sc.StateCache(loaded.model.config, slack=slack_of(loaded, settings))
+
+
+def tokens_held(cache: Any) -> int:
+    """How many tokens a cache of one row has taken in. Columns count more, once the row has been read anew."""
+    return int(sum(cache.lengths.tolist()))
 
 
 def load_config(model: str | None) -> Any:

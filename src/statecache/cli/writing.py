@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 import statecache as sc
-from statecache.cli.model import Loaded
+from statecache.cli.model import Loaded, tokens_held
 from statecache.decode.prompt import stops_of
 from statecache.decode.report import Report
 from statecache.decode.text import Text, special_tokens
@@ -74,7 +74,7 @@ def write_on(
     special = special_tokens(loaded.tokenizer)
     stops, _ = stops_of(options.get("stop"), loaded.model, loaded.tokenizer, special)
     text, reports, tokens = Text(loaded.tokenizer, ids, stops), list[Report](), list[int]()
-    held = int(cache.get_seq_length())
+    held = tokens_held(cache)
     start, arrived = time.perf_counter(), 0.0
     stream = sc.generate(
         loaded.model,

@@ -203,7 +203,7 @@ def generate(
     else:
         batch = Batch(model, cache, drafter, keep_rows=True)
         written = batch.join(requests, texts, goes_on=True)
-        _written[cache] = history, written
+        _written[cache] = history, [row.tokens for row in written]
 
     def shown() -> list[Row]:
         """The rows whose last tokens the next turn of texts takes for granted."""
@@ -232,14 +232,19 @@ def generate(
 
 # ---- what goes in
 
-# of each cache that a call went on from: the tokens that it held before, and the rows that the call wrote
-_written: WeakKeyDictionary[Any, tuple[list[list[int]], list[Row]]] = WeakKeyDictionary()
+# of each cache that a call went on from: the tokens that it held before, and those of the rows that the call wrote
+_written: WeakKeyDictionary[Any, tuple[list[list[int]], list[list[int]]]] = WeakKeyDictionary()
+
+
+def remember(cache: Any, tokens: list[list[int]]) -> None:
+    """Say which tokens the rows of a cache hold, where it comes from a file or is a copy. Processors look at them."""
+    _written[cache] = tokens, [[] for _ in tokens]
 
 
 def _history(cache: Any, held: list[int]) -> list[list[int]]:
     """The tokens that each row of a cache holds, as far as calls of `generate` put them there; else nothing."""
     before, rows = _written.get(cache, ([], []))
-    known = [[*tokens, *row.tokens][:n] for tokens, row, n in zip(before, rows, held, strict=False)]
+    known = [[*tokens, *row][:n] for tokens, row, n in zip(before, rows, held, strict=False)]
     return known if list(map(len, known)) == held else []
 
 

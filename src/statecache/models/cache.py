@@ -289,18 +289,21 @@ class StateCache(Cache):
     def _committed(self) -> None:
         self.writer.moved()
 
-    def snapshot(self, row: int, tokens: Sequence[int] | None = None) -> Snapshot:
+    def snapshot(self, row: int, tokens: Sequence[int] | None = None, *, point: bool = False) -> Snapshot:
         """One row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
 
+        `point`: without keys and values of all tokens, for the row to go back to: no more bytes than a mark of it has.
         Raises RowsError for a row that does not exist, or another number of tokens.
         """
         self.writer.finish()
-        return self.states.snapshot(row, tokens)
+        return self.states.snapshot(row, tokens, point=point)
 
     def admit(self, row: int, snapshot: Snapshot) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
 
-        Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError, StepError.
+        To a point the row goes back, if it still begins with those tokens, which nobody checks.
+        Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError for a row that
+        does not exist, or does not reach a point, RotaryError for one with other rotary factors, StepError.
         """
         with self._between():
             self.states.admit(row, snapshot)

@@ -11,7 +11,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from statecache.snapshot import Snapshot
 from statecache.spec import StateSpec, as_dtype
 
 FORMAT = 1
+POINT = "p"  # before the number of a point, where tensors have that of a row
 AXES = {  # what the axes of an entry are, by kind of state and how many there are
     ("attention", 2): ("heads", "head size"),
     ("sliding", 2): ("heads", "head size"),
@@ -43,7 +44,8 @@ class Described:
     """What a file says of itself, checked against its own digest.
 
     states: by name, what each is; rows: of each its length, where its rotary factors stand, and perhaps its token ids.
-    fingerprint: of the model's weights; None where nobody knew them.
+    fingerprint: of the model's weights; None where nobody knew them. points: of each the row that it is of, its length,
+    and where its rotary factors stand. session: what a conversation is beside its states, None in any other file.
     """
 
     model: str
@@ -52,6 +54,8 @@ class Described:
     rows: list[dict[str, Any]]
     states: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
+    points: list[dict[str, Any]] = field(default_factory=list)
+    session: dict[str, Any] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -79,12 +83,16 @@ def write(
     model: str,
     made_for: str,
     fingerprint: str | None,
+    points: Sequence[tuple[int, Snapshot]] = (),
+    session: Mapping[str, Any] | None = None,
 ) -> None:
     """Write rows to a file, which is there whole or, until it is, as it was before.
 
+    points: of rows, by number, where these stood before; session: what else there is to a conversation, as JSON.
     Raises OSError where it cannot be written; what was at `path` is there then.
     """
-    entries = {f"{n}/{name}": e.cpu().contiguous() for n, s in enumerate(snapshots) for name, e in s.entries.items()}
+    held = [(str(n), s) for n, s in enumerate(snapshots)] + [(f"{POINT}{n}", s) for n, (_, s) in enumerate(points)]
+    entries = {f"{place}/{name}": e.cpu().contiguous() for place, s in held for name, e in s.entries.items()}
     described = Described(
         model,
         made_for,
@@ -98,8 +106,13 @@ def write(
             name: {"dtype": _name(e.dtype), "shape": list(e.shape), "checksum": checksum(e)}
             for name, e in entries.items()
         },
+        [{"row": row, "length": s.length, "rotated": s.rotated} for row, s in points],
+        None if session is None else dict(session),
     )
-    text = json.dumps({"format": FORMAT, **asdict(described)}, sort_keys=True)
+    told = {"format": FORMAT, **asdict(described)}
+    if session is None:  # a file of rows alone, as it always was
+        del told["points"], told["session"]
+    text = json.dumps(told, sort_keys=True)
     metadata = {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -110,8 +123,10 @@ def write(
         temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # that is how it says that the disk is full
+            raise OSError(str(error)) from error
         raise
     _sync(target.parent)
 
@@ -175,29 +190,23 @@ def describe(path: str | os.PathLike[str]) -> Described:
 def _check_forms(path: object, described: Described) -> None:
     """Whether every state of every row has as many entries as its length and window say, of the shape that it says."""
     specs = described.specs()
+    for point in described.points:
+        if not 0 <= point["length"] <= described.rows[point["row"]]["length"]:
+            raise _damaged(path, f"a point of {point['length']} tokens is not of row {point['row']}")
     for name, told in described.tensors.items():
-        row, _, state = name.partition("/")
-        spec, length = specs[state], described.rows[int(row)]["length"]
+        place, _, state = name.partition("/")
+        of_point = place.startswith(POINT)
+        spec, held = specs[state], described.points if of_point else described.rows
+        length = held[int(place.removeprefix(POINT))]["length"]
+        if of_point and spec.window is None:
+            raise _damaged(path, f"{name} belongs to a row, and not to a point")
         n = 1 if spec.leased else length if spec.window is None else min(length, spec.window)
         if told["shape"] != [n, *(spec.shape or ())]:
             raise _damaged(path, f"{name} has {told['shape']} entries, and its row {length} tokens")
 
 
 def read(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
-    """The rows of a file, every tensor checked. Raises FileError for one that is damaged."""
-    entries: list[dict[str, Tensor]] = [{} for _ in described.rows]
-    try:
-        with safe_open(path, "pt") as file:
-            for name, told in described.tensors.items():
-                row, _, state = name.partition("/")
-                tensor = file.get_tensor(name)
-                if (_name(tensor.dtype), list(tensor.shape)) != (told["dtype"], told["shape"]):
-                    raise _damaged(path, f"{name} is of another form than it says")
-                if checksum(tensor) != told["checksum"]:
-                    raise _damaged(path, f"{name} is not what was written")
-                entries[int(row)][state] = tensor
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+    """The rows of a file, each of their tensors checked. Raises FileError for one that is damaged."""
     return [
         Snapshot(
             row["length"],
@@ -206,8 +215,36 @@ def read(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
             None if row["tokens"] is None else tuple(row["tokens"]),
             row["rotated"],
         )
-        for row, held in zip(described.rows, entries, strict=True)
+        for row, held in zip(described.rows, _entries(path, described, "", len(described.rows)), strict=True)
     ]
+
+
+def read_points(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
+    """Where the rows of a file stood before, each tensor checked. Raises FileError for one that is damaged."""
+    return [
+        Snapshot(point["length"], held, described.made_for, rotated=point["rotated"], point=True)
+        for point, held in zip(described.points, _entries(path, described, POINT, len(described.points)), strict=True)
+    ]
+
+
+def _entries(path: object, described: Described, kind: str, n: int) -> list[dict[str, Tensor]]:
+    """By number, the states of rows, or of points. kind: what their tensors' names begin with."""
+    entries: list[dict[str, Tensor]] = [{} for _ in range(n)]
+    try:
+        with safe_open(path, "pt") as file:
+            for name, told in described.tensors.items():
+                place, _, state = name.partition("/")
+                if place.startswith(POINT) != bool(kind):
+                    continue
+                tensor = file.get_tensor(name)
+                if (_name(tensor.dtype), list(tensor.shape)) != (told["dtype"], told["shape"]):
+                    raise _damaged(path, f"{name} is of another form than it says")
+                if checksum(tensor) != told["checksum"]:
+                    raise _damaged(path, f"{name} is not what was written")
+                entries[int(place.removeprefix(kind))][state] = tensor
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    return entries
 
 
 def checksum(tensor: Tensor) -> str:
