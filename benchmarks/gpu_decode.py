@@ -68,8 +68,7 @@ def step_bytes(model: Any, rows: int, length: int) -> dict[str, int]:
     embedding = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
         del weights[embedding.data_ptr()]
-    spec = sc.StateCache(model.config).spec
-    sizes = spec.nbytes(rows, length, model.dtype).by_kind
+    sizes = sc.plan(model.config, rows=rows, capacity=length, dtype=model.dtype).states.by_kind
     return {
         "weights": sum(weights.values()),
         "states": 2 * (sizes["conv"] + sizes["recurrent"]),

@@ -1,4 +1,4 @@
-"""What a layer remembers, as data: shapes, windows, sizes. No tensors.
+"""What a layer remembers, as data: shapes and windows. No tensors.
 
 B rows, T new tokens, C slots of a ring, *D the shape of one entry.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -166,24 +165,6 @@ class ModelSpec:
         bound = any(s.holds_all(capacity, slack) for _, s in self.states())
         return capacity if bound else None
 
-    def nbytes(self, rows: int, length: int, dtype: torch.dtype | str = torch.float32, slack: int = 0) -> Sizes:
-        """Bytes that a cache of these rows with `capacity=length` allocates; the least that a growing one needs."""
-        sizes, dtype = Counter(dict.fromkeys(KINDS, 0)), as_dtype(dtype)
-        for layer in self.layers:
-            if layer.open and not any(state.kind in ("conv", "recurrent") for state in layer.states):
-                raise ValueError(
-                    f'layer {layer.index} ("{layer.kind}") of {self.model}: its states are not known before the '
-                    "first write"
-                )
-        for _, state in self.states():
-            slots = state.limit(length, slack)
-            if state.leased:  # a logged one stands at the row's end and where its log begins
-                slots = 1 + (1 if state.logged else slack)
-            assert slots is not None
-            sizes[state.kind] += rows * slots * state.entry_bytes(dtype)
-        sizes["clock"] = clock_bytes(rows, slack)
-        return Sizes(dict(sizes))
-
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype as it is, or by its name. Raises OptionError for what is none."""
@@ -191,8 +172,3 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise OptionError(f'dtype={dtype!r}: give a torch.dtype, or the name of one, as "bfloat16"')
     return found
-
-
-def clock_bytes(rows: int, slack: int) -> int:
-    """Bytes of the clock: four numbers a row, one more for each copy that a leased state may have, and a flag."""
-    return 8 * rows * (4 + slack) + 1

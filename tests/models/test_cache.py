@@ -17,6 +17,7 @@ from tiny_models import renamed
 from transformers import Cache
 
 import statecache as sc
+from declared_bytes import declared_bytes
 from statecache import errors, lease
 from statecache.models.table import KINDS, model_spec
 from statecache.storage import store
@@ -74,12 +75,12 @@ def test_bytes_are_known_from_the_configuration(name: str, fixed: bool) -> None:
     spec = model_spec(config)
     for dtype in (torch.float32, torch.bfloat16):
         at_once = sc.StateCache(config, capacity=32, slack=2, rows=2, dtype=dtype, device="cpu")
-        assert at_once.nbytes() == spec.nbytes(2, 32, dtype, slack=2)
+        assert at_once.nbytes() == declared_bytes(spec, 2, 32, dtype, slack=2)
     cache = sc.StateCache(config, capacity=32 if fixed else None, slack=2)
     assert cache.nbytes().total == 0
     feed(model, ids, cache)
     if fixed:
-        assert cache.nbytes() == spec.nbytes(2, 32, slack=2)
+        assert cache.nbytes() == declared_bytes(spec, 2, 32, slack=2)
     assert cache.nbytes().total == sum(storages(cache).values())
 
 
@@ -112,7 +113,7 @@ def test_a_growing_cache_moves_seldom() -> None:
         feed(model, ids[:, :1], cache, n)
         addresses.add(cache.states["1.key"].buffers()[0].data_ptr())
     assert len(addresses) <= 4  # 73, 146, 292, 584 slots
-    assert cache.nbytes().by_kind["attention"] <= 2.1 * model_spec(config).nbytes(2, 300).by_kind["attention"]
+    assert cache.nbytes().by_kind["attention"] <= 2.1 * declared_bytes(model_spec(config), 2, 300).by_kind["attention"]
 
 
 def test_left_pads_are_columns_of_a_row() -> None:
@@ -201,7 +202,7 @@ def test_a_backward_pass_through_the_cache_is_refused(name: str) -> None:
 def test_a_dtype_may_be_named(name: Any) -> None:
     cache = sc.StateCache(build("lfm2")[1], capacity=8, rows=2, dtype=name, device="cpu")
     assert {b.dtype for b in cache.buffers() if b.is_floating_point()} == {torch.bfloat16}
-    assert cache.nbytes() == cache.spec.nbytes(2, 8, name)
+    assert cache.nbytes() == declared_bytes(cache.spec, 2, 8, name)
 
 
 @pytest.mark.parametrize(

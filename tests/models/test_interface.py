@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import statecache as sc
+from declared_bytes import declared_bytes
 from statecache import errors
 from statecache.models import interface
 from statecache.models.table import KINDS, NOT_KEPT, SHAPES, model_spec
@@ -112,7 +113,7 @@ def test_a_model_that_keeps_its_states_on_its_modules_is_refused_unless_it_is_pr
     sc.prepare(model)
     copied = copy.deepcopy(model)
     cache = sc.StateCache(other.config, rows=2, capacity=9, dtype=torch.float32, device="cpu")
-    assert cache.nbytes() == model_spec(other.config).nbytes(2, 9)
+    assert cache.nbytes() == declared_bytes(model_spec(other.config), 2, 9)
     with pytest.raises(errors.ConfigError, match=refused):  # of another size
         sc.StateCache(families.build("recurrent_gemma")[1])
     with pytest.raises(errors.ConfigError, match=refused):

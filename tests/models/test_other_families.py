@@ -18,6 +18,7 @@ from tiny_models import WINDOW, assert_same, build, draw, feed, feed_all, full, 
 from torch import Tensor
 
 import statecache as sc
+from declared_bytes import declared_bytes
 from statecache import StateCache, errors
 from statecache.models.table import model_spec
 from statecache.spec import StateSpec
@@ -268,7 +269,7 @@ def storages(thing: Any, seen: set[int] | None = None) -> dict[int, int]:
 def test_sizes_are_known_before_anything_is_allocated(name: str, dtype: torch.dtype) -> None:
     model = build(name)
     for capacity, slack in ((40, 0), (40, 3), (6, 2)):
-        want = model_spec(model.config).nbytes(2, capacity, dtype, slack)
+        want = declared_bytes(model_spec(model.config), 2, capacity, dtype, slack)
         eager = StateCache(model.config, rows=2, capacity=capacity, slack=slack, dtype=dtype, device="cpu")
         lazy = StateCache(model.config, capacity=capacity, slack=slack)
         assert lazy.nbytes().total == 0
@@ -374,8 +375,8 @@ def test_loops_that_read_what_the_last_one_kept_find_it(slack: int) -> None:
 def test_a_family_in_no_table_declares_its_states_at_the_first_write(name: str) -> None:
     model = build(name)
     cache = new_cache(name, model, slack=1)
-    with pytest.raises(ValueError, match="not known before the first write"):
-        cache.spec.nbytes(2, 64)
+    with pytest.raises(errors.ConfigError, match="nobody knows their bytes before the first write"):
+        sc.plan(tiny.renamed(model.config), capacity=64)
     feed(model, cache, draw(2, 5), 0)
     assert cache.lengths.tolist() == [5, 5]
     if name in RENAMED:

@@ -11,6 +11,7 @@ import tiny_models as tiny
 import transformers
 
 import statecache as sc
+from declared_bytes import declared_bytes
 from statecache import errors
 from statecache.models.plan import MOST, as_bytes
 from statecache.models.ready import promised
@@ -56,7 +57,10 @@ def test_a_plan_is_what_is_allocated(name: str, store: str) -> None:
     config, dtype = configuration(name), DTYPES[store]
     for options in OPTIONS:
         cache = new_cache(config, rows=3, dtype=dtype, device="cpu", store=store, **options)
-        assert_equal(sc.plan(config, rows=3, dtype=dtype, store=store, **options), cache)
+        plan = sc.plan(config, rows=3, dtype=dtype, store=store, **options)
+        assert_equal(plan, cache)
+        if store == "dense" and "capacity" in options:
+            assert plan.states == declared_bytes(cache.spec, 3, options["capacity"], dtype, options.get("slack", 0))
 
 
 def test_a_row_takes_what_one_row_more_takes() -> None:

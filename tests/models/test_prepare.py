@@ -21,6 +21,7 @@ from tiny_models import assert_same, draw
 from torch import Tensor, nn
 
 import statecache as sc
+from declared_bytes import declared_bytes
 from statecache import errors
 from statecache.models.interface import NAMES as CACHE_NAMES
 from statecache.models.mixers import MIXERS, Mixer
@@ -699,17 +700,18 @@ def test_bytes_are_those_of_the_declaration(name: str, slack: int) -> None:
         cache = new_cache(model, capacity=32, slack=slack, **allocated)
         feed(model, cache, ids)
         feed(model, cache, ids[:, :1])
-        assert cache.nbytes() == (spec.with_logs() if slack else spec).nbytes(2, 32, slack=slack)
+        assert cache.nbytes() == declared_bytes(spec.with_logs() if slack else spec, 2, 32, slack=slack)
         assert cache.nbytes().total == sum(b.untyped_storage().nbytes() for b in cache.buffers())
 
 
 def test_a_log_takes_a_hundredth_of_copies() -> None:
-    spec = model_spec(transformers.Qwen3NextConfig())
-    sizes = {slack: spec.nbytes(1, 1024, torch.bfloat16, slack=slack) for slack in (0, 8)}
-    copies = sizes[8].by_kind["recurrent"] - sizes[0].by_kind["recurrent"]
-    logged = spec.with_logs().nbytes(1, 1024, torch.bfloat16, slack=8)
-    assert logged.by_kind["recurrent"] == 2 * sizes[0].by_kind["recurrent"]  # at the row's end and at its log's
-    assert copies >= 100 * logged.by_kind["log"]
+    given = {"rows": 1, "capacity": 1024, "dtype": torch.bfloat16}
+    plain, copies, logged = (
+        sc.plan(transformers.Qwen3NextConfig(), **given, **more).states.by_kind
+        for more in ({}, {"slack": 8}, {"slack": 8, "prepared": True})
+    )
+    assert logged["recurrent"] == 2 * plain["recurrent"]  # at the row's end and at its log's
+    assert copies["recurrent"] - plain["recurrent"] >= 100 * logged["log"]
 
 
 # ---- compiled

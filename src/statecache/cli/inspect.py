@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import statecache as sc
 from statecache.cli.model import load_config
 from statecache.cli.report import byte_rows, human_bytes, two_columns
 from statecache.models.file import Described, describe, read, read_points
-from statecache.models.table import model_spec
+from statecache.models.table import model_spec, shares_last
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 
 
@@ -24,7 +25,8 @@ def inspect_command(model: str | None, rows: int, length: int, dtype: str | None
     kept_in = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     spec = model_spec(config)
     known = all(state.shape is not None for _, state in spec.states()) and not any(x.open for x in spec.layers)
-    sizes = spec.nbytes(rows, length, dtype=kept_in) if known else None
+    room: dict[str, Any] = {"lengths" if shares_last(config) else "capacity": length}
+    sizes = sc.plan(config, rows=rows, dtype=kept_in, **room).states if known else None
     if json:
         report = {
             "model": model or "embedded",
