@@ -909,7 +909,7 @@ def test_plan_shows_a_table(statecache):
     code, out, err = statecache(
         "plan", "--rows", "3", "--length", "2048", "--checkpoints", "1", "--weights", "--budget", "20MiB"
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (1, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[:2] == ["qwen3_5_text, bfloat16: 3 rows grown to 2,048 tokens", "all rows a row a token"]
     assert lines[2].startswith("attention state 7.5 MiB 2.5 MiB 1.0 KiB")

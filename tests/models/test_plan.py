@@ -225,8 +225,11 @@ def test_quantised_weights_are_refused() -> None:
         ({"lengths": 3, "capacity": 4}, "leave one out"),
         ({"dtype": "float33"}, "dtype='float33'"),
         ({"device": "nowhere"}, "device='nowhere'"),
-        ({"budget": 10, "rows": 2}, "budget=10: 2 rows of 1 tokens takes"),
-        ({"budget": 10, "capacity": 20}, "budget=10: one row of 20 tokens takes"),
+        ({"budget": 10, "rows": 2}, "budget=10: 2 rows of 1 token need"),
+        ({"budget": 10, "weights": True}, "budget=10: the weights alone take [0-9,]+ bytes: give more$"),
+        ({"budget": "300KiB", "weights": True, "capacity": 5000}, "1 row of 5,000 tokens and the weights need"),
+        ({"budget": 10, "checkpoints": 2}, "1 row of 1 token and 2 checkpoints need"),
+        ({"budget": 10, "capacity": 20}, "budget=10: 1 row of 20 tokens need"),
         ({"rows": 2, "capacity": 2**62}, "more bytes than can be counted"),
     ],
 )

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,7 @@ from statecache.models.plan import MOST
 
 
 def plan_command(model: str | None, options: dict[str, Any], plot: Path | None, *, json: bool) -> None:
-    """Print what a cache takes, and draw it over the length of a row."""
+    """Print what a cache takes, and draw it over the length of a row. Exit status 1 where it does not fit."""
     if plot is not None:
         from statecache.cli.plot import check_plot
 
@@ -29,11 +30,13 @@ def plan_command(model: str | None, options: dict[str, Any], plot: Path | None, 
         draw_plan(plot, config, plan, options)
     if json:
         print(json_format.dumps(_report(model, plan)))
-        return
-    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    screen.print(_shown(plan))
-    if plot is not None:
-        screen.print(f"drawn: {plot}")
+    else:
+        screen = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        screen.print(_shown(plan))
+        if plot is not None:
+            screen.print(f"drawn: {plot}")
+    if not plan.fits:
+        raise typer.Exit(1)
 
 
 def _report(model: str | None, plan: sc.Plan) -> dict[str, Any]:

@@ -112,13 +112,17 @@ def plan(
         return taken.states(rows).total + checkpoints * taken.checkpoint(rows) + (weigh or 0)
 
     searched = most is not None and rows is None and (capacity is not None or grown)
+    if most is not None and (searched or (capacity is None and not grown)) and most < (weigh or 0):
+        raise OptionError(f"budget={most}: the weights alone take {weigh:,} bytes: give more")
+    beside = [f"{checkpoints} checkpoint{'s' * (checkpoints > 1)}"] * bool(checkpoints) + ["the weights"] * weights
+    further = f" and {' and '.join(beside)}" if beside else ""
     if most is not None and capacity is None and not grown:
         n, least = rows or 1, max(1, slack)
-        what = f"{n} row{'s' * (n > 1)} of {least} tokens"
+        what = f"{n} row{'s' * (n > 1)} of {least} token{'s' * (least > 1)}{further}"
         capacity = _largest(lambda capacity: total(n, cache.take(capacity)), least, most, what)
     taken = cache.take(capacity, grown)
     if most is not None and searched:
-        what = f"one row of {capacity or max(grown):,} tokens"
+        what = f"1 row of {capacity or max(grown):,} tokens{further}"
         rows = _largest(lambda rows: total(rows, taken), 1, most, what)
     rows = rows or 1
     return Plan(
@@ -277,7 +281,7 @@ def _difference(more: States, less: States, by: int = 1) -> Sizes:
 def _largest(total: Callable[[int], int], least: int, most: int, what: str) -> int:
     """The largest number from `least` to `MOST` that takes at most so many bytes; a larger one never takes less."""
     if total(least) > most:
-        raise OptionError(f"budget={most}: {what} takes {total(least):,} bytes: give more, or ask for less")
+        raise OptionError(f"budget={most}: {what} need {total(least):,} bytes: give more, or ask for less")
     if total(MOST) <= most:
         return MOST
     fits, over = least, 2 * least
