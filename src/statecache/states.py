@@ -86,7 +86,8 @@ class States:
     With `rows`, `dtype` and `device` all is allocated at once; else each state when it is first written.
 
     `back`: whether rows can be rolled back; without it the slack serves speculative rounds alone, and costs less.
-    `store`: where entries live, all of them or as `Stores` says. `offload`: in host memory, but for the layers in use.
+    `store`: where entries live: all of them in one that it makes, or as `Stores` says, or a name such as "int8".
+    `offload`: in host memory, but for the layers in use.
     `made_for`: the digest of the model's specification, if `spec` is another form of it.
     """
 
@@ -100,7 +101,7 @@ class States:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         back: bool = True,
-        store: MakeStore | Stores = Dense,
+        store: MakeStore | Stores | str = Dense,
         offload: bool = False,
         made_for: str | None = None,
     ) -> None:
@@ -112,7 +113,8 @@ class States:
                 "out"
             )
         self.made_for = spec.digest() if made_for is None else made_for
-        self.spec, self.capacity, self.slack, self.back, self.store = spec, capacity, slack, back, store
+        self.spec, self.capacity, self.slack, self.back = spec, capacity, slack, back
+        self.store = Stores(store) if isinstance(store, str) else store
         self.dtype, self.device = dtype, device
         self.declared: dict[str, StateSpec] = dict(spec.states())
         self.offload = offload

@@ -11,7 +11,7 @@ import torch
 from oracle import Sum
 from torch import Tensor
 
-from statecache.errors import CapacityError, ConfigError, RowsError, StateCacheError, StepError
+from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, StateCacheError, StepError
 from statecache.lease import Lease
 from statecache.replay import Operators
 from statecache.ring import Ring
@@ -20,6 +20,7 @@ from statecache.snapshot import Marks
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
 from statecache.step import Step
+from statecache.storage.coded import Coded
 from statecache.storage.dense import Dense
 from statecache.storage.paged import Paged
 
@@ -264,3 +265,10 @@ def test_the_oracle_sees_a_clock_that_is_wrong() -> None:
     tested.states.clock.data[2, 1] += 1
     with pytest.raises(AssertionError):
         oracle.sound(tested)
+
+
+def test_a_store_is_called_by_its_name() -> None:
+    of = states(StateSpec("key", "attention", (2, 8)), store="int8")
+    assert isinstance(of["0.key"].store, Coded)
+    with pytest.raises(OptionError, match="store='int9': give one of"):
+        states(store="int9")
