@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from functools import cache
 from typing import Any
 
 import torch
@@ -91,14 +90,10 @@ def _versions(model: nn.Module) -> int:
 
 def _switches(module: nn.Module) -> list[str]:
     """Which of a layer's adapters count: "name=value"."""
-    own, of_class = vars(module), _switches_of(type(module))
-    return [f"{what}={getattr(module, what)}" for what in ADAPTERS if what in own or what in of_class]
-
-
-@cache
-def _switches_of(kind: type) -> tuple[str, ...]:
+    own, kind = vars(module), type(module)
     # transformers' models have methods of these names, which say nothing
-    return tuple(what for what in ADAPTERS if not callable(getattr(kind, what, print)))
+    names = [what for what in ADAPTERS if what in own or not callable(getattr(kind, what, print))]
+    return [f"{what}={getattr(module, what)}" for what in names]
 
 
 def _sample(tensor: Tensor) -> bytes:
