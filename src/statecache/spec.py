@@ -36,12 +36,17 @@ class StateSpec:
     leased: bool = False  # window 1, and the model overwrites the entry it is handed instead of giving back another
     logged: bool = False  # leased, and rolls back by replaying a log of its inputs instead of by copies
     blank: int | None = None  # what its layer reads before the first token, if not zero: entries are kept less this
+    # of a convolution, what its channels are, in order: "heads" or "groups" of heads, how many, and how wide each is
+    blocks: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)  # a digest goes without
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f'state "{self.name}": kind "{self.kind}" is none of {", ".join(KINDS)}')
         if self.leased and self.window != 1:
             raise ValueError(f'state "{self.name}": a leased entry is the whole state, so its window is 1')
+        channels = sum(n * width for _, n, width in self.blocks)
+        if self.blocks and self.shape is not None and channels != self.shape[0]:
+            raise ValueError(f'state "{self.name}": its blocks have {channels} channels, and an entry {self.shape[0]}')
         if self.logged and not self.leased:
             raise ValueError(f'state "{self.name}": only a leased state is replayed from a log')
 

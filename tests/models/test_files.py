@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +519,44 @@ def test_heads_can_be_parted_and_joined(tmp_path: Path) -> None:
     read = sc.StateCache.load(path, model)
     ids = torch.tensor([[3], [4]])
     assert torch.equal(feed(model, read, ids), feed(model, cache, ids))
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_convolution_s_blocks_reach_their_heads_alone(name: str) -> None:
+    model = sc.prepare(families.build(name)[0])
+    found = [(layer, s) for layer in model_spec(model.config).layers for s in layer.states if s.blocks]
+    seen = set()
+    for layer, spec in found[:3]:
+        reached = {s.name: s for s in layer.states if "heads" in file.AXES.get((s.kind, len(s.shape or ())), ())}
+        first = 0
+        for what, count, width in spec.blocks:
+            for n in range(count):
+                channels = slice(first + n * width, first + (n + 1) * width)
+                changed = _after_noise(model, f"{layer.index}.{spec.name}", channels)
+                for other, of in reached.items():
+                    heads = changed[f"{layer.index}.{other}"]
+                    each = len(heads) // count
+                    assert not heads[: n * each].any() and not heads[(n + 1) * each :].any(), (what, n, other)
+                    seen |= {(spec.name, what)} if bool(heads.any()) and of.shape[0] > 1 else set()
+            first += count * width
+    assert {(spec.name, what) for _, spec in found[:3] for what, _, _ in spec.blocks} == seen
+
+
+@torch.inference_mode()
+def _after_noise(model: Any, name: str, channels: slice) -> dict[str, Tensor]:
+    """Which heads of every state of a row another token leaves otherwise, once these inputs are: (H,) bool."""
+    cache = sc.StateCache(model.config)
+    ids = draw(1, 6) % 60 + 1
+    key = families.cache_arg(model)
+    model(ids[:, :5], use_cache=True, **{key: cache})
+    other, row = cache.fork(), cache.snapshot(0)
+    entries = {key: entry.clone() for key, entry in row.entries.items()}
+    entries[name][:, channels] += 1
+    other.admit(0, replace(row, entries=entries))
+    for each in (cache, other):
+        model(ids[:, 5:], use_cache=True, **{key: each})
+    was, now = cache.snapshot(0).entries, other.snapshot(0).entries
+    return {key: (now[key][-1] != was[key][-1]).flatten(1).any(1) for key in was if was[key].dim() > 2}
 
 
 def test_every_axis_has_a_name() -> None:

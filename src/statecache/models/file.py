@@ -68,6 +68,7 @@ class Described:
         for name, state in self.states.items():
             told = {key: value for key, value in state.items() if key != "axes"}
             shape = None if told["shape"] is None else tuple(told["shape"])
+            told["blocks"] = tuple(map(tuple, told.get("blocks", ())))
             found[name] = StateSpec(**{**told, "shape": shape, "dtype": told["dtype"] and as_dtype(told["dtype"])})
         return found
 
@@ -139,6 +140,8 @@ def _described(spec: StateSpec) -> dict[str, Any]:
     told = asdict(spec)
     if spec.dtype is not None:
         told["dtype"] = _name(spec.dtype)
+    if not spec.blocks:  # channels that stand each for itself
+        del told["blocks"]
     told["axes"] = None if spec.shape is None else AXES.get((spec.kind, len(spec.shape)))
     return told
 

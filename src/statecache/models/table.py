@@ -7,6 +7,7 @@ docs/adding_a_layer.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,9 @@ from statecache.errors import ConfigError, UnknownLayerError
 from statecache.models.factors import rotary
 from statecache.models.interface import asks_a_cache, may_encode, may_slide, moves_positions
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
+
+
+Blocks = tuple[tuple[str, int, int], ...]  # of what, how many, how wide: see `StateSpec.blocks`
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,14 @@ DROPS_STATE = {"mamba", "falcon_mamba", "jamba", "zamba"}
 WRITES_BY_HEAD = {"zamba"}
 
 
-def conv(width: int, channels: int, name: str = "conv", dtype: torch.dtype | None = None) -> StateSpec:
-    """The last inputs of a causal convolution of this width, in this `dtype` or better."""
-    return StateSpec(name, "conv", (channels,), width - 1, axis=1, dtype=dtype)
+def conv(width: int, channels: int | Blocks, name: str = "conv", dtype: torch.dtype | None = None) -> StateSpec:
+    """The last inputs of a causal convolution of this width, in this `dtype` or better.
+
+    channels: how many; or as blocks, where heads or groups of heads have channels of their own.
+    """
+    blocks = () if isinstance(channels, int) else channels
+    count = channels if isinstance(channels, int) else sum(n * size for _, n, size in channels)
+    return StateSpec(name, "conv", (count,), width - 1, axis=1, dtype=dtype, blocks=blocks)
 
 
 def recurrent(*shape: int, name: str = "recurrent", dtype: torch.dtype | None = torch.float32) -> StateSpec:
@@ -126,7 +135,8 @@ def _ssd(
 ) -> tuple[StateSpec, ...]:
     """Mamba-2: the convolution sees x, B and C; the log is x and B, dt."""
     width = width or heads * head
-    states = conv(kernel, width + 2 * groups * state), recurrent(heads, head, state)
+    shared = ("groups", groups, state)
+    states = conv(kernel, (("heads", heads, width // heads), shared, shared)), recurrent(heads, head, state)
     return *states, *log(width + groups * state, heads)
 
 
@@ -155,10 +165,11 @@ def _zamba2(c: Any) -> tuple[StateSpec, ...]:
 
 def _gated_delta(c: Any) -> tuple[StateSpec, ...]:
     """The convolution sees queries, keys and values; the log is keys and values, decay and strength."""
-    keys = c.linear_num_key_heads * c.linear_key_head_dim
-    values = c.linear_num_value_heads * c.linear_value_head_dim
-    state = recurrent(c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-    return conv(c.linear_conv_kernel_dim, 2 * keys + values), state, *log(keys + values, 2 * c.linear_num_value_heads)
+    shared = ("groups", c.linear_num_key_heads, c.linear_key_head_dim)
+    heads, size = c.linear_num_value_heads, c.linear_value_head_dim
+    inputs = conv(c.linear_conv_kernel_dim, (shared, shared, ("heads", heads, size)))
+    state = recurrent(heads, c.linear_key_head_dim, size)
+    return inputs, state, *log(math.prod(shared[1:]) + heads * size, 2 * heads)
 
 
 def _kda(c: Any) -> tuple[StateSpec, ...]:
@@ -166,7 +177,7 @@ def _kda(c: Any) -> tuple[StateSpec, ...]:
     heads, size = c.linear_num_heads, c.linear_head_dim
     width = heads * size
     state = recurrent(heads, size, size)
-    return conv(c.linear_conv_kernel_dim, 3 * width), state, *log(2 * width, width + heads)
+    return conv(c.linear_conv_kernel_dim, 3 * (("heads", heads, size),)), state, *log(2 * width, width + heads)
 
 
 def _lfm2(c: Any) -> tuple[StateSpec, ...]:
@@ -176,7 +187,8 @@ def _lfm2(c: Any) -> tuple[StateSpec, ...]:
 def _inkling(c: Any, sliding: bool = False) -> tuple[StateSpec, ...]:
     """Convolutions of the keys, the values, what attention gives, and what the MLP gives."""
     heads, size = _grouped(c, sliding)
-    channels = {"conv": heads * size, "conv1": heads * size, "conv2": c.hidden_size, "conv3": c.hidden_size}
+    each: Blocks = (("heads", heads, size),)
+    channels: dict[str, int | Blocks] = {"conv": each, "conv1": each, "conv2": c.hidden_size, "conv3": c.hidden_size}
     return tuple(conv(c.conv_kernel_size, width, name, torch.float32) for name, width in channels.items())
 
 
