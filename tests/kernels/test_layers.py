@@ -25,10 +25,12 @@ def texts(rows: int) -> torch.Tensor:
     return torch.randint(1, 90, (rows, 9 + STEPS), generator=torch.Generator().manual_seed(5)).to(DEVICE)
 
 
-def logits(model: Any, ids: torch.Tensor, kernels: bool, counts: list[int] | None = None) -> torch.Tensor:
-    """Of the steps after a prompt of nine tokens, of which row 1 is one behind."""
-    rows = len(ids)
-    cache = sc.StateCache(model.config, capacity=32, slack=1, back=False, rows=rows, dtype=torch.float32, device=DEVICE)
+def logits(
+    model: Any, ids: torch.Tensor, kernels: bool, counts: list[int] | None = None, store: str | None = None
+) -> torch.Tensor:
+    """Of the steps after a prompt of nine tokens, of which row 1 is one behind. `store`: of recurrent states."""
+    rows, kept = len(ids), {"dtype": torch.float32, "device": DEVICE, "recurrent_store": store}
+    cache = sc.StateCache(model.config, capacity=32, slack=1, back=False, rows=rows, **kept)
     prompt = ids[:, :9]
     name = families.cache_arg(model)
     with torch.no_grad():
@@ -59,6 +61,16 @@ def test_whole_layers_give_what_their_modules_give(name: str, rows: int) -> None
     want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
     assert not torch.equal(got, want)  # kernels did run
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_5"])
+def test_layers_take_states_that_are_kept_in_bfloat16(name: str) -> None:
+    model, ids = model_of(name), texts(2)
+    want, got = (logits(model, ids, kernels=each, store="bfloat16") for each in (False, True))
+    exact = logits(model, ids, kernels=True)
+    # a last place of the state may be rounded otherwise
+    assert 0 < ((got - want).abs().max() / want.abs().max()).item() < 2e-3
+    assert ((got - exact).abs().max() / want.abs().max()).item() < 2e-2 and not torch.equal(got, exact)
 
 
 OTHERS = ["falcon_h1", "qwen3_next", "nemotron_h", "zamba2"]
