@@ -16,6 +16,7 @@ import statecache as sc
 from statecache import errors
 from statecache.storage.dense import Dense
 from statecache.storage.rounded import Rounded
+from statecache.storage.table import STORES
 
 NAMES = ["qwen3_5", "mamba2", "jamba", "recurrent_gemma", "minimax"]
 OPTIONS = [{}, {"capacity": 64}, {"slack": 4}, {"capacity": 64, "slack": 4}, {"slack": 4, "back": False}]
@@ -158,9 +159,15 @@ def test_both_kinds_of_states_may_be_rounded(model: Any, store: str) -> None:
 # ---- what makes no sense
 
 
-@pytest.mark.parametrize("store", ["dense", "", 16, torch.bfloat16])
+@pytest.mark.parametrize("store", ["float16", "", 16, torch.bfloat16])
 def test_a_store_of_no_such_name_is_refused_by_name(model: Any, store: Any) -> None:
     with pytest.raises(errors.OptionError, match=r"recurrent_store=.*: give None, or 'bfloat16'"):
+        new_cache(model, recurrent_store=store)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_of_keys_and_values_is_refused_by_name(model: Any, store: str) -> None:
+    with pytest.raises(errors.OptionError, match=rf"'{store}': .*; those of store= are for keys and values"):
         new_cache(model, recurrent_store=store)
 
 

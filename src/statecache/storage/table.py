@@ -47,7 +47,10 @@ class Stores:
 
     def __post_init__(self) -> None:
         if self.recurrent is not None and (not isinstance(self.recurrent, str) or self.recurrent not in RECURRENT):
-            raise OptionError(f"recurrent_store={self.recurrent!r}: give None, or {', '.join(map(repr, RECURRENT))}")
+            hint = "; those of store= are for keys and values" if self.recurrent in (*STORES,) else ""
+            raise OptionError(
+                f"recurrent_store={self.recurrent!r}: give None, or {', '.join(map(repr, RECURRENT))}{hint}"
+            )
         if not isinstance(self.attention, str) or self.attention not in STORES:
             raise OptionError(f"store={self.attention!r}: give one of {', '.join(map(repr, STORES))}")
 
