@@ -1,4 +1,4 @@
-"""Draw docs/decode.svg and docs/matrix.svg from what the benchmarks and the conformance matrix found.
+"""Draw docs/decode.svg, quality.svg and matrix.svg from what the benchmarks and the conformance matrix found.
 
     python benchmarks/plots.py                 # from benchmarks/results, into docs
     python benchmarks/plots.py --pack results  # first: what tests/conformance/matrix.py left there, as one file
@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-DECODE, MATRIX = (HERE / "results" / name for name in ("2026-11-24-cpu.json", "2026-11-26-matrix.json"))
+DECODE, QUALITY, MATRIX = (
+    HERE / "results" / name for name in ("2026-11-24-cpu.json", "2026-11-26-quality.json", "2026-11-26-matrix.json")
+)
 DOCS = HERE.parent / "docs"
 LINES = {"DynamicCache": "theirs", "growing": "growing", "fixed": "fixed", "fixed compiled": "compiled"}
+STORES = {  # of quality.py, those that round
+    "int8": "one",
+    "fp8": "two",
+    "bfloat16 states": "three",
+    "int8, bfloat16 states": "both",
+}
 CELLS = {".": ("right", "right"), "W": ("wrong", "wrong, no error"), "F": ("missing", "refused or missing")}
 PANELS = {"transformers": "transformers' own caches", "prepared": "StateCache, prepared"}
 STYLE = """
@@ -98,6 +106,49 @@ def decode_svg(data: dict[str, Any]) -> str:
     return picture("decode", 296, "Decode time over context", " ".join(said), style, parts, 12)
 
 
+# ---- what stores that round cost
+
+
+def quality_svg(data: dict[str, Any]) -> str:
+    """Divergence and agreement over the context, a line for each store; the contexts stand at their logarithms."""
+    lines = {name: [c for c in data["cells"] if c["way"] == name] for name in STORES}
+    every = [c for cells in lines.values() for c in cells]
+    most = 100 * math.ceil(max(1e4 * c["divergence"] for c in every))
+    least = math.floor(2 * min(100 * c["agree"] for c in every)) / 2
+    left, width, floor, height = 52, 330, 250, 180
+    parts, said = [], []
+    for n, (name, kind) in enumerate(STORES.items()):
+        x = left + 160 * n
+        parts += [f'<path class="{kind}" d="M{x} 14 h26"/>', text(x + 32, 18, name)]
+    panels = (
+        ("divergence, millionths of a bit a token", "divergence", 1e6, 0.0, float(most)),
+        (f"% of {data['new']} greedy tokens that agree", "agree", 100.0, least, 100.0),
+    )
+    for n, (title, of, unit, low, high) in enumerate(panels):
+        x = left + n * (width + 76)
+        parts.append(text(x, 48, title, "head"))
+        for step in range(5):
+            value, y = low + (high - low) * step / 4, floor - height * step / 4
+            parts += [f'<path class="axis" d="M{x} {y:g} h{width}"/>', text(x - 6, y + 4, f"{value:g}", "end")]
+        contexts = [c["context"] for c in lines["int8"]]
+        span = math.log2(contexts[-1] / contexts[0])
+        at = [round(x + 14 + (width - 28) * math.log2(c / contexts[0]) / span, 1) for c in contexts]
+        parts += [text(px, floor + 18, f"{c:,}", "mid") for px, c in zip(at, contexts, strict=True)]
+        for name, cells in lines.items():
+            ups = [round(floor - height * (unit * c[of] - low) / (high - low), 1) for c in cells]
+            points = " L".join(f"{px:g} {up:g}" for px, up in zip(at, ups, strict=True))
+            parts.append(f'<path class="{STORES[name]}" d="M{points}"/>')
+            figures = ", ".join(f"{unit * c[of]:.2f} at {c['context']:,}" for c in cells)
+            said.append(f"{name}, {title}: {figures}.")
+    parts.append(text(820 - 32, floor + 38, "tokens before", "end"))
+    style = (
+        ".quality .one { stroke: #7986cb }\n.quality .two { stroke: #e8710a }\n.quality .three { stroke: #2e9e5b }\n"
+        ".quality .both { stroke: currentColor; stroke-opacity: .6 }\n"
+        ".quality .one, .quality .two, .quality .three, .quality .both { fill: none; stroke-width: 2.5 }\n"
+    )
+    return picture("quality", 296, "What stores that round cost", " ".join(said), style, parts, 12)
+
+
 # ---- the conformance matrix
 
 
@@ -156,6 +207,7 @@ def main() -> None:
     if asked.pack is not None:
         MATRIX.write_text(json.dumps(pack(asked.pack), indent=1) + "\n")
     (DOCS / "decode.svg").write_text(decode_svg(json.loads(DECODE.read_text())))
+    (DOCS / "quality.svg").write_text(quality_svg(json.loads(QUALITY.read_text())))
     (DOCS / "matrix.svg").write_text(matrix_svg(json.loads(MATRIX.read_text())))
 
 

@@ -84,7 +84,8 @@ def test_plots_are_drawn_from_the_committed_figures(monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import plots
 
-    for draw, data in ((plots.decode_svg, plots.DECODE), (plots.matrix_svg, plots.MATRIX)):
+    drawn = {plots.decode_svg: plots.DECODE, plots.quality_svg: plots.QUALITY, plots.matrix_svg: plots.MATRIX}
+    for draw, data in drawn.items():
         file = ROOT / "docs" / f"{draw.__name__.removesuffix('_svg')}.svg"
         assert file.read_text() == draw(json.loads(data.read_text())), f"{file.name}: run benchmarks/plots.py"
     assert "704 right, 316 wrong, no error, 564 refused or missing" in (ROOT / "docs" / "matrix.svg").read_text()

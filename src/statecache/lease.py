@@ -20,7 +20,10 @@ ONE = slice(0, 1)
 
 @dataclass(frozen=True, eq=False)
 class Loan:
-    """What a kernel needs to update a state by itself: (B, n, *D), the slot to read, and the one to write, if any."""
+    """What a kernel needs to update a state by itself: (B, n, *D), the slot to read, and the one to write, if any.
+
+    The buffer has the dtype that the state is kept in, which may be narrower than the one to compute in.
+    """
 
     buffer: Tensor
     read: int
@@ -98,10 +101,11 @@ class Lease:
 
         Raises TypeError where the store keeps it in another form.
         """
-        if self.shown is None:
+        held = self.store.plain
+        if held is None:
             raise TypeError(f'state "{self.spec.name}": a {type(self.store).__name__} store lends no buffer')
         step.write()
-        return Loan(self.store.buffers()[0], 0, None if step.tentative else 0)
+        return Loan(held, 0, None if step.tentative else 0)
 
     def read(self, step: Step) -> Tensor:
         """The states of the step's rows (R, *D); of all rows where the store can show them, to overwrite in place."""

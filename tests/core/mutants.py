@@ -885,3 +885,11 @@ CODES: dict[str, tuple[str, ...]] = {
     "fp8 has the scale of int8": ("exponent - 7)).nan", "exponent - 6)).nan"),
     "what is not finite reads as a number": ("largest.isfinite(), exponent, 255", "largest.isfinite(), exponent, 254"),
 }
+
+# of what keeps numbers in a narrower dtype, in storage.rounded
+ROUNDS: dict[str, tuple[str, ...]] = {
+    "a choice of rows clears them all": ("self.dense.clear(rows)", "self.dense.clear()"),
+    "all slots but the last move along": ("self.dense.taken(rows, used)", "self.dense.taken(rows, max(used - 1, 0))"),
+    "rows in use stay as many as they were": ("self.dense.use(rows)", "pass"),
+    "it says that it has as many slots as at first": ("        self.slots = slots\n", ""),
+}

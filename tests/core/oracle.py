@@ -42,11 +42,12 @@ ALL = [*WHAT, "point"]  # a row goes back, after a pass, to what it was
 def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
     names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
-    names += ("storage.dense", "storage.paged", "storage.coded")
+    names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     stores = {"dense": found.pop("storage.dense").Dense, "paged": found.pop("storage.paged").Paged}
-    coded = found.pop("storage.coded")
-    return SimpleNamespace(**found, coded=coded, stores={**stores, "coded": partial(coded.Coded, Exact())})
+    coded, rounded = found.pop("storage.coded"), found.pop("storage.rounded")
+    stores |= {"coded": partial(coded.Coded, Exact()), "rounded": partial(rounded.Rounded, torch.float64)}
+    return SimpleNamespace(**found, coded=coded, stores=stores)
 
 
 class Exact:
@@ -93,7 +94,9 @@ class Form:
 
     def beside(self) -> Form:
         """Another kind, which a row's states can move to."""
-        other = {"dense": "paged", "paged": "coded", "coded": "dense", "offload": "paged"}[self.store]
+        other = {"dense": "paged", "paged": "coded", "coded": "rounded", "rounded": "dense", "offload": "paged"}[
+            self.store
+        ]
         return replace(self, fixed=not self.fixed, back=True, store=other, slack=self.slack + 2)
 
 

@@ -20,7 +20,18 @@ import statecache
 
 MODULES = (  # in the order in which they import each other
     *("errors", "rotary", "spec", "mask", "storage", "storage.store", "storage.dense", "storage.paged"),
-    *("storage.coded", "storage.table", "step", "ring", "lease", "clock", "replay", "logs", "offload"),
+    *(
+        "storage.coded",
+        "storage.rounded",
+        "storage.table",
+        "step",
+        "ring",
+        "lease",
+        "clock",
+        "replay",
+        "logs",
+        "offload",
+    ),
     *("snapshot", "one_pass", "states", "round"),
 )
 

@@ -26,7 +26,7 @@ each = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
 number = st.one_of(st.sampled_from([1, 1, 2, 3]), st.integers(0, 29))  # mostly steps of a few tokens, within the slack
 operation = st.tuples(st.sampled_from(oracle.ALL), number, each)
 schedules = st.lists(operation, min_size=1, max_size=25)
-STORES, BOTH = ("dense", "paged", "coded"), (False, True)
+STORES, BOTH = ("dense", "paged", "coded", "rounded"), (False, True)
 often = st.sampled_from([True, True, False])
 
 

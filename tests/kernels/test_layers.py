@@ -10,6 +10,7 @@ import torch
 from drawn import DEVICE
 
 import statecache as sc
+from statecache.kernels import delta_step, ssd_step
 from statecache.models.fused import by_kernels, ways
 
 STEPS = 2
@@ -25,10 +26,12 @@ def texts(rows: int) -> torch.Tensor:
     return torch.randint(1, 90, (rows, 9 + STEPS), generator=torch.Generator().manual_seed(5)).to(DEVICE)
 
 
-def logits(model: Any, ids: torch.Tensor, kernels: bool, counts: list[int] | None = None) -> torch.Tensor:
-    """Of the steps after a prompt of nine tokens, of which row 1 is one behind."""
-    rows = len(ids)
-    cache = sc.StateCache(model.config, capacity=32, slack=1, back=False, rows=rows, dtype=torch.float32, device=DEVICE)
+def logits(
+    model: Any, ids: torch.Tensor, kernels: bool, counts: list[int] | None = None, store: str | None = None
+) -> torch.Tensor:
+    """Of the steps after a prompt of nine tokens, of which row 1 is one behind. `store`: of recurrent states."""
+    rows, kept = len(ids), {"dtype": torch.float32, "device": DEVICE, "recurrent_store": store}
+    cache = sc.StateCache(model.config, capacity=32, slack=1, back=False, rows=rows, **kept)
     prompt = ids[:, :9]
     name = families.cache_arg(model)
     with torch.no_grad():
@@ -59,6 +62,21 @@ def test_whole_layers_give_what_their_modules_give(name: str, rows: int) -> None
     want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
     assert not torch.equal(got, want)  # kernels did run
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("mamba2", marks=SLOW)])
+def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, taken = model_of(name), texts(2), []
+    for kernel in (ssd_step, delta_step):
+        own = kernel.step
+        monkeypatch.setattr(
+            kernel, "step", lambda *args, own=own, **kwargs: (taken.append(args[-3].dtype), own(*args, **kwargs))[1]
+        )
+    want, got = (logits(model, ids, kernels=each, store="bfloat16") for each in (False, True))
+    first, second = ((got - want).abs().amax((0, 2)) / want.abs().max()).tolist()
+    assert taken and set(taken) == {torch.bfloat16}
+    assert 0 < first < 1e-5  # from the same states
+    assert second < 1e-2  # from states of which a last place may be another
 
 
 OTHERS = ["falcon_h1", "qwen3_next", "nemotron_h", "zamba2"]

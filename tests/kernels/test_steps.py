@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import DEVICE, NAN, draw, error, strided
+from drawn import DEVICE, NAN, draw, error, narrowed, strided
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -130,6 +130,20 @@ def test_delta_step_is_the_plain_operators(shape: Any, dtype: torch.dtype, count
             assert torch.equal(held[row], state[row])
             assert not got[row].any()
     check_ring(ring, before, new, starts, counts)
+
+
+@pytest.mark.parametrize("kernel", ["ssd", "delta"])
+def test_a_state_in_bfloat16_is_computed_on_in_float32_and_rounded(kernel: str) -> None:
+    rows, start = 3, torch.tensor([5], device=DEVICE)
+    given = [draw(rows, 48), draw(rows, 1), draw(rows, 1), draw(48, 4), None, draw(1), draw(1), draw(1)]
+    ring, state = draw(rows, 48, 4), draw(rows, 1, 16, 16, dtype=torch.bfloat16)
+    got, held = [], [state.clone(), state.float()]
+    for each in held:
+        if kernel == "ssd":
+            got.append(ssd_step.step(*given[:2], *given[3:], ring.clone(), each, start, None, groups=1))
+        else:
+            got.append(delta_step.step(*given[:7], ring.clone(), each, start, None, key_heads=1))
+    assert torch.equal(*got) and torch.equal(held[0], narrowed(held[1])) and not torch.equal(held[0], state)
 
 
 @pytest.mark.parametrize("kernel", ["ssd", "delta"])

@@ -63,6 +63,17 @@ def test_a_plan_is_what_is_allocated(name: str, store: str) -> None:
             assert plan.states == declared_bytes(cache.spec, 3, options["capacity"], dtype, options.get("slack", 0))
 
 
+@pytest.mark.parametrize("name", [name for name in EACH if name.startswith(("qwen3_5", "mamba", "minimax", "zaya"))])
+def test_a_plan_of_rounded_states_is_what_is_allocated(name: str) -> None:
+    config, given = configuration(name), {"dtype": "bfloat16", "recurrent_store": "bfloat16"}
+    for options in OPTIONS:
+        for prepared in (False, True):
+            cache = new_cache(config, rows=3, device="cpu", **given, **options)
+            if prepared:
+                cache.states.keep_logs()
+            assert_equal(sc.plan(config, rows=3, prepared=prepared, **given, **options), cache)
+
+
 def test_a_row_takes_what_one_row_more_takes() -> None:
     config, given = configuration("qwen3_5"), {"capacity": 20, "slack": 3, "dtype": "bfloat16"}
     sizes = [new_cache(config, rows=n, device="cpu", **given).nbytes().by_kind for n in (3, 4)]

@@ -321,6 +321,9 @@ def plan(
     ] = None,
     slack: Annotated[int, typer.Option(min=0, help="Tokens that each row can forget.")] = 0,
     store: Annotated[str, typer.Option(help="Where keys and values live: dense, paged, int8, fp8.")] = "dense",
+    recurrent_store: Annotated[
+        str | None, typer.Option(help="What recurrent states are kept in: bfloat16; else as they are computed.")
+    ] = None,
     checkpoints: Annotated[int, typer.Option(min=0, help="Checkpoints that are held at once.")] = 0,
     budget: Annotated[
         str | None,
@@ -351,6 +354,7 @@ def plan(
         "lengths": length,
         "slack": slack,
         "store": store,
+        "recurrent_store": recurrent_store,
         "checkpoints": checkpoints,
         "budget": budget,
         "device": device,

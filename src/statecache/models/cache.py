@@ -38,7 +38,7 @@ from statecache.models.fingerprint import Weights, fingerprint
 from statecache.models.interface import check_version
 from statecache.models.layers import Layer
 from statecache.models.prepared import Prepared
-from statecache.models.ready import check_kept
+from statecache.models.ready import check_kept, check_rounds
 from statecache.models.table import KINDS, model_spec, shares_last
 from statecache.models.unmodified import Unmodified
 from statecache.replay import Operators
@@ -70,6 +70,7 @@ class StateCache(Cache):
     - `back`: False where rows go back only by dropping a speculative round: prepared models then pay less for slack.
     - `offload`: keep states in host memory, and on the device those of the layer that runs and of the next one.
     - `store`: where keys and values live: "dense", "paged", "int8" or "fp8". The last two are lossy.
+    - `recurrent_store`: "bfloat16" keeps recurrent states in that, rounded once a step, for prepared models. Lossy.
 
     It is a `Cache` for `isinstance` alone: nothing of that class is used.
     Raises OptionError for options that make no sense, ConfigError for a model that keeps nothing in a cache,
@@ -88,6 +89,7 @@ class StateCache(Cache):
         back: bool = True,
         offload: bool = False,
         store: str = "dense",
+        recurrent_store: str | None = None,
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise OptionError(
@@ -101,6 +103,13 @@ class StateCache(Cache):
                 f"capacity={capacity}: the loops of this {spec.model} model read keys off cache.layers, and its masks "
                 'have no room for slots that are empty: leave capacity= out, or set recurrent_kv_cache_mode="per_loop"'
             )
+        stores = Stores(store, recurrent_store)
+        if recurrent_store is not None:
+            if not any(state.kind == "recurrent" for _, state in spec.states()):
+                raise OptionError(
+                    f"recurrent_store={recurrent_store!r}: this {spec.model} model has no recurrent state: leave it out"
+                )
+            check_rounds(spec.model, made_for, recurrent_store)
         self.states = States(
             spec if slack else spec.in_order(),
             capacity=capacity,
@@ -110,7 +119,7 @@ class StateCache(Cache):
             device=device,
             back=back,
             offload=offload,
-            store=Stores(store),
+            store=stores,
             made_for=made_for,
         )
         self.writer: Unmodified | Prepared = Unmodified(self.states)

@@ -234,7 +234,8 @@ class Writer(Protocol):
 class Lent:
     """What a kernel needs to take in one token of each row by itself, and to keep its states in place.
 
-    ring: (B, C, S), the inputs of the convolution, that of position p in slot p % S. state: (B, *D), the recurrence's.
+    ring: (B, C, S), the inputs of the convolution, that of position p in slot p % S. state: (B, *D), the recurrence's,
+    in the dtype that it is kept in.
     start: (B,) or (1,) long, where rows stand. count: (B,) long, 0 or 1; None for all.
     """
 
@@ -352,15 +353,15 @@ class LayerState:
         if not isinstance(conv, Ring) or not isinstance(state, Lease):
             return None
         logs = state.spec.logged and states.back
-        window = conv.spec.window
-        if logs or state.copies is not None or state.shown is None or not conv.store.shows or not conv.wraps:
+        window, held = conv.spec.window, state.store.plain
+        if logs or state.copies is not None or held is None or not conv.store.shows or not conv.wraps:
             return None
         if window is None or conv.capacity <= window:
             return None
         step.write()
         here = step.on(conv.device)
         start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=conv.device)
-        return Lent(conv.store.read(slice(0, conv.capacity)), state.shown, start, here.count)
+        return Lent(conv.store.read(slice(0, conv.capacity)), held.squeeze(1), start, here.count)
 
     def lend_keys(self) -> LentKeys | None:
         """The keys and values for a kernel, which then writes them; None where the pass is none for it, as above.

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from statecache.errors import ConfigError
+from statecache.errors import ConfigError, OptionError
 from statecache.models.table import ON_MODULES
 
 
@@ -39,10 +39,28 @@ def promised() -> Iterator[None]:
 
 def check_kept(model: str, made_for: str) -> None:
     """Raise ConfigError where no such model is prepared, and a cache for it would not be filled."""
-    if model in ON_MODULES and not _promised.get():
-        forwards = [forward() for forward in _ready.valuerefs()]
-        if not any(forward is not None and forward.made_for == made_for for forward in forwards):
-            raise not_kept(model)
+    if model in ON_MODULES and not _promised.get() and not _prepared(made_for):
+        raise not_kept(model)
+
+
+def check_rounds(model: str, made_for: str, store: str) -> None:
+    """Raise OptionError where no such model is prepared, and the one there is would overwrite what is handed to it."""
+    if not _promised.get() and not _prepared(made_for):
+        raise needs_prepared(model, store)
+
+
+def needs_prepared(model: str, store: str | None) -> OptionError:
+    """Of a model as it is, and a store that its recurrent states cannot live in."""
+    return OptionError(
+        f"recurrent_store={store!r}: a {model} model as it is overwrites the states that it is handed, and a store "
+        "that rounds hands out copies: call statecache.prepare(model) first"
+    )
+
+
+def _prepared(made_for: str) -> bool:
+    """Whether a model that remembers this is prepared."""
+    forwards = [forward() for forward in _ready.valuerefs()]
+    return any(forward is not None and forward.made_for == made_for for forward in forwards)
 
 
 def not_kept(model: str) -> ConfigError:

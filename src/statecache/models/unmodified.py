@@ -21,12 +21,13 @@ from statecache.errors import ConfigError, RaggedError, ShapeError, StepError
 from statecache.lease import Lease
 from statecache.models.checks import no_gradient
 from statecache.models.prepared import LayerState, Prepared
-from statecache.models.ready import not_kept
+from statecache.models.ready import needs_prepared, not_kept
 from statecache.models.registry import Registry
 from statecache.models.table import DROPS_STATE, KINDS, ON_MODULES, SHIFTS_IN_PLACE, WRITES_BY_HEAD
 from statecache.spec import ModelSpec, StateSpec
 from statecache.states import WAY_OUT, States
 from statecache.step import Step
+from statecache.storage.table import Stores
 
 
 class Unmodified:
@@ -318,6 +319,8 @@ class Unmodified:
         """The open step; a new one, if this is its first write."""
         if self.registry.model in ON_MODULES:
             raise not_kept(self.registry.model)
+        if isinstance(self.states.store, Stores) and self.states.store.recurrent is not None:
+            raise needs_prepared(self.registry.model, self.states.store.recurrent)
         if not torch.compiler.is_compiling():
             if name in self.boundaries.written:
                 self.finish()

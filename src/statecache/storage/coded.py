@@ -93,6 +93,7 @@ class Coded:
     """Entries by a code, in `Dense`. What `read` gives is a copy. See `Store`."""
 
     shows = False
+    plain = None
 
     def __init__(
         self,

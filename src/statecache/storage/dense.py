@@ -43,6 +43,10 @@ class Dense:
         self.rows = rows
         self._used = self.data if rows == self.data.shape[0] else self.data[:rows]
 
+    @property
+    def plain(self) -> Tensor:
+        return self._used
+
     def read(self, at: Slots) -> Tensor:
         if isinstance(at, slice):
             return self._used.narrow(self.axis, at.start, at.stop - at.start)

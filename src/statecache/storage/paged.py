@@ -19,6 +19,7 @@ class Paged:
     """
 
     shows = False
+    plain = None
 
     def __init__(
         self,

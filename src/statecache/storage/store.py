@@ -21,6 +21,11 @@ class Store(Protocol):
     slots: int  # C
     shows: bool  # whether what `read` gives of a slice is the entries themselves, to be overwritten in place
 
+    @property
+    def plain(self) -> Tensor | None:
+        """All entries (B, C, *D) where one tensor has them, in its own dtype, for kernels; None in another form."""
+        ...
+
     def read(self, at: Slots) -> Tensor:
         """The entries at these slots, (B, n, *D), or (R, n, *D) where rows are named. A view if possible."""
         ...

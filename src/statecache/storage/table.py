@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
+
 from statecache.errors import OptionError
 from statecache.spec import StateSpec
 from statecache.storage.coded import BITS, Coded, Fp8, Int8
 from statecache.storage.dense import Dense
 from statecache.storage.paged import Paged
+from statecache.storage.rounded import Rounded
 from statecache.storage.store import MakeStore
 
 
@@ -29,23 +32,32 @@ STORES: dict[str, Kind] = {
     "int8": Kind(partial(Coded, Int8()), "lossy", least=BITS),
     "fp8": Kind(partial(Coded, Fp8()), "lossy", least=BITS),
 }
+RECURRENT: dict[str, Kind] = {"bfloat16": Kind(partial(Rounded, torch.bfloat16), "lossy")}
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Which store each state of a cache lives in: keys and values in the one of this name, all else in `Dense`.
+    """Which store each state of a cache lives in: keys and values, and recurrent states, in those of these names.
 
-    Raises OptionError for a name that is none.
+    All else is in `Dense`, and recurrent states where `recurrent` is None. Raises OptionError for a name that is none.
     """
 
     attention: str = "dense"
+    recurrent: str | None = None
 
     def __post_init__(self) -> None:
+        if self.recurrent is not None and (not isinstance(self.recurrent, str) or self.recurrent not in RECURRENT):
+            hint = "; those of store= are for keys and values" if self.recurrent in (*STORES,) else ""
+            raise OptionError(
+                f"recurrent_store={self.recurrent!r}: give None, or {', '.join(map(repr, RECURRENT))}{hint}"
+            )
         if not isinstance(self.attention, str) or self.attention not in STORES:
             raise OptionError(f"store={self.attention!r}: give one of {', '.join(map(repr, STORES))}")
 
     def of(self, spec: StateSpec) -> MakeStore:
         """What makes the store of this state."""
+        if spec.kind == "recurrent" and self.recurrent is not None:
+            return RECURRENT[self.recurrent].make
         kind = STORES[self.attention]
         # what an index compares, and what counts, chooses entries: near is not enough there
         if spec.kind not in ("attention", "sliding") or spec.name == "index" or spec.dtype is not None:
