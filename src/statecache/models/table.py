@@ -20,7 +20,6 @@ from statecache.models.factors import rotary
 from statecache.models.interface import asks_a_cache, may_encode, may_slide, moves_positions
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 
-
 Blocks = tuple[tuple[str, int, int], ...]  # of what, how many, how wide: see `StateSpec.blocks`
 
 
