@@ -62,13 +62,14 @@ def seconds(run: Callable[[], Any], n: int) -> float:
     return statistics.median(found)
 
 
-def step_bytes(model: Any, rows: int, length: int) -> dict[str, int]:
-    """What a step must read and write, at float32 states."""
+def step_bytes(model: Any, rows: int, length: int, recurrent_store: str | None = None) -> dict[str, int]:
+    """What a step must read and write, at float32 states if no `recurrent_store` keeps them."""
     weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     embedding = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
         del weights[embedding.data_ptr()]
-    sizes = sc.plan(model.config, rows=rows, capacity=length, dtype=model.dtype).states.by_kind
+    kept = {"recurrent_store": recurrent_store} if recurrent_store else {}
+    sizes = sc.plan(model.config, rows=rows, capacity=length, dtype=model.dtype, **kept).states.by_kind
     return {
         "weights": sum(weights.values()),
         "states": 2 * (sizes["conv"] + sizes["recurrent"]),
@@ -141,9 +142,11 @@ class Ours(Side):
             self.model.config, capacity=self.capacity, rows=rows, dtype=self.model.dtype, device=DEVICE
         )
 
-    def decoder(self, kernels: bool = True) -> Callable[[], Any]:
+    def decoder(self, kernels: bool = True, recurrent_store: str | None = None) -> Callable[[], Any]:
         """`sc.Decoder`, with its kernels or without."""
         rows = len(self.prompt)
+        if recurrent_store is not None:  # which takes a model that is prepared
+            sc.prepare(self.model)
         cache = sc.StateCache(
             self.model.config,
             capacity=self.capacity,
@@ -152,6 +155,7 @@ class Ours(Side):
             device=DEVICE,
             slack=1,
             back=False,
+            recurrent_store=recurrent_store,
         )
         decoder = sc.Decoder(self.model, cache, buckets=[rows], fused=kernels)
         decoder.prefill(self.prompt.tolist())
@@ -206,6 +210,9 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
     if opts.compiled:
         sides.append(("transformers, compiled", Side, "compiled", {}))
         sides.append(("statecache, compiled", Ours, "compiled", {}))
+    if opts.recurrent_store:
+        kept = {"recurrent_store": opts.recurrent_store}
+        sides.append((f"statecache, {opts.recurrent_store} states", Ours, "decoder", kept))
     if opts.only:
         sides = [side for side in sides if opts.only in side[0]]
     result: dict[str, Any] = {
@@ -235,7 +242,8 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
             warm = time.perf_counter() - began
             took = seconds(step, opts.steps)
-            found: dict[str, Any] = {"ms": took * 1e3, "floors": took / floor, "warm_s": warm}
+            least = sum(step_bytes(model, opts.rows, length, given.get("recurrent_store")).values()) / rates["copy"]
+            found: dict[str, Any] = {"ms": took * 1e3, "floors": took / least, "warm_s": warm}
             found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             if opts.profile:
                 found["kernels"] = profiled(step)
@@ -278,6 +286,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, help="of the cache; as much as is needed, if left out")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=40, help="of one timing")
+    parser.add_argument("--recurrent-store", help="also the decoder with states in this, such as bfloat16")
     parser.add_argument("--compiled", action="store_true", help="also the sides that torch.compile makes")
     parser.add_argument("--ours", action="store_true", help="without transformers")
     parser.add_argument("--only", help="the sides whose names have this in them")
