@@ -14,7 +14,8 @@ from statecache.errors import ConfigError
 
 PIECES, PIECE = 16, 4096  # bytes of a tensor that are looked at, spread over it: 64 KB
 VOLATILE = ("transformers_version", "_name_or_path", "_attn_implementation", "dtype", "torch_dtype", "use_cache")
-ADAPTERS = ("active_adapters", "active_adapter", "disable_adapters", "merged")  # which of a layer's adapters count
+ADAPTERS = {"active_adapters", "active_adapter", "disable_adapters", "merged"}  # which of a layer's adapters count
+SWITCHES: dict[type, list[str]] = {}  # which of these a class has
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -78,22 +79,28 @@ def _if_there(decoder: nn.Module) -> str | None:
 def _versions(model: nn.Module) -> int:
     """What changes when a weight is written to or an adapter is switched: quick, and of this process alone."""
     found: list[object] = []
-    left = [model]
+    left: list[nn.Module | None] = [model]
     while left:  # every new cache asks: torch's own iterators, over names, would take several times as long
         module = left.pop()
-        left.extend(child for child in module._modules.values() if child is not None)
-        weights = [p for p in module._parameters.values() if p is not None and not p.is_meta]
-        found += [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
+        if module is None:
+            continue
+        left += module._modules.values()
+        for weight in module._parameters.values():
+            if weight is not None and not weight.is_meta:
+                found.append((weight.data_ptr(), 0 if weight.is_inference() else weight._version))
         found += _switches(module)
     return hash(tuple(found))
 
 
 def _switches(module: nn.Module) -> list[str]:
     """Which of a layer's adapters count: "name=value"."""
-    own, kind = vars(module), type(module)
-    # transformers' models have methods of these names, which say nothing
-    names = [what for what in ADAPTERS if what in own or not callable(getattr(kind, what, print))]
-    return [f"{what}={getattr(module, what)}" for what in names]
+    kind = type(module)
+    of_class = SWITCHES.get(kind)
+    if of_class is None:  # transformers' models have methods of these names, which say nothing
+        of_class = SWITCHES[kind] = [what for what in ADAPTERS if not callable(getattr(kind, what, print))]
+    if not of_class and ADAPTERS.isdisjoint(vars(module)):
+        return []
+    return [f"{what}={getattr(module, what)}" for what in sorted({*of_class, *(ADAPTERS & vars(module).keys())})]
 
 
 def _sample(tensor: Tensor) -> bytes:
