@@ -85,9 +85,8 @@ def _versions(model: nn.Module) -> int:
         if module is None:
             continue
         left += module._modules.values()
-        for weight in module._parameters.values():
-            if weight is not None and not weight.is_meta:
-                found.append((weight.data_ptr(), 0 if weight.is_inference() else weight._version))
+        weights = [p for p in module._parameters.values() if p is not None and not p.is_meta]
+        found += [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
         found += _switches(module)
     return hash(tuple(found))
 
