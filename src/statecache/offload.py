@@ -202,7 +202,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 _copy(host, part)
                 continue
             # an entry here and there: in one piece over the bus, and to its place when it is needed again
-            came = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            came = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
             _copy(came, part.contiguous())
             home.late.append((host, came))
 

@@ -78,3 +78,15 @@ def test_a_captured_step_is_replayed_on_rows_of_different_lengths(name: str) -> 
         cache.rollback(torch.tensor(forget))
         rows = [ids_of[:, : ids_of.shape[1] - k] for ids_of, k in zip(rows, forget, strict=True)]
     assert cache.lengths.tolist() == [row.shape[1] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "qwen3_5", "lfm2", "minimax"])
+def test_offloaded_states_stay_on_the_host_where_tensors_are_made_on_the_device(name: str) -> None:
+    model, config, ids = build(name)
+    want = model(ids, use_cache=False).logits
+    sc.prepare(model)
+    cache = sc.StateCache(config, slack=3, offload=True)
+    with torch.device("cuda"):  # for whatever does not say where
+        prefill(model, ids, cache)
+        got, _ = decode(model, model.forward, ids, cache)
+    assert error(got, want[:, PROMPT:]) < TOLERANCE
