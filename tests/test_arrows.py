@@ -67,7 +67,14 @@ INSIDE = {
     ],
 }
 NO_TORCH = ("errors", "rotary", "decode.request")
-FOREIGN = {"torch._dynamo", "._version", "._modules", "._hf_hook", "._attn_implementation"}  # private names of others
+FOREIGN = {
+    "torch._dynamo",
+    "._version",
+    "._modules",
+    "._parameters",
+    "._hf_hook",
+    "._attn_implementation",
+}  # private names of others
 
 
 def modules() -> dict[str, ast.Module]:

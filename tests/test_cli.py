@@ -124,7 +124,7 @@ def test_version_is_that_of_the_package(statecache):
         (["plan", "tests"], False, 1, '"tests" holds no config.json: give the folder of'),
         (["plan", "pyproject.toml"], False, 1, 'cannot load "pyproject.toml"'),
         (["plan", "--budget", "much"], False, 1, "budget='much': give bytes, or a size such as \"24GiB\""),
-        (["plan", "--budget", "1KiB"], False, 1, "budget=1024: 1 row of 1 tokens takes"),
+        (["plan", "--budget", "1KiB"], False, 1, "budget=1024: 1 row of 1 token need"),
         (["plan", "--capacity", "4", "--length", "4"], False, 2, "--capacity and --length are both given: keep"),
         (["plan", "--capacity", "4", "--slack", "5"], False, 1, "slack=5 is more than capacity=4"),
         (["plan", "--store", "cloud"], False, 1, "store='cloud': give one of 'dense'"),
