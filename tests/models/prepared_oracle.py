@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import attempts
@@ -249,6 +251,7 @@ class Subject:
     marks: list[Mark] = field(default_factory=list)
     compiled: bool = False  # feed it in the form of compiled code, where the host knows no length
     interruptions: int = 0  # operations that ended early
+    loaded: bool = False  # from a file, and no pass has begun since: the first of a prepared model makes marks stale
 
     @property
     def slack(self) -> int:
@@ -279,6 +282,9 @@ class Subject:
 
     def opened(self, taken: list[int]) -> None:
         """A pass has begun."""
+        for mark in self.marks if self.loaded else ():
+            mark.doubtful = True
+        self.loaded = False
         for mark in self.longer_marks(taken):
             mark.overwritten()
         self.held = self.held.opened(taken, self.slack)
@@ -556,6 +562,45 @@ def _given_up(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random
         _reset(s, number, each, rnd)
 
 
+def _saved(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    """Go on from a file, in a cache of another form. Rows go back no farther than to where they were written."""
+    if not any(s.rows):  # nobody has filled it, so nobody's weights would be known ever after
+        return
+    slack = rnd.randrange(6)
+    forms: list[dict[str, Any]] = [{"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"}]
+    if not s.compiled:
+        forms += [{}, {"offload": True}]
+    form = forms[number % len(forms)] | {"slack": slack, "store": rnd.choice(["dense", "paged"])}
+    if form.get("capacity") and (max(s.held.lengths()) > CAPACITY or len(s.rows) > ROWS):
+        if s.compiled:
+            return
+        form = {"slack": slack, "store": form["store"]}
+    seen = s.models.prepared and not s.compiled  # who filled it
+    whose = {} if seen else {"allow_unverified": True}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows")
+        s.cache.save(path)
+        s.cache = sc.StateCache.load(path, s.models.filling, **whose, **form)
+    rows = s.held.rows + [[] for _ in range((s.cache.rows or 0) - len(s.rows))]
+    lengths = [len(row) for row in rows]
+    s.held, s.marks, s.loaded = Held(rows, lengths, [frozenset({n}) for n in lengths]), [], True
+
+
+def _moved(s: Subject, number: int, each: tuple[int, ...], rnd: random.Random) -> None:
+    """Put a row as a value into another one, of a model whose rows may differ; else into itself."""
+    if not s.rows:
+        return
+    row, place = each[0] % len(s.rows), number % len(s.rows)
+    row = row if s.models.prepared else place
+    s.cache.admit(place, s.cache.snapshot(row))
+    n = len(s.rows[row])
+    parts = (s.rows[row], n, frozenset({n}))
+    s.held = Held(
+        *([*of[:place], part, *of[place + 1 :]] for of, part in zip(vars(s.held).values(), parts, strict=True))
+    )
+    s.overwrite_marks()
+
+
 OPERATIONS = {
     "feed": _feed,
     "ragged": _ragged,
@@ -566,6 +611,8 @@ OPERATIONS = {
     "restore": _restore,
     "reset": _reset,
     "given up": _given_up,
+    "saved": _saved,
+    "moved": _moved,
 } | {f"interrupted {kind}": attempts.interrupted(kind) for kind in attempts.KINDS}
 
 

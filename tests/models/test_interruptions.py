@@ -36,7 +36,7 @@ def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(seed: int) -> tuple[int, list[oracle.Op]]:
     """A slack, and a schedule in which some operations end early: mostly passes of a few tokens, and marks."""
     rnd = random.Random(seed)
-    slack, what = rnd.choice([0, 3, 4, 5]), rnd.choice([[*PASSES, "gather", "reset", "fork"], MARKS])
+    slack, what = rnd.choice([0, 3, 4, 5]), rnd.choice([[*PASSES, "gather", "reset", "fork", "saved", "moved"], MARKS])
 
     def operation(whats: list[str]) -> oracle.Op:
         number = rnd.choice([0, 1, 2, 3, rnd.randint(0, 35)])

@@ -15,7 +15,7 @@ WHAT = (
     + ["ragged"] * 3
     + ["rollback"] * 4
     + ["speculate"] * 4
-    + ["checkpoint", "restore", "restore", "gather", "reset", "fork", "given up"]
+    + ["checkpoint", "restore", "restore", "gather", "reset", "fork", "given up", "saved", "moved"]
 )
 
 
