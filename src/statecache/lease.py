@@ -72,8 +72,11 @@ class Lease:
         """Roll back by a log from now on, as `spec` says, instead of by copies."""
         self.spec, self.copies = spec, None
         if self.back:
-            base = Lease(replace(spec, logged=False), replace(self.room, slack=0))
-            base.use(len(self.entry))
+            rows = len(self.entry)
+            # rows that were gathered may be more than were allocated, where they do not keep their addresses
+            room = replace(self.room, slack=0, rows=max(rows, self.room.rows))
+            base = Lease(replace(spec, logged=False), room)
+            base.use(rows)
             base.store.write(ONE, self.store.read(ONE))
             self.base = base
 

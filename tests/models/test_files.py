@@ -159,6 +159,20 @@ def test_tokens_come_along(tmp_path: Path) -> None:
         filled(model).save(tmp_path / "rows", tokens=[[1], [2]])
 
 
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_5"])
+def test_rows_of_a_file_are_repeated_before_the_first_pass(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    cache = filled(model)
+    cache.save(tmp_path / "rows")
+    read = sc.StateCache.load(tmp_path / "rows", model, slack=3)
+    for each in (cache, read):
+        each.gather([1, 0, 1])
+    ids = torch.tensor([[3, 4], [5, 6], [7, 8]])
+    assert torch.equal(feed(model, read, ids), feed(model, cache, ids))
+    read.rollback(1)
+    assert read.lengths.tolist() == [10] * 3
+
+
 # ---- whose
 
 
