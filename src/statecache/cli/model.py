@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from statecache.cli.report import spinner
 from statecache.decode.limits import MOST_DRAFTS
 from statecache.decode.processors import refused
 from statecache.errors import UnknownLayerError
+from statecache.models.decoder import decoder_of
+from statecache.models.fingerprint import fingerprint
 
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "story"
 EMBEDDED_DRAFT = EMBEDDED.with_name("draft")
@@ -51,6 +54,11 @@ class Loaded:
     model: Any
     tokenizer: Any
     assistant: Any = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Whose weights they are. Looked at once: no command changes them."""
+        return fingerprint(decoder_of(self.model))
 
 
 def load(settings: Settings, show: bool = True) -> Loaded:

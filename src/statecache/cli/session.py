@@ -10,8 +10,6 @@ from statecache.cli.failure import CommandError
 from statecache.cli.model import Loaded, Settings, new_cache, slack_of, tokens_held
 from statecache.errors import FileError, StateCacheError
 from statecache.models import file
-from statecache.models.decoder import decoder_of
-from statecache.models.fingerprint import fingerprint
 from statecache.snapshot import Snapshot
 
 POINTS = 4  # turns from the newest on whose beginnings are written; back to older ones their tokens are read again
@@ -85,7 +83,7 @@ def write(path: Path, session: Session, loaded: Loaded) -> None:
         cache.states.declared,
         model=cache.spec.model,
         made_for=cache.made_for,
-        fingerprint=fingerprint(decoder_of(loaded.model)),
+        fingerprint=loaded.fingerprint,
         points=[(0, point) for point in kept],
         session={
             "model": loaded.name,
@@ -111,7 +109,7 @@ def read(path: Path, described: file.Described, loaded: Loaded, settings: Settin
     """The conversation of a file. Raises CommandError where it is one with another model, FileError if damaged."""
     told = described.session or {}
     try:
-        if fingerprint(decoder_of(loaded.model)) != described.fingerprint:
+        if loaded.fingerprint != described.fingerprint:
             raise CommandError(
                 f'--session {path}: it is a conversation with "{told["model"]}" in {told["dtype"]}, and this is '
                 f'"{loaded.name}" in {_dtype(loaded)}, with other weights: give --model and --dtype as it was begun'
