@@ -12,16 +12,24 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
 
 from statecache.cli import main
+from statecache.models import ready
 
 if find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def nobody_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the prepared models that other tests have left behind, which would vouch for one that is not."""
+    monkeypatch.setattr(ready, "_ready", WeakValueDictionary())
 
 
 @pytest.fixture

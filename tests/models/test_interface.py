@@ -102,7 +102,7 @@ def test_a_configuration_that_does_not_name_its_layers_is_refused() -> None:
 
 
 @pytest.mark.skipif(not LATER, reason="of later transformers")
-def test_a_model_that_keeps_its_states_on_its_modules_is_refused_unless_it_is_prepared() -> None:
+def test_a_model_that_keeps_its_states_on_its_modules_is_refused_unless_it_is_prepared(nobody_prepared: None) -> None:
     model, other = (families.build("recurrent_gemma", lru_width=44)[0] for _ in range(2))
     ids, refused = tiny_models.draw(2, 5), "recurrent_gemma model as it is: it keeps its .*: call statecache.prepare"
     with pytest.raises(errors.ConfigError, match=refused):

@@ -176,8 +176,8 @@ def test_a_model_without_recurrent_states_is_refused() -> None:
         new_cache(prepared("lfm2"))
 
 
-def test_an_unprepared_model_is_refused_when_its_cache_is_made() -> None:
-    config = families.build("mamba2", num_hidden_layers=3)[1]  # of which nobody prepared one
+def test_an_unprepared_model_is_refused_when_its_cache_is_made(nobody_prepared: None) -> None:
+    config = families.build("mamba2")[1]
     with pytest.raises(errors.OptionError, match=r"a mamba2 model as it is overwrites the states .*prepare"):
         sc.StateCache(config, recurrent_store="bfloat16")
 
