@@ -23,6 +23,7 @@ pytestmark = [
 DENSE = {"granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0}}
 FAMILIES = [name for name in families.FAMILIES if "+" not in name and name not in ("minimax", "recurrent_gemma")]
 NEW = 200
+PLAIN = [lambda ids, logits: logits]  # which no captured step applies
 
 
 def decoder_for(name: str, rows: int, **options: Any) -> sc.Decoder:
@@ -52,7 +53,7 @@ def test_tokens_of_200_steps_are_those_of_the_plain_form(name: str) -> None:
         assert decoder.cache.lengths.tolist() == decoder.lengths
         for row, text in enumerate(given):
             alone = torch.tensor([text], device="cuda")
-            want = sc.generate(decoder.model, alone, max_new_tokens=NEW, processors=[])[0, len(text) :].tolist()
+            want = sc.generate(decoder.model, alone, max_new_tokens=NEW, processors=PLAIN)[0, len(text) :].tolist()
             assert got[row] == want
 
 
@@ -91,7 +92,7 @@ def test_no_step_waits_and_rows_come_and_go(name: str) -> None:
         for n, place in enumerate(order):
             alone, new = torch.tensor([given[n]], device="cuda"), len(got[place])
             way = {"seed": [ways[n % 3].get("seed", 0)]}
-            want = sc.generate(decoder.model, alone, max_new_tokens=new, processors=[], **{**ways[n % 3], **way})
+            want = sc.generate(decoder.model, alone, max_new_tokens=new, processors=PLAIN, **{**ways[n % 3], **way})
             assert got[place] == want[0, len(given[n]) :].tolist(), (n, place)
 
 
@@ -118,3 +119,33 @@ def test_memory_that_a_step_leaves_is_the_cache() -> None:
             decoder.step()
         assert torch.cuda.memory_allocated() == held
         assert addresses == [buffer.data_ptr() for buffer in decoder.cache.buffers()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_captures_by_itself_and_writes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = build(name, **DENSE.get(name, {}))
+    steps, step = [], sc.Decoder.step
+    monkeypatch.setattr(sc.Decoder, "step", lambda decoder: steps.append(0) or step(decoder))
+    ids = torch.tensor([each[:9] for each in prompts(2)], device="cuda")
+    way: dict[str, Any] = {"max_new_tokens": 70, "temperature": [0.0, 0.8], "seed": 3}
+    got = sc.generate(model, ids, **way)
+    assert steps or "qwen4" in name
+    assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, **way))
+
+
+def test_a_step_that_cannot_be_captured_is_run_plainly() -> None:
+    model, _, _ = build("qwen3_5")
+    ids = torch.tensor([each[:9] for each in prompts(2)], device="cuda")
+    want = sc.generate(model, ids, max_new_tokens=70, processors=PLAIN)
+
+    def looks(module: Any, args: Any, out: Any) -> None:
+        out[0].sum().item()  # waits for the device, which a capture forbids
+
+    hook = model.model.layers[2].register_forward_hook(looks)
+    try:
+        with pytest.warns(UserWarning, match="could not be captured, and is run plainly"):
+            got = sc.generate(model, ids, max_new_tokens=70)
+    finally:
+        hook.remove()
+    assert torch.equal(got, want)
+    assert torch.equal(sc.generate(model, ids, max_new_tokens=70), want)  # and captured again without the hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -123,3 +124,22 @@ def test_loan_that_ends_in_another_thread_does_not_wait_for_the_lock(model):
         assert not thread.is_alive()
         assert is_open_now(model)
     assert held(model) == before
+
+
+def test_a_loan_that_is_collected_together_with_its_model_ends_quietly(monkeypatch):
+    raised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+
+    class Stream:
+        def __init__(self) -> None:
+            self.loan, self.itself = lend(families.build("lfm2")[0]), self
+
+        def __del__(self) -> None:
+            self.loan.end()
+            ended.append(True)
+
+    ended: list[bool] = []
+    Stream()
+    gc.collect()
+    assert ended == [True]
+    assert not raised

@@ -7,6 +7,7 @@ from statecache.cli.failure import CommandError
 from statecache.cli.model import Loaded, Settings, drafts, load, new_cache, options
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
+from statecache.decode.capturing import fixed_cache
 from statecache.decode.prompt import conversations_of, templated, tokens_of
 
 
@@ -20,7 +21,11 @@ def generate_command(
     if not ids:
         raise CommandError("the tokenizer makes no token of this prompt: give at least one word", 2)
     how = options(loaded.model.generation_config, settings)
-    cache = new_cache(loaded, settings)
+    cache = None
+    if not drafts(loaded, settings):
+        cache = fixed_cache(loaded.model, 1, len(ids), how["max_new_tokens"])
+    if cache is None:
+        cache = new_cache(loaded, settings)
     with Stop() as stop:
         first = prompt if isinstance(prompt, str) else ""
         written = write_on(loaded, ids, cache, how, stop, _ignore if json else show, first)

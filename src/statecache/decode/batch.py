@@ -5,6 +5,7 @@ B rows that have not ended, K drafted tokens, V tokens of the model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statecache.decode.decoder import Decoder
 from statecache.decode.drafters import Drafter
 from statecache.decode.feed import advance, feed, input_device
 from statecache.decode.processors import processed
@@ -70,14 +72,27 @@ class Batch:
 
     After every round the cache holds each row's tokens but the last. Rows that have ended leave it; or with `keep_rows`
     they stay where they are, taking nothing in, until a request joins in their place.
+
+    captured: steps are those of a `Decoder`, on a cache that one takes; with `keep_rows`, without a drafter and without
+    processors. Until `close` it has the model prepared.
     """
 
-    def __init__(self, model: Any, cache: Any, drafter: Drafter | None = None, *, keep_rows: bool = False) -> None:
-        self.model, self.cache, self.drafter, self.keep_rows = model, cache, drafter, keep_rows
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        drafter: Drafter | None = None,
+        *,
+        keep_rows: bool = False,
+        captured: bool = False,
+    ) -> None:
+        self.model, self.cache, self.drafter = model, cache, drafter
+        self.keep_rows, self.captured = keep_rows, captured
         self.waiting: list[Row] = []  # joined since the last round
         self.live: list[Row] = []  # the others that have not ended
         self.device = input_device(model)
         self._sampler: Sampler | None = None  # of the live rows
+        self._decoder: Decoder | None = None  # which these rows write with
         self._goes_on = False  # whether those that wait are all rows of the cache
         self._prompt = self._tokens = self._forwards = self._turns = 0
         self._drafted = self._accepted = self._with_drafts = 0
@@ -144,6 +159,12 @@ class Batch:
         for part in self._parts(list(rows), last):
             feed(self.model, self.cache, [last[row] for row in part], self._places(part))
 
+    def close(self) -> None:
+        """Drop what was captured. Idempotent; runs nothing."""
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+
     def report(self) -> Report:
         """What has been done so far."""
         return Report(
@@ -182,11 +203,18 @@ class Batch:
         token, _ = Sampler([row.request for row in rows], self.device).draw(logits, lengths)
         self.live, self.waiting, self._sampler = self.live + self.waiting, [], None
         self._goes_on = False
+        if self._decoder is not None:
+            self._begin(self._decoder, rows, token)
         return {row: row.write([n]) for row, n in zip(rows, token.tolist(), strict=True)}
 
     def _step(self) -> dict[Row, list[int]]:
         """One or more tokens of every live row."""
         rows, drafts = self.live, None
+        if self.captured and self._decoder is None:
+            self._capture()
+        if self._decoder is not None:
+            written = self._decoder.step().tolist()
+            return {row: row.write([written[row.place]]) for row in rows}
         if self._sampler is None:
             self._sampler = Sampler([row.request for row in rows], self.device)
         parts = self.cache.alike([1] * len(rows), [row.place for row in rows])
@@ -201,6 +229,25 @@ class Batch:
         logits = _processed(self._advance(packed[:, :1], parts), rows)[:, -1]
         token, _ = self._sampler.draw(logits, packed[:, 1])
         return {row: row.write([n]) for row, n in zip(rows, token.tolist(), strict=True)}
+
+    def _capture(self) -> None:
+        """Have the live rows write with a decoder, unless its step cannot be captured."""
+        decoder, mark = Decoder(self.model, self.cache, buckets=[self.cache.rows]), self.cache.checkpoint()
+        self._begin(decoder, self.live, torch.tensor([row.tokens[-1] for row in self.live]))
+        try:
+            decoder.capture()
+        except RuntimeError as error:
+            decoder.close()
+            self.cache.restore(mark)
+            self.captured = False
+            warnings.warn(f"this model's step could not be captured, and is run plainly: {error}", stacklevel=2)
+            return
+        self._decoder = decoder
+
+    def _begin(self, decoder: Decoder, rows: Sequence[Row], tokens: Tensor) -> None:
+        """Have rows write with a decoder, behind these last tokens (n,), which their cache does not hold."""
+        held = [row.request.before + len(row.tokens) - 1 for row in rows]
+        decoder.begin([row.place for row in rows], [row.request for row in rows], tokens, held)
 
     def _advance(self, ids: Tensor, parts: list[list[int]]) -> Tensor:
         """Take in ids (B, 1) of the live rows, each of the `parts` of them in a pass of its own: logits (B, 1, V)."""
@@ -289,6 +336,8 @@ class Batch:
         staying = [n for n, row in enumerate(self.live) if row not in gone]
         if self.drafter is not None and len(staying) < len(self.live):
             self.drafter.keep(staying)
+        if self._decoder is not None:
+            self._decoder.leave([row.place for row in self.live if row in gone])
         self.live = [self.live[n] for n in staying]
         self._sampler = None
 

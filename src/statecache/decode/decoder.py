@@ -140,15 +140,31 @@ class Decoder:
             lengths = torch.tensor([self._lengths[row] + width for row in at], device=self.device)
             token, _ = Sampler([requests[n] for n in part], self.device).draw(logits, lengths)
             first[part] = token
-        for place, request in zip(places, requests, strict=True):
-            self._lengths[place] += len(request.prompt)
-            self._requests[place] = replace(request, prompt=[0])
-            self._columns.put(place, request)
-        index = torch.tensor(places, device=self.device)
-        self._ids[index, 0] = first
+        held = [self._lengths[place] + len(text) for place, text in zip(places, texts, strict=True)]
+        self.begin(places, requests, first, held)
+        return first
+
+    def begin(self, rows: Sequence[int], requests: Sequence[Request], tokens: Tensor, lengths: Sequence[int]) -> None:
+        """Have these rows write with every step, where somebody else has fed their cache.
+
+        Each has chosen one of `tokens` (n,), behind the `lengths` that the cache holds of it, and draws as its request
+        says, at positions counted from the row's first token. Processors are not applied.
+        """
+        for row, request, length in zip(rows, requests, lengths, strict=True):
+            drawn = replace(request, prompt=[0], before=0)
+            self._lengths[row], self._requests[row] = length, drawn
+            self._columns.put(row, drawn)
+        index = torch.tensor(rows, device=self.device)
+        self._ids[index, 0] = tokens.to(self.device)
         self._count[index] = 1
         self._changed()
-        return first
+
+    def capture(self) -> None:
+        """Capture the step that the rows that write now take next, which otherwise happens in it. Nothing is fed."""
+        if self._captures and (rows := self.writing):
+            bucket = next(n for n in self.buckets if n > rows[-1])
+            self._pass(bucket)
+            self._choice(bucket)
 
     def leave(self, rows: Sequence[int]) -> None:
         """Have these rows write no longer. They keep what they hold: all their tokens but the last."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from statecache.decode.batch import Batch, Row
+from statecache.decode.capturing import fixed_cache, takes, worth_capturing
 from statecache.decode.drafters import Assistant, Drafter, Lookup
 from statecache.decode.feed import input_device
 from statecache.decode.options import (
@@ -195,13 +196,18 @@ def generate(
         drafter = Lookup(lookup, most)
     elif assistant is not None:
         drafter = Assistant(assistant, most, relative_cost(assistant, model), input_device(model))
+    steps_alone = drafter is None and not any(request.processors for request in requests)
     if cache is None:
-        with promised():
-            own = StateCache(model.config, slack=1 + most if most else 0, back=False)
-        batch = Batch(model, own, drafter)
+        own = fixed_cache(model, len(rows), max(map(len, rows)), max_new_tokens) if steps_alone else None
+        captured = own is not None
+        if own is None:
+            with promised():
+                own = StateCache(model.config, slack=1 + most if most else 0, back=False)
+        batch = Batch(model, own, drafter, keep_rows=captured, captured=captured)
         written = batch.join(requests, texts)
     else:
-        batch = Batch(model, cache, drafter, keep_rows=True)
+        captured = steps_alone and takes(cache) and worth_capturing(model, max_new_tokens)
+        batch = Batch(model, cache, drafter, keep_rows=True, captured=captured)
         written = batch.join(requests, texts, goes_on=True)
         _written[cache] = history, [row.tokens for row in written]
 

@@ -67,6 +67,7 @@ class Run:
     def forget(self) -> None:
         """Leave the models as they were, and no more than that: no forward pass, no report."""
         self._over = True
+        self.batch.close()
         for loan in self._loans:
             loan.end()
 

@@ -191,7 +191,9 @@ def _end(loan: Loan) -> None:
     if model is None:
         return
     decoder = decoder_of(model)
-    before = _lent[decoder]
+    before = _lent.get(decoder)
+    if before is None:  # a collector found model and loan together, and has forgotten the model already
+        return
     before.users -= 1
     if not before.users:
         del _lent[decoder]

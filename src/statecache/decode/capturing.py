@@ -1,0 +1,51 @@
+"""Which texts `generate` writes with a captured step of its own accord: where capturing costs less than it saves."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+
+from statecache import kernels
+from statecache.decode.feed import input_device
+from statecache.errors import ConfigError, OptionError
+from statecache.models.cache import StateCache
+from statecache.models.plan import plan
+from statecache.models.ready import promised
+
+WORTH = 32  # new tokens: 16 are enough once Triton's kernels were compiled, see benchmarks/RESULTS.md
+ROOM = 0.5  # of the device's free memory that a fixed cache may take, since it is allocated whole
+
+
+def worth_capturing(model: Any, new: int) -> bool:
+    """Whether a captured step pays where so many new tokens are to come: on a CUDA device that has all of the model."""
+    device = input_device(model)
+    if new < WORTH or device.type != "cuda" or not kernels.available(device):
+        return False
+    whole = all(tensor.device == device for tensor in chain(model.parameters(), model.buffers()))
+    return whole and not torch.is_autocast_enabled(device.type)
+
+
+def takes(cache: StateCache) -> bool:
+    """Whether a decoder takes this cache: one that never moves, of rotary factors that stay."""
+    return cache.capacity is not None and cache.rows is not None and cache.spec.rotary is None
+
+
+def fixed_cache(model: Any, rows: int, longest: int, new: int) -> StateCache | None:
+    """A cache for prompts of at most `longest` tokens and `new` ones behind, whose steps a decoder captures.
+
+    None where that does not pay, takes too much memory, or cannot be.
+    """
+    if not worth_capturing(model, new):
+        return None
+    device, dtype = input_device(model), model.get_input_embeddings().weight.dtype
+    options: dict[str, Any] = {"rows": rows, "capacity": longest + new, "slack": 1, "back": False, "dtype": dtype}
+    try:
+        with promised():
+            if plan(model.config, prepared=True, **options).total > ROOM * torch.cuda.mem_get_info(device)[0]:
+                return None
+            cache = StateCache(model.config, device=device, **options)
+    except (ConfigError, OptionError):  # of shapes that show with the first pass, or of loops that share their keys
+        return None
+    return cache if takes(cache) else None

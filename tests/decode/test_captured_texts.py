@@ -1,0 +1,136 @@
+"""Where a step is captured, `generate` writes what it writes elsewhere, and goes on where capturing fails.
+
+There is nothing to capture on a CPU: a decoder's steps run plainly here, all else is as on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import statecache as sc
+from statecache import errors
+from statecache.decode import capturing
+from statecache.decode import generate as generating
+from statecache.decode.decoder import Decoder
+from statecache.models.prepare import is_prepared
+
+RAGGED = ["Once upon a time", "The fox", "A girl and her dog went"]
+IDS = torch.tensor([[5, 9, 33, 70], [8, 8, 90, 3]])
+DRAWN = {"temperature": 0.9, "top_k": 20, "seed": 5}
+WAYS: list[tuple[Any, dict[str, Any]]] = [
+    (IDS, {}),
+    (IDS, DRAWN),
+    (IDS[0], {"temperature": 1.0, "top_p": 0.8, "seed": 2**64 - 1}),
+    (IDS, {"temperature": [0.0, 1.2], "seed": [1, 2]}),
+    ("Once upon a time", {"stop": " the"}),
+    (RAGGED, {"min_p": 0.1, **DRAWN}),
+    (RAGGED, {"stop": ["."]}),
+]
+
+
+class Taken:
+    """The decoders that calls have made."""
+
+    def __init__(self) -> None:
+        self.made: list[Decoder] = []
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """Have steps captured wherever a GPU would have them captured, however few."""
+    seen, make = Taken(), Decoder.__init__
+
+    def noted(decoder: Decoder, *args: Any, **options: Any) -> None:
+        make(decoder, *args, **options)
+        seen.made.append(decoder)
+
+    def fixed(model: Any, rows: int, longest: int, new: int) -> sc.StateCache:
+        return cache_for(model, rows, longest + new)
+
+    monkeypatch.setattr(Decoder, "__init__", noted)
+    monkeypatch.setattr(generating, "worth_capturing", lambda model, new: True)
+    monkeypatch.setattr(generating, "fixed_cache", fixed)
+    return seen
+
+
+def cache_for(model: Any, rows: int, capacity: int, **options: Any) -> sc.StateCache:
+    given = {"slack": 1, "back": False, **options}
+    return sc.StateCache(model.config, rows=rows, capacity=capacity, dtype=torch.float32, device="cpu", **given)
+
+
+def equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(("prompt", "way"), WAYS)
+def test_it_writes_what_it_writes_elsewhere(story: Any, tokenizer: Any, prompt: Any, way: Any, taken: Taken) -> None:
+    reports: list[sc.Report] = []
+
+    def write(**more: Any) -> Any:
+        return sc.generate(story, prompt, tokenizer, max_new_tokens=16, report=reports.append, **way, **more)
+
+    got = write()
+    (decoder,) = taken.made
+    assert decoder.counts.plain == reports[0].forwards - 1
+    want = write(processors=[lambda ids, logits: logits])  # which no decoder applies
+    assert equal(got, want)
+    assert len(taken.made) == 1
+    assert reports[0] == reports[1]
+
+
+def test_it_goes_on_with_a_cache_that_is_given(story: Any, tokenizer: Any, taken: Taken) -> None:
+    way: dict[str, Any] = {"temperature": 0.8, "seed": 4, "max_new_tokens": 9}
+    growing, fixed = sc.StateCache(story.config), cache_for(story, 1, 64, slack=0)
+    for prompt in ("Once upon a time", " The cat", " Then"):
+        assert sc.generate(story, prompt, tokenizer, cache=growing, **way) == sc.generate(
+            story, prompt, tokenizer, cache=fixed, **way
+        )
+        assert fixed.lengths.tolist() == growing.lengths.tolist()
+    assert len(taken.made) == 3  # none for the cache that grows
+
+
+def test_a_stream_gives_its_model_back_when_it_is_closed_or_dropped(story: Any, taken: Taken) -> None:
+    for end in ("close", "drop"):
+        stream = sc.generate(story, IDS, max_new_tokens=9, stream=True)
+        next(stream), next(stream), next(stream)
+        assert is_prepared(story)
+        if end == "close":
+            stream.close()
+        del stream
+        assert not is_prepared(story)
+        with pytest.raises(errors.StepError, match="closed"):
+            taken.made[-1].step()
+
+
+@pytest.mark.parametrize("slack", [0, 1])
+def test_what_cannot_be_captured_is_run_plainly_with_a_warning(
+    story: Any, taken: Taken, monkeypatch: pytest.MonkeyPatch, slack: int
+) -> None:
+    def fail(decoder: Decoder) -> None:
+        decoder.step()  # leaves something behind
+        raise RuntimeError("operation not permitted")
+
+    want = sc.generate(story, IDS, max_new_tokens=9, **DRAWN)
+    monkeypatch.setattr(Decoder, "capture", fail)
+    cache = cache_for(story, 2, 64, slack=slack)
+    with pytest.warns(UserWarning, match=r"could not be captured, and is run plainly: operation not permitted"):
+        got = sc.generate(story, IDS, max_new_tokens=9, cache=cache, **DRAWN)
+    assert torch.equal(got, want)
+    assert not is_prepared(story)
+
+
+def test_it_pays_on_a_device_that_has_all_of_the_model_alone(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not capturing.worth_capturing(story, 1000)  # on a CPU
+    assert capturing.fixed_cache(story, 1, 10, 1000) is None
+    monkeypatch.setattr(capturing, "input_device", lambda model: torch.device("cuda", 0))
+    monkeypatch.setattr(capturing.kernels, "available", lambda device: True)
+    assert not capturing.worth_capturing(story, 1000)  # whose other weights are on a CPU
+
+
+def test_caches_that_move_or_turn_are_not_for_decoders(story: Any) -> None:
+    assert capturing.takes(cache_for(story, 1, 8))
+    assert not capturing.takes(sc.StateCache(story.config))
+    assert not capturing.takes(sc.StateCache(story.config, capacity=8))
