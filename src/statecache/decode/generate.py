@@ -146,6 +146,9 @@ def generate(
     texts may part where two tokens are that close (in float32 the tests find 500 tokens the same). How many are drafted
     follows what was accepted of late. `report` is called once, when all is over.
 
+    On a CUDA device that has all of the model, texts of 32 new tokens or more are written with a captured step, see
+    `statecache.Decoder`, on a cache of its own or one that never moves; not with drafts or processors.
+
     `cache` is a StateCache to go on from: the prompt is what comes after the tokens that it holds. Afterwards it holds
     each row's tokens but the last, with which the next prompt begins; of texts every token that they show, so that the
     next prompt is new text alone, after a stream that was closed early too. After one that was dropped, unclosed, it
