@@ -105,7 +105,7 @@ class Dense:
         return copy.deepcopy(self)
 
     def _chosen(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, device=self.data.device)
+        return torch.tensor(rows).to(self.data.device, non_blocking=True)
 
     def _move(self, rows: Tensor, used: int) -> None:
         held = self.data.narrow(self.axis, 0, used)
