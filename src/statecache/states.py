@@ -575,7 +575,8 @@ class States:
     def gather(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
 
-        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates.
+        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates, or
+        has rows that are repeated share their pages.
         Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
         """
         self.settle()
@@ -634,7 +635,7 @@ class States:
             use(before)
 
     def fork(self) -> States:
-        """An independent copy. What `Paged` stores hold is shared, and copied when either writes there."""
+        """An independent copy. Pages of `Paged` stores are shared with it, and copied before either writes there."""
         self.settle()
         allow(self._refuse_broken())
         stores: dict[int, Any] = {}  # what a copy is to have in the place of a store, by its id

@@ -112,13 +112,13 @@ def test_pages_of_a_fork_that_is_dropped_are_used_again() -> None:
     kept, other = store.fork([4 * PAGE]), store.fork([4 * PAGE])
     for slot in range(0, 4 * PAGE, PAGE):
         put(other, slot)
-    most, was = nbytes(store, kept), read(kept)
+    most, was = nbytes(store, kept, other), read(kept)
     assert most == (4 + 4) * BYTES
     for _ in range(3):
         other = store.fork([4 * PAGE])
         for slot in range(0, 4 * PAGE, PAGE):
             put(other, slot)
-        assert nbytes(store, kept) == most
+        assert nbytes(store, kept, other) == most and nbytes(store) == nbytes(kept) == 4 * BYTES
     del other
     assert held(store, kept) == 4 and nbytes(store, kept) == 4 * BYTES
     assert torch.equal(read(kept), was)

@@ -163,7 +163,7 @@ class Paged:
 
     def buffers(self) -> list[Tensor]:
         if self.table is not None:
-            return self.table.pool.buffers()
+            return self.table.pool.buffers(self.table.rows)
         assert self.whole is not None
         return self.whole.buffers()
 

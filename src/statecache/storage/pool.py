@@ -75,11 +75,10 @@ class Pool:
             self._sweep()
             return sum(slab.held for slab in self._slabs)
 
-    def buffers(self) -> list[Tensor]:
-        """The slabs."""
-        with self._lock:
-            self._sweep()
-            return [slab.data for slab in self._slabs]
+    def buffers(self, rows: Rows) -> list[Tensor]:
+        """The slabs in which these rows have pages."""
+        found = {self._slab(pages[at]) for pages in rows for at, _ in self._runs(pages) if pages[at] != NONE}
+        return [slab.data for slab in self._slabs if slab in found]
 
     # ---- who holds what
 
@@ -119,12 +118,7 @@ class Pool:
 
     def views(self, pages: Sequence[int]) -> list[Tensor]:
         """The entries of these pages, in as few views (n, *D) as they lie in."""
-        made, at = [], 0
-        while at < len(pages):
-            n = self._run(pages, at)
-            made.append(self.view(pages[at], n))
-            at += n
-        return made
+        return [self.view(pages[at], n) for at, n in self._runs(pages)]
 
     def view(self, page: int, n: int = 1) -> Tensor:
         """The entries of n pages that lie one behind the other, from this one on: (n * P, *D)."""
@@ -154,6 +148,14 @@ class Pool:
     def _slab(self, page: int) -> Slab:
         slabs = self._slabs  # another thread may put a list in its place
         return slabs[bisect_right(slabs, page, key=lambda slab: slab.first) - 1]
+
+    def _runs(self, pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Which of these pages lie one behind the other: where each run begins, and how many they are."""
+        at = 0
+        while at < len(pages):
+            n = self._run(pages, at)
+            yield at, n
+            at += n
 
     def _run(self, pages: Sequence[int], at: int) -> int:
         """How many of these pages lie one behind the other, from the at-th on."""
