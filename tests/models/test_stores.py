@@ -189,6 +189,24 @@ def test_forks_take_the_pages_that_they_write(model: Any) -> None:
     assert total(cache) == whole
 
 
+@torch.no_grad()
+def test_what_is_offloaded_shares_no_page(model: Any) -> None:
+    config = model.config.get_text_config()
+    pair = [sc.StateCache(config, store=store, offload=True, slack=4) for store in ("paged", "dense")]
+    for cache in pair:
+        model(torch.full((1, 40), 7), past_key_values=cache)
+    pairs = [pair, [cache.fork() for cache in pair]]
+    pairs[1][0].gather([0, 0, 0])
+    pairs[1][1].gather([0, 0, 0])
+    for n in range(12):
+        for number, (paged, dense) in enumerate(pairs):
+            ids = torch.arange(paged.rows or 0)[:, None] + 3 * n + number
+            assert torch.equal(*(model(ids, past_key_values=cache).logits for cache in (paged, dense)))
+    stores = [state.store for cache, _ in pairs for state in dict.values(cache.states.held)]
+    paged = [store for store in stores if isinstance(store, Paged)]
+    assert paged and all(store.table is None for store in paged)
+
+
 def test_int8_halves_what_attention_takes_in_bfloat16(model: Any) -> None:
     sizes = {
         store: sc.StateCache(model.config, store=store, capacity=64, rows=2, dtype="bfloat16", device="cpu")
