@@ -296,3 +296,17 @@ def test_a_clone_in_inference_mode_goes_on_outside_of_it() -> None:
         feed(fork, 3)
     feed(fork, 3)
     assert fork.lengths.tolist() == [37 + 3] * 3
+
+
+def test_compiled_code_leaves_counting_to_the_host() -> None:
+    of, exact = states(Paged), states(Dense)
+    for each in (of, exact):
+        feed(each, 2 * PAGE + 3)
+    torch._dynamo.reset()
+    forks, compiled = [of.fork(), exact.fork()], torch.compile(feed, backend="eager")
+    for fork in forks:
+        fork.gather([0, 0])
+    for n in range(3):
+        assert torch.equal(*(compiled(each, 1, seed=n) for each in forks))
+        assert torch.equal(*(compiled(each, 1, seed=n) for each in (of, exact)))
+    assert torch.equal(*(feed(each, 1) for each in forks))

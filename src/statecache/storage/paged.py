@@ -76,17 +76,12 @@ class Paged:
             self.whole.use(rows)
 
     def read(self, at: Slots) -> Tensor:
-        return self._gathered(self._spans(at)) if self.whole is None else self.whole.read(at)
+        return self._read(at) if self.whole is None else self.whole.read(at)
 
     def write(self, at: Slots, entries: Tensor) -> None:
-        if self._shared():
-            spans = self._spans(at)
-            self._own(spans)
-            if self.whole is None:
-                self._scatter(spans, entries.detach())
-                return
-        elif self.whole is None:
-            self._lay(self._in_order())
+        if self.table is not None:
+            self._write(at, entries)
+            return
         assert self.whole is not None
         self.whole.write(at, entries)
 
@@ -216,7 +211,24 @@ class Paged:
         for row, _ in copied:
             self._views.pop(row, None)
 
-    # ---- where pages do not lie in order
+    # ---- where pages are counted
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is counted on the host is for no graph
+    def _read(self, at: Slots) -> Tensor:
+        return self._gathered(self._spans(at))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _write(self, at: Slots, entries: Tensor) -> None:
+        if self._shared():
+            spans = self._spans(at)
+            self._own(spans)
+            if self.whole is None:
+                self._scatter(spans, entries.detach())
+                return
+        elif self.whole is None:
+            self._lay(self._in_order())
+        assert self.whole is not None
+        self.whole.write(at, entries)
 
     def _spans(self, at: Slots) -> list[Span]:
         """The slots of each row, on the host. Waits for the device where it alone knows them."""
