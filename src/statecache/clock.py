@@ -22,7 +22,7 @@ from torch import Tensor
 
 from statecache.errors import CapacityError, RaggedError, RollbackError, RowsError, StateCacheError, StepError
 from statecache.rotary import Rotary
-from statecache.step import Allocation, Step
+from statecache.step import Allocation, Standing, Step
 from statecache.storage.store import Move, revive, zeros
 
 LENGTH, COLUMNS, REACH, BASE, COPIED = range(5)  # rows of the clock's tensor; from COPIED on there are `slack` of them
@@ -237,7 +237,8 @@ class Clock:
             on_device = torch.as_tensor(given, dtype=torch.long, device=self.data.device)
         index = None if chosen is None else torch.tensor(chosen, device=self.data.device)
         start = self.lengths.clone() if index is None else self.lengths.index_select(0, index)
-        return Step(tokens, start, on_device, end, index, tentative), after
+        here = Standing(range(n) if chosen is None else chosen, lengths, [tokens] * n if taken is None else taken)
+        return Step(tokens, start, on_device, end, index, tentative, standing=here), after
 
     def _open_unseen(
         self,

@@ -5,6 +5,7 @@ B rows, R of them in a step, *D the state's shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from statecache.ring import Ring
 from statecache.spec import StateSpec
 from statecache.step import Allocation, Step
-from statecache.storage.store import Move, fixed
+from statecache.storage.store import Move, Places, Store, fixed
 
 ONE = slice(0, 1)
 
@@ -124,7 +125,7 @@ class Lease:
         if rows is None:
             self.put(state)
         else:
-            self.store.write((rows[:, None], torch.zeros_like(rows)[:, None]), state[:, None])
+            self.store.write(Places(rows[:, None], torch.zeros_like(rows)[:, None]), state[:, None])
 
     def put(self, state: Tensor) -> None:
         """Overwrite every row by `state` (B, *D)."""
@@ -148,8 +149,8 @@ class Lease:
         if self.copies is not None:
             self.copies.reserve(end)
 
-    def taken(self, rows: Tensor, length: int) -> Move:
-        """Prepare to keep these rows (n,) in this order, and then to `use` so many."""
+    def taken(self, rows: Sequence[int], length: int) -> Move:
+        """Prepare to keep these rows in this order, and then to `use` so many."""
         moves = [self.store.taken(rows, 1)]
         if self.base is not None:
             moves.append(self.base.taken(rows, length))
@@ -162,6 +163,10 @@ class Lease:
 
         return move
 
+    def forked(self, lengths: Sequence[int]) -> dict[int, Store]:
+        """A fork of the store of its copies, as of a ring's; states are written as a whole, so nobody shares them."""
+        return {} if self.copies is None else self.copies.forked([self.copies.capacity] * len(lengths))
+
     def use(self, rows: int) -> None:
         """Have this many rows in use."""
         self.store.use(rows)
@@ -170,8 +175,8 @@ class Lease:
                 other.use(rows)
         self._look()
 
-    def reset(self, rows: Tensor | None = None) -> None:
-        """Zero these rows (n,), or all."""
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Zero these rows, or all."""
         self.detach()
         self.store.clear(rows)
         for other in (self.base, self.copies):

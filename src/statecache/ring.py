@@ -6,12 +6,14 @@ state's own axis; the comments write them as (R, T, *D).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from statecache.spec import StateSpec
-from statecache.step import Allocation, Step
-from statecache.storage.store import Move
+from statecache.step import Allocation, Standing, Step
+from statecache.storage.store import Move, Store
 
 FIRST_SLOTS = 64  # of a ring that grows, beyond what its first write needs
 
@@ -122,16 +124,20 @@ class Ring:
 
     # ---- between steps
 
-    def taken(self, rows: Tensor, length: int) -> Move:
-        """Prepare to keep these rows (n,) in this order, and then to `use` so many. `length`: of the longest row."""
+    def taken(self, rows: Sequence[int], length: int) -> Move:
+        """Prepare to keep these rows in this order, and then to `use` so many. `length`: of the longest row."""
         return self.store.taken(rows, min(length, self.capacity))
+
+    def forked(self, lengths: Sequence[int]) -> dict[int, Store]:
+        """A fork of its store, by the id of the store, for a copy of the ring. `lengths`: of the rows in use."""
+        return {id(self.store): self.store.fork([min(length, self.capacity) for length in lengths])}
 
     def use(self, rows: int) -> None:
         """Have this many rows in use."""
         self.store.use(rows)
 
-    def reset(self, rows: Tensor | None = None) -> None:
-        """Zero these rows (n,), or all."""
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Zero these rows, or all."""
         # attention gives slots beyond a row's end the weight zero, and zero times the NaN of a past request is NaN
         self.store.clear(rows)
 
@@ -160,8 +166,8 @@ class Ring:
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another ring into this row, which has taken in `length` tokens."""
         n = min(len(entries), self.capacity)
-        device = self.device
-        step = Step(n, torch.tensor([length - n], device=device), rows=torch.tensor([row], device=device), end=length)
+        start, rows = torch.tensor([length - n], device=self.device), torch.tensor([row], device=self.device)
+        step = Step(n, start, rows=rows, end=length, standing=Standing([row], [length - n], [n]))
         self.put(entries[len(entries) - n :].movedim(0, self.axis - 1)[None], step)
 
     def buffers(self) -> list[Tensor]:

@@ -42,7 +42,7 @@ from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec, as_dtype
 from statecache.step import Allocation, Step
 from statecache.storage.dense import Dense
 from statecache.storage.store import MakeStore
-from statecache.storage.table import Stores
+from statecache.storage.table import Stores, apart
 
 WAY_OUT = "reset(), or restore() a mark"
 
@@ -261,6 +261,7 @@ class States:
         if self.capacity is None:
             tokens += max(self.clock.known.lengths)  # a ring that is yet to grow has a slot for every position
         store = self.store.of(spec) if isinstance(self.store, Stores) else self.store
+        store = apart(store) if self.offload else store
         room = Allocation(self.clock.allocated, self.capacity, self.slack, dtype, device, store)
         state = Lease(spec, room, self.back) if spec.leased else Ring(spec, room, tokens)
         if self.clock.rows != room.rows:
@@ -574,7 +575,8 @@ class States:
     def gather(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
 
-        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates.
+        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates, or
+        has rows that are repeated share their pages.
         Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
         """
         self.settle()
@@ -594,7 +596,7 @@ class States:
                 f"with rows={len(wanted)}, or without capacity="
             )
         longest = max(clock.known.lengths)
-        moves = (state.taken(index.to(state.device, torch.long), longest) for state in self.held.values())
+        moves = (state.taken(wanted, longest) for state in self.held.values())
         ready = moves if self.offload else list(moves)  # what is offloaded is there, and moves, one layer at a time
         clock_moves = clock.taken(wanted)
         with self._changing("a gather"):
@@ -633,8 +635,14 @@ class States:
             use(before)
 
     def fork(self) -> States:
-        """An independent copy, allocated anew."""
-        other = copy.deepcopy(self)
+        """An independent copy. Pages of `Paged` stores are shared with it, and copied before either writes there."""
+        self.settle()
+        allow(self._refuse_broken())
+        stores: dict[int, Any] = {}  # what a copy is to have in the place of a store, by its id
+        if self.clock is not None and not self.offload:
+            for state in self.held.values():
+                stores |= state.forked(self.clock.known.lengths)
+        other = copy.deepcopy(self, stores)
         operators = self.logs.operators
         if operators is not None:
             other.logs.bind(operators)
@@ -664,7 +672,7 @@ class States:
                     state.use(self.clock.rows)
                     state.reset()
                 else:
-                    state.reset(torch.tensor(chosen, device=state.device))
+                    state.reset(chosen)
 
     # ---- one row as a value
 
@@ -726,15 +734,12 @@ class States:
             self.reserve(snapshot.length)
         with self._changing("an admission"):
             self.marks.invalidate(f"row {row} was filled from a snapshot since")
-            index = {
-                device: torch.tensor([row], device=device) for device in {s.device for s in dict.values(self.held)}
-            }
             if snapshot.point:  # columns go back with the row
                 clock.rollback([n - snapshot.length if b == row else 0 for b, n in enumerate(clock.known.lengths)])
             for name, state in self.held.items():
                 if snapshot.point and state.spec.window is None:
                     continue
-                state.reset(index[state.device])
+                state.reset([row])
                 if snapshot.length and name in snapshot.entries:
                     state.admit(row, snapshot.entries[name].to(state.device, state.dtype), snapshot.length)
             clock.admit(row, snapshot.length, snapshot.rotated)

@@ -8,14 +8,14 @@ B rows, R of them in the step, T new tokens, C slots of a ring.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statecache.storage.store import MakeStore, Slots
+from statecache.storage.store import MakeStore, Places, Slots, Span
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,15 @@ class Allocation:
     dtype: torch.dtype
     device: torch.device
     store: MakeStore
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the host knows of a pass's rows, where they differ: which they are, where each stands, and its count."""
+
+    rows: Sequence[int]
+    starts: Sequence[int]
+    counts: Sequence[int]
 
 
 def offset(start: Tensor, window: int) -> Tensor:
@@ -66,6 +75,8 @@ class Step:
     rows: (R,) long, the rows of the cache that take part; None for all.
     tentative: a speculative round's: what is written lies past the ends of the rows, which stay where they are.
 
+    standing: what the host knows of its rows, where they differ.
+
     shift: how logs get room for it, if they must.
 
     The first write into a ring or a lease calls what is `pending`: until then nothing is changed, and the step can be
@@ -81,9 +92,10 @@ class Step:
         rows: Tensor | None = None,
         tentative: bool = False,
         begin: Callable[[], None] | None = None,
+        standing: Standing | None = None,
     ) -> None:
         self.tokens, self.start, self.count, self.end = tokens, start, count, end
-        self.rows, self.tentative = rows, tentative
+        self.rows, self.tentative, self.standing = rows, tentative, standing
         self.plain = (
             tokens == 1 and count is None and rows is None and not tentative
         )  # one token of every row, for good
@@ -107,7 +119,8 @@ class Step:
             return self
         if device not in self._made:
             count, rows = (None if x is None else x.to(device) for x in (self.count, self.rows))
-            moved = Step(self.tokens, self.start.to(device), count, self.end, rows, self.tentative, self.write)
+            start, write = self.start.to(device), self.write
+            moved = Step(self.tokens, start, count, self.end, rows, self.tentative, write, self.standing)
             moved.shift = None if self.shift is None else self.shift.on(device)
             self._made[device] = moved
         step: Step = self._made[device]
@@ -130,11 +143,19 @@ class Step:
     # ---- slots, where the host knows where every row stands
 
     def runs(self, first: int, n: int, capacity: int) -> list[slice]:
-        """The slots of the n <= C positions from `first` on: at most two runs."""
+        """The slots of n positions from `first` on: at most two runs where n <= C."""
         slot = first % capacity
         if slot + n <= capacity:
             return [slice(slot, slot + n)]
-        return [slice(slot, capacity), slice(0, slot + n - capacity)]
+        return [slice(slot, capacity), *self.runs(0, slot + n - capacity, capacity)]
+
+    def _spans(self, first: Callable[[int, int], int], n: int, capacity: int) -> Callable[[], list[Span]] | None:
+        """The slots of n positions of each row from `first(start, count)` on, when they are asked for."""
+        here = self.standing
+        if here is None:
+            return None
+        rows = list(zip(here.rows, here.starts, here.counts, strict=True))
+        return lambda: [(row, self.runs(first(start, count), n, capacity)) for row, start, count in rows]
 
     # ---- slots, where the device knows it
 
@@ -152,7 +173,8 @@ class Step:
         """The slots of these positions in rings of C slots."""
         made: Slots | None = self._made.get((first, n, capacity))
         if made is None:
-            made = self._made[first, n, capacity] = self._at(self.positions(first, n) % capacity)
+            known = self._spans(lambda start, count: start + first, n, capacity)
+            made = self._made[first, n, capacity] = self._at(self.positions(first, n) % capacity, known)
         return made
 
     def held(self, n: int) -> Tensor:
@@ -191,7 +213,8 @@ class Step:
         if made is None:
             assert self.count is not None and isinstance(self.start, Tensor)
             t = self.count[:, None] + torch.arange(-capacity, 0, device=self.count.device)  # below 0: no such token
-            at = self._at((self.start[:, None] + t) % capacity)
+            known = self._spans(lambda start, count: start + count - capacity, capacity, capacity)
+            at = self._at((self.start[:, None] + t) % capacity, known)
             made = self._made["newest", capacity] = t.clamp(min=0), t >= 0, at
         return made
 
@@ -207,15 +230,16 @@ class Step:
             order = first + torch.arange(window - 1 + self.tokens, device=start.device)  # positions
             index = torch.where(order < start, order - first, window - 1 + order - start)
             slot = order[:, : window - 1] % capacity
-            at = self._at(slot[0] if self.shared else slot)
+            known = self._spans(lambda start, count: max(start - window + 1, 0), window - 1, capacity)
+            at = self._at(slot[0] if self.shared else slot, known)
             made = self._made["reach", window, capacity] = at, index.clamp(max=window - 2 + self.tokens)
         return made
 
-    def _at(self, slot: Tensor) -> Slots:
+    def _at(self, slot: Tensor, known: Callable[[], list[Span]] | None) -> Slots:
         if slot.dim() == 1:
             return slot
         rows: Tensor | None = self._made.get("rows")
         if rows is None:
             rows = torch.arange(len(slot), device=slot.device) if self.rows is None else self.rows
             rows = self._made["rows"] = rows[:, None]
-        return rows, slot
+        return Places(rows, slot, known)

@@ -33,10 +33,10 @@ class Plan:
     touches: Callable[[dict[str, Any]], bool]  # whether it may write over what a mark stands for
 
 
-def run(core: SimpleNamespace, schedule: list[oracle.Op], *, fixed: bool) -> int:
+def run(core: SimpleNamespace, schedule: list[oracle.Op], *, fixed: bool, store: str) -> int:
     """Run a schedule on states that roll back by replay, and assert after every operation; how many ended early."""
     core.ring.FIRST_SLOTS = 3
-    subject = _subject(core, states(core, fixed), _empty(oracle.ROWS))
+    subject = _subject(core, states(core, fixed, store), _empty(oracle.ROWS))
     fresh, early, armed = iter(range(1, 10**6)), 0, None
     for what, number, each in schedule:
         if what == "interrupted":
@@ -65,7 +65,7 @@ def _subject(core: SimpleNamespace, rings: Any, lists: Lists) -> Any:
     return oracle.Subject(rings, lists, form, _operators(core.replay.Operators))
 
 
-def states(core: SimpleNamespace, fixed: bool) -> Any:
+def states(core: SimpleNamespace, fixed: bool, store: str) -> Any:
     return core.states.States(
         oracle.model(core, oracle.Form(fixed, leased=False)),
         capacity=oracle.CAPACITY if fixed else None,
@@ -73,6 +73,7 @@ def states(core: SimpleNamespace, fixed: bool) -> Any:
         rows=oracle.ROWS,
         dtype=torch.float32,
         device="cpu",
+        store=core.stores[store],
     )
 
 

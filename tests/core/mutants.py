@@ -24,7 +24,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "wider.narrow(self.axis, 0, self.slots - 1).copy_(self.data.narrow(self.axis, 0, self.slots - 1))",
         ),
         "rows are taken in the order they have": (
-            "self.data.index_select(0, rows)",
+            "self.data.index_select(0, chosen)",
             "self.data[: len(rows)]",
         ),
         "rows move in place one after the other": (
@@ -36,7 +36,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.data.narrow(self.axis, 0, used - 1)",
         ),
         "clearing some rows clears the first ones": (
-            "self.data.index_fill_(0, rows, 0)",
+            "self.data.index_fill_(0, self._chosen(rows), 0)",
             "self.data[: len(rows)] = 0",
         ),
     },
@@ -62,60 +62,193 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "pass",
         ),
     },
-    "storage.paged": {
-        "growth forgets the last slot": (
-            "wider.write(slice(0, self.slots), held)",
-            "wider.write(slice(0, self.slots - 1), held.narrow(self.axis, 0, self.slots - 1))",
+    "storage.pool": {
+        "what is held once more is not counted": (
+            "= slab.counts[page - slab.first] + 1",
+            "= max(slab.counts[page - slab.first], 1)",
         ),
-        "a slot is looked up in the next row's pages": (
-            "self.table[rows, slot",
-            "self.table[(rows + 1) % self.rows, slot",
+        "what is given back stays counted": (
+            "= slab.counts[page - slab.first] - 1",
+            "= slab.counts[page - slab.first]",
         ),
-        "every slot is looked up in the first page": (
-            "slot // self.size]",
-            "slot * 0]",
+        "a page is free while somebody holds it": (
+            "            if not count:\n",
+            "            if count < 2:\n",
         ),
-        "pages are a run whatever their order": (
-            "self.in_order = torch.equal(table.flatten(), torch.arange(table.numel(), device=table.device))",
-            "self.in_order = True",
+        "nothing counts as shared": (
+            "self._shares += count > 1",
+            "self._shares += 0",
         ),
-        "a run begins at the first slot": (
-            "self.pool[: self.rows].narrow(self.axis, at.start,",
-            "self.pool[: self.rows].narrow(self.axis, 0,",
+        "what was shared counts as shared for ever": (
+            "self._shares -= count > 0",
+            "self._shares -= 0",
         ),
-        "a repeated row shares its pages": (
-            "row if row not in chosen[:place] else left.pop()",
-            "row",
+        "a table that is dropped keeps its pages": (
+            "self.pool.dropped.append(self.rows)",
+            "pass",
         ),
-        "a repeated row gets pages and not what is in them": (
-            "        pool[at] = pool[self._pages(source)[1]]\n",
+        "a table holds its pages uncounted": (
+            "        pool.hold(page for pages in rows for page in pages)\n",
             "",
         ),
-        "pages of rows that were dropped are lost": (
-            "self.table.copy_(table)\n        self.rows",
-            "self.table[: len(rows)] = table[: len(rows)]\n        self.rows",
+        "other pages stand in a table than it holds": (
+            "            self.rows[row][column] = page\n",
+            "            pass\n",
         ),
-        "a moved row leaves its pages behind": (
-            "        self.table.copy_(table)\n        self.rows",
-            "        self.rows",
+        "pages that were taken and not used are lost": (
+            "            self.exchange(taken, ())\n",
+            "            pass\n",
         ),
-        "copied rows are the first ones": (
-            "self.pool.index_select(0, rows)",
-            "self.pool[: len(rows)].clone()",
+        "pages of an operation that ended early are lost": (
+            "        try:\n            yield taken\n        finally:\n            self.exchange(taken, ())\n",
+            "        yield taken\n        self.exchange(taken, ())\n",
         ),
-        "clearing some rows clears the first pages": (
-            "self._pages(self.table[rows].flatten())",
-            "self._pages(torch.arange(len(rows) * self.table.shape[1]))",
+        "slabs stay when nothing of them is held": (
+            "        self._slabs = [slab for slab in self._slabs if slab.held]\n",
+            "",
+        ),
+        "pages of slabs that are gone stay free": (
+            "sorted(page for page in self._free if self._slabs and page in self._slab(page))",
+            "sorted(self._free)",
+        ),
+        "a new slab has the numbers of another": (
+            "self._next + n, self._extra + n",
+            "self._next, self._extra + n",
+        ),
+        "a run goes on into the next row": (
+            "min(slab.each - (first - slab.first) % slab.each, len(pages) - at)",
+            "len(pages) - at",
+        ),
+        "any pages behind each other are a run": (
+            "pages[at + n] == first + n",
+            "True",
+        ),
+        "a page lies in the first group": (
+            "return slab.data[group].narrow(",
+            "return slab.data[0].narrow(",
+        ),
+        "rows are whole whatever their pages": (
+            "any(pages != list(range(first + b * each, first + (b + 1) * each)) for b, pages in enumerate(rows))",
+            "False",
+        ),
+        "whole rows are the first ones": (
+            "slab.data[group : group + len(rows)]",
+            "slab.data[: len(rows)]",
+        ),
+    },
+    "storage.paged": {
+        "growth forgets the last page": (
+            "self.whole.grow(_pages(slots, size) * size)",
+            "self.whole.data.narrow(self.axis, self.slots - 1, 1).zero_(), self.whole.grow(_pages(slots, size) * size)",
+        ),
+        "pages become larger than those that there are": (
+            "            if _pages(slots, size) * size < self.whole.slots:\n                size = self.size\n",
+            "            size = size\n",
+        ),
+        "shared pages are written": (
+            "            self._own(spans)\n",
+            "",
+        ),
+        "a page that is held twice is not copied": (
+            "left[page] > 1",
+            "left[page] > 2",
+        ),
+        "each of two rows leaves a page to the other": (
+            "                left[page] -= 1\n",
+            "                left[page] -= 2\n",
+        ),
+        "a page of one's own comes empty": (
+            "                pool.view(page).copy_(pool.view(rows[row][column]))\n            table.put",
+            "                pool.view(page).zero_()\n            table.put",
+        ),
+        "a page is exchanged before it is filled": (
+            "                pool.view(page).copy_(pool.view(rows[row][column]))\n            table.put(copied, new)\n",
+            (
+                "                old = pool.view(rows[row][column]), table.put([(row, column)], [page])\n"
+                "                pool.view(page).copy_(old[0])\n"
+            ),
+        ),
+        "a page that was never written need not be one's own": (
+            "page == NONE or left[page]",
+            "page != NONE and left[page]",
+        ),
+        "the last page that is written stays shared": (
+            "range(at.start // self.size, _pages(at.stop, self.size))",
+            "range(at.start // self.size, at.stop // self.size)",
+        ),
+        "rows stay in order when a page moves": (
+            "        self.whole = None\n        for row",
+            "        for row",
+        ),
+        "a view of the page before is kept": (
+            "            self._views.pop(row, None)\n",
+            "            pass\n",
+        ),
+        "rows that were cleared keep their views": (
+            "[NONE] * len(places))\n            self.whole, self._views = None, {}",
+            "[NONE] * len(places))\n            self.whole = None",
+        ),
+        "rows that grew keep their views": (
+            "[NONE] * more\n            self.whole, self._views = None, {}",
+            "[NONE] * more\n            self.whole = None",
+        ),
+        "clearing all of what is shared clears the others": (
+            "        elif rows is None:\n            self._lay(self._rows_of_its_own())\n",
+            "        elif rows is None and self.whole is not None:\n            self.whole.clear()\n",
+        ),
+        "a fork's last page comes empty": (
+            "                pool.view(page).copy_(pool.view(rows[row][column]))\n                rows",
+            "                pool.view(page).zero_()\n                rows",
+        ),
+        "a fork holds a page less": (
+            "            pages[full:] = [NONE]",
+            "            full = max(full - 1, 0)\n            pages[full:] = [NONE]",
+        ),
+        "a gather keeps a page less": (
+            "self._paged(), _pages(used, self.size)",
+            "self._paged(), used // self.size",
+        ),
+        "rows are chosen in the order they have": (
+            "[list(table.rows[row]) for row in rows]",
+            "[list(table.rows[row]) for row in sorted(rows)]",
+        ),
+        "rows that share nothing are never in order again": (
+            "self._lay(self._in_order())",
+            "self._lay(self._rows_of_its_own())",
+        ),
+        "a slice is read from its start on and no further": (
+            "min(at.stop - first, n)",
+            "n",
+        ),
+        "what is written begins anew in each page": (
+            "                piece.copy_(new.narrow(axis, first, n))\n                first += n",
+            "                piece.copy_(new.narrow(axis, 0, n))",
+        ),
+        "slots in a run are taken one by one, and wrongly": (
+            "slice(runs[-1].start, slot + 1)",
+            "slice(runs[-1].start + 1, slot + 1)",
         ),
     },
     "step": {
+        "where rows stand is said one slot late": (
+            "known = self._spans(lambda start, count: start + first, n, capacity)",
+            "known = self._spans(lambda start, count: start + first + 1, n, capacity)",
+        ),
+        "the newest tokens of a row are said to begin at its start": (
+            "lambda start, count: start + count - capacity",
+            "lambda start, count: start",
+        ),
+        "a window is said to begin at its row's start": (
+            "lambda start, count: max(start - window + 1, 0)",
+            "lambda start, count: start",
+        ),
         "the window begins one too late": (
             "(start - window + 1).clamp(min=0)",
             "(start - window + 2).clamp(min=0)",
         ),
         "the second run of slots starts at one": (
-            "slice(0, slot + n - capacity)",
-            "slice(1, slot + n - capacity + 1)",
+            "self.runs(0, slot + n - capacity, capacity)",
+            "self.runs(1, slot + n - capacity, capacity)",
         ),
         "positions below zero read what the slot holds": (
             "self.positions(-n, n) >= 0",
@@ -239,12 +372,12 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.store.read(at)[0]",
         ),
         "a value is put one slot early": (
-            "torch.tensor([length - n], device=device)",
-            "torch.tensor([length - n - 1], device=device)",
+            "torch.tensor([length - n], device=self.device)",
+            "torch.tensor([length - n - 1], device=self.device)",
         ),
         "a value is put into the first row": (
-            "rows=torch.tensor([row], device=device)",
-            "rows=torch.tensor([0], device=device)",
+            "torch.tensor([row], device=self.device)",
+            "torch.tensor([0], device=self.device)",
         ),
     },
     "lease": {
@@ -273,8 +406,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.entry[: len(rows)]",
         ),
         "some rows write the states of the first": (
-            "self.store.write((rows[:, None],",
-            "self.store.write((torch.arange(len(rows))[:, None],",
+            "Places(rows[:, None],",
+            "Places(torch.arange(len(rows))[:, None],",
         ),
         "a reset leaves the leased state": (
             "        self.store.clear(rows)\n",
@@ -849,7 +982,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            pass\n",
         ),
         "a reset of rows leaves the states": (
-            "                    state.reset(torch.tensor(chosen, device=state.device))\n",
+            "                    state.reset(chosen)\n",
             "                    pass\n",
         ),
         "a reset leaves rows out of use": (
@@ -861,7 +994,7 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "",
         ),
         "an admission leaves what the row held": (
-            "                state.reset(index[state.device])\n",
+            "                state.reset([row])\n",
             "",
         ),
         "an admission allocates nothing": (

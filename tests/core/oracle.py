@@ -42,10 +42,11 @@ ALL = [*WHAT, "point"]  # a row goes back, after a pass, to what it was
 def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
     names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
-    names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded")
+    names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded", "storage.store")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     stores = {"dense": found.pop("storage.dense").Dense, "paged": found.pop("storage.paged").Paged}
     coded, rounded = found.pop("storage.coded"), found.pop("storage.rounded")
+    found["store"] = found.pop("storage.store")
     stores |= {"coded": partial(coded.Coded, Exact()), "rounded": partial(rounded.Rounded, torch.float64)}
     return SimpleNamespace(**found, coded=coded, stores=stores)
 

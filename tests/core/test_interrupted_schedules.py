@@ -32,12 +32,16 @@ def drawn(seed: int) -> list[oracle.Op]:
     return schedule
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+FORMS = {"growing": (False, "dense"), "fixed": (True, "dense"), "paged": (False, "paged")}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("seed", range(40))
-def test_an_interrupted_operation_goes_on_rightly_or_not_at_all(seed: int, fixed: bool) -> None:
+def test_an_interrupted_operation_goes_on_rightly_or_not_at_all(seed: int, form: str) -> None:
     schedule = drawn(seed)
     try:
-        interrupted_oracle.run(oracle.core("statecache"), schedule, fixed=fixed)
+        fixed, store = FORMS[form]
+        interrupted_oracle.run(oracle.core("statecache"), schedule, fixed=fixed, store=store)
     except BaseException as error:
         error.add_note(f"schedule: {schedule!r}")
         raise

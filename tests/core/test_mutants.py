@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 
 import oracle
+import paged_oracle
 import pytest
 from mutants import MUTANTS
 from oracle import Form, Op
@@ -19,8 +20,10 @@ from oracle import Form, Op
 import statecache
 
 MODULES = (  # in the order in which they import each other
-    *("errors", "rotary", "spec", "mask", "storage", "storage.store", "storage.dense", "storage.paged"),
+    *("errors", "rotary", "spec", "mask", "storage", "storage.store", "storage.dense"),
     *(
+        "storage.pool",
+        "storage.paged",
         "storage.coded",
         "storage.rounded",
         "storage.table",
@@ -35,6 +38,7 @@ MODULES = (  # in the order in which they import each other
     *("snapshot", "one_pass", "states", "round"),
 )
 
+PAGES = ("storage.pool", "storage.paged")  # whose mutants stores alone kill
 NAME = "mutant"  # the package that a mutant is loaded as
 
 
@@ -135,6 +139,9 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
     [ONE, ONE, ONE, ("ragged", 1, (1, 0, 1)), ("rollback", 0, (3, 0, 0))],
     [ONE, ("ragged", 1, (1, 0, 0)), ("ragged", 1, (0, 1, 1)), ONE, ONE, ("rollback", 0, (3, 0, 0))],
 ]
+FORKED: list[list[Op]] = [  # a fork, and what it was made of, in passes longer than some rings, of rows that differ
+    [("step", 4, (0,)), ("fork", 1, (0,)), ("ragged", n, (9, 6, 7)), ("ragged", 17 - n, (8, 9, 6)), ONE] for n in (9, 8)
+]
 STEPS = ((False, False), (True, False), (True, True))  # fixed, on_device
 
 
@@ -153,6 +160,7 @@ def schedules(n: int) -> Iterator[tuple[list[Op], Form]]:
     """Those that chance seldom strings together, between a few and the rest of n that it does."""
     rnd = random.Random(7)
     yield from (by_chance(rnd, i) for i in range(30))
+    yield from ((schedule, Form(False, leased, store="paged")) for leased in (True, False) for schedule in FORKED)
     for leased, (fixed, on_device), schedule in itertools.product((True, False), STEPS, SELDOM):
         yield schedule, Form(fixed, leased, on_device, lazy=True)
     yield from (by_chance(rnd, i) for i in range(30, n))
@@ -167,12 +175,23 @@ def survives(core: SimpleNamespace, n: int) -> bool:
     return True
 
 
+def pages_survive(core: SimpleNamespace) -> bool:
+    for seed in range(200):
+        try:
+            paged_oracle.run(core, seed)
+        except Exception:
+            return False
+    return True
+
+
 def test_the_core_itself_survives() -> None:
-    assert survives(load(), 200)
+    core = load()
+    assert survives(core, 200) and pages_survive(core)
 
 
 @pytest.mark.parametrize(
     ("module", "what"), [pytest.param(m, what, id=f"{m}: {what}") for m in MUTANTS for what in MUTANTS[m]]
 )
 def test_mutant_is_killed(module: str, what: str) -> None:
-    assert not survives(load(module, MUTANTS[module][what]), 400)
+    core = load(module, MUTANTS[module][what])
+    assert not (pages_survive(core) if module in PAGES else survives(core, 400))

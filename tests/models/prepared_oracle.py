@@ -411,9 +411,10 @@ def run(models: Models, schedule: list[Op], *, slack: int, room: str, seed: int 
 
 def begun(models: Models, *, slack: int, room: str) -> Subject:
     """An empty cache."""
-    fixed = room not in ("growing", "offloaded")
+    fixed = room in ("fixed", "compiled")
     allocated = {"capacity": CAPACITY, "rows": ROWS, "dtype": torch.float64, "device": "cpu"} if fixed else {}
-    made = sc.StateCache(models.plain.config, slack=slack, offload=room == "offloaded", **allocated)
+    store = "paged" if room == "paged" else "dense"
+    made = sc.StateCache(models.plain.config, slack=slack, offload=room == "offloaded", store=store, **allocated)
     return Subject(models, made, Held.nothing(ROWS) if fixed else Held(), compiled=room == "compiled")
 
 

@@ -21,8 +21,8 @@ PASSES = ["feed"] * 8 + ["ragged"] * 3 + ["rollback"] * 4 + ["speculate"] * 3 + 
 MARKS = ["feed", "ragged", "checkpoint", "restore", "rollback"]
 PREPARED = [(name, room) for name in oracle.MODELS for room in oracle.ROOMS]
 UNMODIFIED = [(name, room) for name in oracle.UNMODIFIED for room in ("growing", "fixed")]
-PREPARED += [(name, "offloaded") for name in ("falcon_h1", "gemma3_text")]
-UNMODIFIED += [("mamba2", "offloaded"), ("qwen3_5", "offloaded")]
+PREPARED += [(name, room) for name in ("falcon_h1", "gemma3_text") for room in ("offloaded", "paged")]
+UNMODIFIED += [("mamba2", "offloaded"), ("qwen3_5", "offloaded"), ("qwen3_5", "paged")]
 SEEDS = range(14)
 each_seed = pytest.mark.parametrize("seed", [*SEEDS[:7], *(pytest.param(n, marks=pytest.mark.long) for n in SEEDS[7:])])
 

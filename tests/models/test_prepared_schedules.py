@@ -42,13 +42,14 @@ def test_any_schedule_equals_full_forwards(name: str, room: str, slack: int, sch
     oracle.run(oracle.build(name), schedule, slack=slack, room=room)
 
 
+@pytest.mark.parametrize("room", ["offloaded", "paged"])
 @pytest.mark.parametrize("name", ["falcon_h1", "qwen3_5", "gemma3_text"])
 @settings(max_examples=15, deadline=None)
 @given(slack=slacks, schedule=schedules)
-def test_any_schedule_of_offloaded_states_equals_full_forwards(
-    name: str, slack: int, schedule: list[oracle.Op]
+def test_any_schedule_of_states_kept_elsewhere_equals_full_forwards(
+    name: str, room: str, slack: int, schedule: list[oracle.Op]
 ) -> None:
-    oracle.run(oracle.build(name), schedule, slack=slack, room="offloaded")
+    oracle.run(oracle.build(name), schedule, slack=slack, room=room)
 
 
 @pytest.mark.long

@@ -254,7 +254,8 @@ class StateCache(Cache):
     def gather(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows, (n,) long, in this order: select, repeat, permute or drop.
 
-        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates.
+        With a fixed capacity in place, at the same addresses, for n up to the rows allocated; else it reallocates, or
+        with `store="paged"` has rows that are repeated share what they hold.
         Raises RowsError for a row that does not exist, or more rows than a fixed cache has.
         """
         with self._between():
@@ -268,7 +269,10 @@ class StateCache(Cache):
             yield
 
     def fork(self) -> Self:
-        """An independent copy, allocated anew."""
+        """An independent copy. With `store="paged"` a growing cache shares keys and values with it until either writes.
+
+        A deep copy, and a pickle, shares nothing.
+        """
         self.writer.finish()
         other = type(self).__new__(type(self))
         other.states = self.states.fork()

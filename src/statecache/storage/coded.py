@@ -7,6 +7,8 @@ bytes: a slot that gets its own entry back does not drift.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -120,11 +122,14 @@ class Coded:
         entries = entries.detach()
         self.dense.write(at, self.code.encode(entries.transpose(-1, -2) if self.last else entries))
 
-    def clear(self, rows: Tensor | None = None) -> None:
+    def clear(self, rows: Sequence[int] | None = None) -> None:
         self.dense.clear(rows)
 
-    def taken(self, rows: Tensor, used: int) -> Move:
+    def taken(self, rows: Sequence[int], used: int) -> Move:
         return self.dense.taken(rows, used)
+
+    def fork(self, used: Sequence[int]) -> Coded:
+        return copy.deepcopy(self)
 
     def use(self, rows: int) -> None:
         self.dense.use(rows)

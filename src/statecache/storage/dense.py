@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from statecache.storage.store import Move, Slots, revive, zeros
+from statecache.storage.store import Move, Places, Slots, revive, zeros
 
 
 class Dense:
@@ -26,16 +29,24 @@ class Dense:
     ) -> None:
         self.axis, self.static = axis, static
         full = (rows, *shape[: axis - 1], slots, *shape[axis - 1 :])
-        self._hold(zeros(*full, dtype=dtype, device=device, static=static), rows)
+        self.hold(zeros(*full, dtype=dtype, device=device, static=static), rows)
+
+    @classmethod
+    def over(cls, data: Tensor, axis: int) -> Dense:
+        """A store whose rows and slots are this tensor's, at addresses that may move."""
+        made = cls.__new__(cls)
+        made.axis, made.static = axis, False
+        made.hold(data, len(data))
+        return made
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._hold(revive(self.data, self.static), self.rows)
+        self.hold(revive(self.data, self.static), self.rows)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_used"}
 
-    def _hold(self, data: Tensor, rows: int) -> None:
+    def hold(self, data: Tensor, rows: int) -> None:
         self.data, self.slots = data, data.shape[self.axis]
         self.use(rows)
 
@@ -64,30 +75,37 @@ class Dense:
         else:
             self._used[self._index(at)] = entries.movedim(self.axis, 1)
 
-    def _index(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor | slice, ...]:
+    def _index(self, at: Places) -> tuple[Tensor | slice, ...]:
         # a slice between two index tensors moves both to the front: (R, n, *D)
-        return (at[0], *[slice(None)] * (self.axis - 1), at[1])
+        return (at.rows, *[slice(None)] * (self.axis - 1), at.slots)
 
     # ---- between steps
 
-    def clear(self, rows: Tensor | None = None) -> None:
+    def clear(self, rows: Sequence[int] | None = None) -> None:
         if rows is None:
             self.data.zero_()
         else:
-            self.data.index_fill_(0, rows, 0)
+            self.data.index_fill_(0, self._chosen(rows), 0)
 
     def grow(self, slots: int) -> None:
         shape = (*self.data.shape[: self.axis], slots, *self.data.shape[self.axis + 1 :])
         wider = zeros(*shape, dtype=self.data.dtype, device=self.data.device, static=self.static)
         wider.narrow(self.axis, 0, self.slots).copy_(self.data)
-        self._hold(wider, self.rows)
+        self.hold(wider, self.rows)
 
-    def taken(self, rows: Tensor, used: int) -> Move:
+    def taken(self, rows: Sequence[int], used: int) -> Move:
+        chosen = self._chosen(rows)
         if self.static:
-            return lambda: self._move(rows, used)
+            return lambda: self._move(chosen, used)
         with torch.inference_mode(False):
-            data = self.data.index_select(0, rows)
-        return lambda: self._hold(data, len(rows))
+            data = self.data.index_select(0, chosen)
+        return lambda: self.hold(data, len(rows))
+
+    def fork(self, used: Sequence[int]) -> Dense:
+        return copy.deepcopy(self)
+
+    def _chosen(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows).to(self.data.device, non_blocking=True)
 
     def _move(self, rows: Tensor, used: int) -> None:
         held = self.data.narrow(self.axis, 0, used)

@@ -6,6 +6,9 @@ once a step. What is read can be written again without a change.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,11 +46,14 @@ class Rounded:
     def write(self, at: Slots, entries: Tensor) -> None:
         self.dense.write(at, entries.detach().to(self.kept))
 
-    def clear(self, rows: Tensor | None = None) -> None:
+    def clear(self, rows: Sequence[int] | None = None) -> None:
         self.dense.clear(rows)
 
-    def taken(self, rows: Tensor, used: int) -> Move:
+    def taken(self, rows: Sequence[int], used: int) -> Move:
         return self.dense.taken(rows, used)
+
+    def fork(self, used: Sequence[int]) -> Rounded:
+        return copy.deepcopy(self)
 
     def use(self, rows: int) -> None:
         self.dense.use(rows)

@@ -6,13 +6,24 @@ comments write them as (B, n, *D).
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-# the same for all rows: a slice, or (n,); each row its own: rows (R, 1) and slots (R, n) of R rows
-Slots = slice | Tensor | tuple[Tensor, Tensor]
+Span = tuple[int, list[slice]]  # a row, and slots of it in runs
+
+
+class Places(NamedTuple):
+    """Slots (R, n) of rows (R, 1), each row its own. `known` gives them on the host, where it knows them."""
+
+    rows: Tensor
+    slots: Tensor
+    known: Callable[[], list[Span]] | None = None
+
+
+Slots = slice | Tensor | Places  # the same for all rows: a slice, or (n,)
 
 
 class Store(Protocol):
@@ -34,14 +45,21 @@ class Store(Protocol):
         """Put entries into these slots. No gradient flows through a store."""
         ...
 
-    def clear(self, rows: Tensor | None = None) -> None:
-        """Zero every slot of these rows (R,), or of all."""
+    def clear(self, rows: Sequence[int] | None = None) -> None:
+        """Zero every slot of these rows, or of all."""
         ...
 
-    def taken(self, rows: Tensor, used: int) -> Move:
-        """Prepare to keep these rows (n,), in this order, of the first `used` slots; nothing changes before it is made.
+    def taken(self, rows: Sequence[int], used: int) -> Move:
+        """Prepare to keep these rows, in this order, of the first `used` slots; nothing changes before it is made.
 
-        At fixed addresses rows move in place when it is made; else they are copied now.
+        At fixed addresses rows move in place when it is made; else all is ready now, copied or shared.
+        """
+        ...
+
+    def fork(self, used: Sequence[int]) -> Self:
+        """Another store with the rows in use, of the first `used` slots of each; what one writes the other never sees.
+
+        It may share memory with this one, which a deep copy does not.
         """
         ...
 

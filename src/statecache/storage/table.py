@@ -63,3 +63,8 @@ class Stores:
         if spec.kind not in ("attention", "sliding") or spec.name == "index" or spec.dtype is not None:
             return Dense
         return kind.make if spec.shape and spec.shape[-1] >= kind.least else Dense
+
+
+def apart(make: MakeStore) -> MakeStore:
+    """The same store where its memory comes and goes, so that no other can share it."""
+    return partial(Paged, shares=False) if make is Paged else make
