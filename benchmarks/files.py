@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import statecache as sc
 from statecache.cli.measure import cpu_name
-from statecache.models.file import checksum, describe, read
+from statecache.models.file import describe, read
+from statecache.models.layout import checksum
 from statecache.snapshot import Snapshot
 
 
@@ -44,10 +45,12 @@ def filled(config: Any, tokens: int) -> sc.StateCache:
 
 
 def synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """`save_file`, and a sync."""
-    save_file(tensors, path)
-    with path.open("rb") as file:
+    """`save_file` and a sync, beside its place, and a rename."""
+    beside = path.with_name("beside")
+    save_file(tensors, beside)
+    with beside.open("rb") as file:
         os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def main() -> None:

@@ -331,7 +331,8 @@ class StateCache(Cache):
             raise RowsError(f"tokens= has {len(tokens)} rows, and the cache {rows}: give the ids of each row")
         if not rows:
             self.states.check_whole()
-        snapshots = [self.states.snapshot(row, None if tokens is None else tokens[row]) for row in range(rows)]
+        ids = [None] * rows if tokens is None else tokens
+        snapshots = [self.states.snapshot(row, ids[row], view=True) for row in range(rows)]
         file.write(
             path,
             snapshots,
@@ -361,17 +362,22 @@ class StateCache(Cache):
         there = fingerprint(decoder_of(model)) if whole and described.fingerprint is not None else None
         if not allow_unverified:
             _verify(path, described.fingerprint, there, whole)
-        snapshots = file.read(path, described)
         device = made.states.device or (next(model.parameters()).device if whole else torch.device("cpu"))
-        if snapshots and made.rows is None:
-            made.states.clock_for(len(snapshots), device)
-        if (made.rows or 0) < len(snapshots):
-            raise RowsError(f"{path} holds {len(snapshots)} rows, and rows={made.rows}: make room for all of them")
+        lengths = described.lengths
+        if lengths and made.rows is None:
+            made.states.clock_for(len(lengths), device)
+        if (made.rows or 0) < len(lengths):
+            raise RowsError(f"{path} holds {len(lengths)} rows, and rows={made.rows}: make room for all of them")
         for name, spec in described.specs().items():
             if name not in made.states.declared:
                 made.states.declare(name, spec)
-        for row, snapshot in enumerate(snapshots):
-            made.admit(row, snapshot.on(device))
+        places: list[Mapping[str, Tensor]] = [{}] * len(lengths)
+        longest = max(range(len(lengths)), key=lengths.__getitem__, default=0)
+        for row in [longest, *range(len(lengths))] if lengths else []: # what has grown for the longest stays in place
+            places[row] = made.states.places(row, lengths[row], described.dtypes(row), device)
+        for row, snapshot in enumerate(file.read(path, described, places)):
+            made.states.admit(row, snapshot.on(device), fresh=True)
+        made.writer.moved()
         made.weights = Weights(there, unknown=there is None or there != described.fingerprint)
         return made
 

@@ -6,10 +6,15 @@ comments write them as (B, n, *D).
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+LARGE = 1 << 22  # bytes of a buffer in host memory that is zero without being written
+ALIGNED = 64  # bytes, as torch aligns what it allocates
 
 # the same for all rows: a slice, or (n,); each row its own: rows (R, 1) and slots (R, n) of R rows
 Slots = slice | Tensor | tuple[Tensor, Tensor]
@@ -92,8 +97,19 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device, static: bool) -
     if torch.compiler.is_compiling():
         return torch.zeros(shape, dtype=dtype, device=device)
     with torch.inference_mode(False):
-        buffer = torch.zeros(shape, dtype=dtype, device=device)
+        size = math.prod(shape) * dtype.itemsize
+        if torch.device(device).type == "cpu" and size >= LARGE:
+            buffer = torch.empty(0, dtype=dtype).set_(_untouched(size), 0, shape)
+        else:
+            buffer = torch.zeros(shape, dtype=dtype, device=device)
     return fixed(buffer) if static else buffer
+
+
+def _untouched(size: int) -> torch.UntypedStorage:
+    """Zeros of so many bytes, whose pages are large, and nobody's before they are written."""
+    memory = np.zeros(size + ALIGNED, np.uint8)
+    first = -memory.ctypes.data % ALIGNED
+    return torch.from_numpy(memory[first : first + size]).untyped_storage()
 
 
 def revive(buffer: Tensor, static: bool) -> Tensor:
