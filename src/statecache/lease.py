@@ -211,6 +211,10 @@ class Lease:
             return inputs[max(len(inputs) - length, 0) :]
         return self.entry[row : row + 1]
 
+    def lies(self, length: int) -> bool:
+        """Whether what `row` gives is the entry itself, to be overwritten, and all that there is of it."""
+        return self.shown is not None and self.base is None and self.spec.kind != "conv"
+
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another lease into this row."""
         device = self.device

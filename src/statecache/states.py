@@ -760,10 +760,8 @@ class States:
             self.reserve(length)
         if isinstance(self.held, Offloaded) or not length:
             return {}
-        held = {name: state for name, state in self.held.items() if name in dtypes}
-        return {
-            name: state.row(row, length) for name, state in held.items() if isinstance(state, Ring) and state.lies(length)
-        }
+        held = [(name, state) for name, state in self.held.items() if name in dtypes]
+        return {name: state.row(row, length) for name, state in held if state.lies(length)}
 
     # ---- refusals
 

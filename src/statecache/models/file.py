@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from statecache.errors import FileError
+from statecache.errors import FileError, RowsError
 from statecache.models import layout
 from statecache.snapshot import Snapshot
 from statecache.spec import StateSpec, as_dtype
+from statecache.states import States
 
 FORMAT = 1
 POINT = "p"  # before the number of a point, where tensors have that of a row
@@ -42,7 +44,8 @@ AXES = {  # what the axes of an entry are, by kind of state and how many there a
 class Described:
     """What a file says of itself, checked against its own digest.
 
-    states: by name, what each is; rows: of each its length, where its rotary factors stand, and perhaps its token ids.
+    states: by name, what each is; rows: of each its length, where its rotary factors stand, and perhaps its token
+    ids and a digest of them.
     fingerprint: of the model's weights; None where nobody knew them. points: of each the row that it is of, its length,
     and where its rotary factors stand. session: what a conversation is beside its states, None in any other file.
     """
@@ -60,6 +63,22 @@ class Described:
     def lengths(self) -> list[int]:
         """Tokens that each row has taken in."""
         return [row["length"] for row in self.rows]
+
+    def check_begins(self, path: object, tokens: Sequence[Sequence[int]]) -> None:
+        """Raise FileError where the ids of a row are not what those given for it begin with, or nobody knows them."""
+        if len(tokens) != len(self.rows):
+            raise RowsError(f"tokens= has {len(tokens)} rows, and {path} {len(self.rows)}: give ids for each row")
+        for n, (row, ids) in enumerate(zip(self.rows, tokens, strict=True)):
+            held, told = row["length"], row.get("digest")  # files of before have ids alone
+            if told is None and row["tokens"] is not None:
+                told = digest(row["tokens"])
+            if told is None:
+                raise FileError(f"{path} does not say which tokens row {n} holds: save it with tokens=")
+            if digest(ids[:held]) != told:
+                raise FileError(
+                    f"{path} holds {held} tokens in row {n}, and the {len(ids)} given for it do not begin with those: "
+                    "read them into a new cache"
+                )
 
     def dtypes(self, row: int) -> dict[str, torch.dtype]:
         """Of each state that a row has, the dtype in which it is written."""
@@ -82,28 +101,41 @@ class Described:
 
 def write(
     path: str | os.PathLike[str],
-    snapshots: Sequence[Snapshot],
-    specs: Mapping[str, StateSpec],
+    states: States,
+    tokens: Sequence[Sequence[int]] | None = None,
     *,
-    model: str,
-    made_for: str,
     fingerprint: str | None,
+    keep_tokens: bool = True,
     points: Sequence[tuple[int, Snapshot]] = (),
     session: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write rows to a file, which is there whole or, until it is, as it was before.
+    """Write all rows of a cache to a file, which is there whole or, until it is, as it was before.
 
-    points: of rows, by number, where these stood before; session: what else there is to a conversation, as JSON.
-    Raises OSError where it cannot be written; what was at `path` is there then.
+    tokens: the ids that each row holds, of which without `keep_tokens` only a digest is written; points: of rows, by
+    number, where these stood before; session: what else there is to a conversation, as JSON.
+    Raises RowsError for other numbers of tokens, StepError in a round, and OSError where it cannot be written; what was
+    at `path` is there then.
     """
+    rows = states.rows or 0
+    if tokens is not None and len(tokens) != rows:
+        raise RowsError(f"tokens= has {len(tokens)} rows, and the cache {rows}: give the ids of each row")
+    if not rows:
+        states.check_whole()
+    ids = [None] * rows if tokens is None else tokens
+    snapshots, specs = [states.snapshot(row, ids[row], view=True) for row in range(rows)], states.declared
     held = [(str(n), s) for n, s in enumerate(snapshots)] + [(f"{POINT}{n}", s) for n, (_, s) in enumerate(points)]
     entries = {f"{place}/{name}": e for place, s in held for name, e in s.entries.items()}
     described = Described(
-        model,
-        made_for,
+        states.spec.model,
+        states.made_for,
         fingerprint,
         [
-            {"length": s.length, "rotated": s.rotated, "tokens": None if s.tokens is None else list(s.tokens)}
+            {
+                "length": s.length,
+                "rotated": s.rotated,
+                "tokens": list(s.tokens) if s.tokens is not None and keep_tokens else None,
+                "digest": None if s.tokens is None else digest(s.tokens),
+            }
             for s in snapshots
         ],
         {name: _described(spec) for name, spec in specs.items() if any(name in s.entries for s in snapshots)},
@@ -135,6 +167,11 @@ def write(
         temporary.unlink(missing_ok=True)
         raise
     _sync(target.parent)
+
+
+def digest(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids, each as 8 bytes, the lowest first, in hexadecimal."""
+    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()
 
 
 def _described(spec: StateSpec) -> dict[str, Any]:
@@ -203,6 +240,9 @@ def describe(path: str | os.PathLike[str]) -> Described:
 def _check_forms(path: object, described: Described) -> None:
     """Whether every state of every row has as many entries as its length and window say, of the shape that it says."""
     specs = described.specs()
+    for n, row in enumerate(described.rows):
+        if row["tokens"] is not None and row.get("digest") not in (None, digest(row["tokens"])):
+            raise _damaged(path, f"the digest of row {n} is of other tokens than it has")
     for point in described.points:
         if not 0 <= point["length"] <= described.rows[point["row"]]["length"]:
             raise _damaged(path, f"a point of {point['length']} tokens is not of row {point['row']}")

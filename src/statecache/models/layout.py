@@ -111,7 +111,7 @@ def _take(handle: int, at: int, to: Tensor, dtype: torch.dtype) -> str:
     n = max(1, PART // to[0].numel())
     buffer = torch.empty(0 if direct else min(n, len(to)), *to.shape[1:], dtype=dtype)
     with torch.no_grad():
-        for part in to.split(n):
+        for part in torch.split(to, n):
             came = part if direct else buffer[: len(part)]
             data = _bytes(came.view(-1).view(torch.uint8))
             _read_at(handle, data, at)
@@ -133,12 +133,12 @@ def _parts(tensor: Tensor) -> Iterator[memoryview]:
             return
         n = max(1, PART // tensor[0].numel())
         buffer = torch.empty(min(n, len(tensor)), *tensor.shape[1:], dtype=tensor.dtype)
-        for part in tensor.split(n):
+        for part in torch.split(tensor, n):
             yield _bytes(buffer[: len(part)].copy_(part).view(-1).view(torch.uint8))
 
 
 def _bytes(flat: Tensor) -> memoryview:
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def _write_at(handle: int, data: memoryview, at: int) -> None:

@@ -99,7 +99,8 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device, static: bool) -
     with torch.inference_mode(False):
         size = math.prod(shape) * dtype.itemsize
         if torch.device(device).type == "cpu" and size >= LARGE:
-            buffer = torch.empty(0, dtype=dtype).set_(_untouched(size), 0, shape)
+            form = torch.empty(shape, dtype=dtype, device="meta")
+            buffer = torch.empty(0, dtype=dtype).set_(_untouched(size), 0, form.shape, form.stride())
         else:
             buffer = torch.zeros(shape, dtype=dtype, device=device)
     return fixed(buffer) if static else buffer
