@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 PART = 1 << 18  # numbers copied, summed and written at a time
+LARGE = 1 << 24  # bytes of a tensor that is brought to the disk while others are put in order
+ALONE = (1 << 15) - 1  # numbers that torch copies without threads of its own, which would be in each other's way
 ALIGNED = 8  # bytes: where tensors begin
 DTYPES = {
     torch.float64: "F64",
@@ -35,7 +37,8 @@ Metadata = Callable[[Mapping[str, str]], Mapping[str, str]]
 def write(handle: int, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Write tensors to an empty file. metadata: of the checksums by name, as long a text whatever they are.
 
-    The header is written last, since it has the checksums. Waits for the tensors' devices. Raises OSError.
+    The header is written last, since it has the checksums; what is not yet on the disk then is for the caller to sync.
+    Waits for the tensors' devices. Raises OSError.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so each is aligned
     ends, size = dict[str, int](), 0
@@ -54,7 +57,7 @@ def write(handle: int, tensors: Mapping[str, Tensor], metadata: Metadata) -> Non
 
     first = len(headed(dict.fromkeys(order, "0" * 8)))
     jobs = [(handle, first + ends[name] - tensors[name].nbytes, tensors[name]) for name in order]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as threads:  # of which some wait for the disk
         sums = dict(zip(order, threads.map(_put, jobs), strict=True))
     _write_at(handle, memoryview(headed(sums)), 0)
 
@@ -99,6 +102,8 @@ def _put(job: tuple[int, int, Tensor]) -> str:
         found = zlib.crc32(part, found)
         _write_at(handle, part, at)
         at += len(part)
+    if tensor.nbytes >= LARGE:
+        os.fsync(handle)
     return f"{found:08x}"
 
 
@@ -117,7 +122,7 @@ def _take(handle: int, at: int, to: Tensor, dtype: torch.dtype) -> str:
             _read_at(handle, data, at)
             found, at = zlib.crc32(data, found), at + len(data)
             if not direct:
-                part.copy_(came)
+                _copy(part, came)
     return f"{found:08x}"
 
 
@@ -134,7 +139,15 @@ def _parts(tensor: Tensor) -> Iterator[memoryview]:
         n = max(1, PART // tensor[0].numel())
         buffer = torch.empty(min(n, len(tensor)), *tensor.shape[1:], dtype=tensor.dtype)
         for part in torch.split(tensor, n):
-            yield _bytes(buffer[: len(part)].copy_(part).view(-1).view(torch.uint8))
+            came = buffer[: len(part)]
+            _copy(came, part)
+            yield _bytes(came.view(-1).view(torch.uint8))
+
+
+def _copy(to: Tensor, what: Tensor) -> None:
+    n = max(1, ALONE // to[0].numel()) if to.device.type == "cpu" else len(to)
+    for part, place in zip(torch.split(what, n), torch.split(to, n), strict=True):
+        place.copy_(part)
 
 
 def _bytes(flat: Tensor) -> memoryview:
