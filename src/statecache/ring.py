@@ -152,15 +152,13 @@ class Ring:
 
     def row(self, row: int, length: int) -> Tensor:
         """A row's entries that its next step may read, oldest first, up to that of `length`: (n, *D). May be a view."""
-        n = length if self.spec.window is None else min(length, self.spec.window)
-        seen = [self.store.read(at)[row] for at in Step(0, length).runs(length - n, n, self.capacity)]
+        seen = [self.store.read(at)[row] for at in self._kept(length)]
         whole = seen[0] if len(seen) == 1 else torch.cat(seen, self.axis - 1)
         return whole.movedim(self.axis - 1, 0)
 
     def lies(self, length: int) -> bool:
         """Whether what `row` gives of a row of `length` tokens are the entries themselves, to be overwritten."""
-        n = length if self.spec.window is None else min(length, self.spec.window)
-        return self.store.shows and n <= self.capacity and len(Step(0, length).runs(length - n, n, self.capacity)) == 1
+        return self.store.shows and len(self._kept(length)) == 1
 
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another ring into this row, which has taken in `length` tokens."""
@@ -180,6 +178,11 @@ class Ring:
         return self.store.buffers()
 
     # ---- inside
+
+    def _kept(self, length: int) -> list[slice]:
+        """The slots of what a row of this length has for its next step."""
+        n = length if self.spec.window is None else min(length, self.spec.window)
+        return Step(0, length).runs(length - n, n, self.capacity)
 
     def _put_runs(self, new: Tensor, step: Step, first: int) -> None:
         done, n = 0, new.shape[self.axis]

@@ -753,9 +753,8 @@ class States:
         Raises CapacityError for a row that is too long.
         """
         self._check_length(length)
-        for name, dtype in dtypes.items():
-            if name not in self.held and name in self.declared:
-                self.allocate(name, self.dtype or dtype, self.device or device, length)
+        for name in [n for n in dtypes if n in self.declared and n not in self.held]:
+            self.allocate(name, self.dtype or dtypes[name], self.device or device, length)
         if self.capacity is None:
             self.reserve(length)
         if isinstance(self.held, Offloaded) or not length:
