@@ -5,8 +5,8 @@
 
 Each round does all of them, in turn, on the same file system; a figure is the median over rounds, a ratio the median of
 the ratios within a round: safetensors' time divided by that of statecache, 0.8 or more being the target. `save_file`
-syncs nothing and `load_file` maps the file without reading it, so each also stands with what makes it comparable: a
-sync, and a copy of every tensor.
+syncs nothing and `load_file` maps the file without reading it, so each also stands with what makes it comparable: syncs
+and a rename, and a copy of every tensor. What is loaded was just written, so that its pages are in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import statecache as sc
 from statecache.cli.measure import cpu_name
-from statecache.models.file import checksum, describe, read
+from statecache.models.file import describe, read
+from statecache.models.layout import checksum
 from statecache.snapshot import Snapshot
 
 
@@ -44,10 +45,19 @@ def filled(config: Any, tokens: int) -> sc.StateCache:
 
 
 def synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """`save_file`, and a sync."""
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """`save_file` as a cache is saved: beside its place, synced, renamed, and the folder synced."""
+    beside = path.with_name("beside")
+    save_file(tensors, beside)
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ INSIDE = {
         "interface",
         "factors",
         "table checks layers names",
+        "layout",
         "registry ready decoder file fingerprint",
         "prepared",
         "unmodified",

@@ -1,5 +1,6 @@
 """A conversation that is kept in a file goes on as one that was never left, and the file is whole at any moment."""
 
+import errno
 import json
 import os
 import random
@@ -7,21 +8,21 @@ import re
 import signal
 import subprocess
 import time
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
 import families
 import pytest
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 import statecache as sc
 from command_line import TEMPLATE, program, save_checkpoint
 from statecache.cli import chat, session
 from statecache.cli.model import Settings, load
 from statecache.cli.writing import Stop
-from statecache.models import file
+from statecache.models import file, layout
 
 LINES = "Once upon a time|there was a fox|/retry\nand it ran|/undo|/undo\na hen|/fork\n/retry|/retry\n/reset|Once|again"
 FEWER = "Once upon a time\nthere was a fox|/retry|/undo\n/undo|a hen"
@@ -288,7 +289,9 @@ def test_a_system_message_is_the_one_that_it_was_begun_with(statecache, tmp_path
 
 def test_a_conversation_that_makes_no_sense_is_damage(statecache, tmp_path, begun):
     described = file.describe(begun / "kept")
-    rows = file.read(begun / "kept", described)
+    config = AutoConfig.from_pretrained(str(files("statecache") / "tiny/story"))
+    cache = sc.StateCache.load(begun / "kept", config, allow_unverified=True)
+    ids = [described.rows[0]["tokens"]]
     for change in (
         {"turns": 3},
         {"turns": [{"line": "x"}]},
@@ -299,8 +302,7 @@ def test_a_conversation_that_makes_no_sense_is_damage(statecache, tmp_path, begu
     ):
         told = {name: x for name, x in {**described.session, **change}.items() if x is not ...}
         fingerprint = "x" if "model" in change else described.fingerprint
-        whose = {"model": described.model, "made_for": described.made_for, "fingerprint": fingerprint}
-        file.write(tmp_path / "kept", rows, described.specs(), **whose, session=told)
+        file.write(tmp_path / "kept", cache.states, ids, fingerprint=fingerprint, session=told)
         code, _, err = statecache("chat", "--session", str(tmp_path / "kept"), stdin="more\n")
         assert code == 1 and "kept is damaged: its conversation makes no sense (" in err
 
@@ -312,9 +314,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(statecache, tmp_path, b
     def meanwhile(cls, *args, **options):
         found = read(cls, *args, **options)
         described = file.describe(kept)
-        told = {**described.session, "seed": 2}
-        whose = {"model": described.model, "made_for": described.made_for, "fingerprint": described.fingerprint}
-        file.write(kept, file.read(kept, described), described.specs(), **whose, session={**told, "turns": []})
+        told = {**described.session, "seed": 2, "turns": []}
+        file.write(kept, found.states, fingerprint=described.fingerprint, session=told)
         return found
 
     monkeypatch.setattr(sc.StateCache, "load", classmethod(meanwhile))
@@ -346,11 +347,11 @@ def test_what_cannot_be_written_is_said_and_the_conversation_goes_on(statecache,
     kept.write_bytes((begun / "kept").read_bytes())
 
     def full(*_):
-        raise SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     args = ("chat", "-n", "5", "--temperature", "0", "--session", str(kept))
     with monkeypatch.context() as patch:
-        patch.setattr(file, "save_file", full)
+        patch.setattr(layout, "write", full)
         code, out, err = statecache(*args, stdin="there was\na fox\n")
     assert code == 0 and out and err.count("tokens reused") == 2
     said = f"Not kept: {kept} cannot be written (No space left on device), and stays as it was."
@@ -360,9 +361,9 @@ def test_what_cannot_be_written_is_said_and_the_conversation_goes_on(statecache,
 
 
 def test_ctrl_c_waits_for_the_file(statecache, tmp_path, begun, monkeypatch):
-    kept, save = tmp_path / "kept", file.save_file
+    kept, save = tmp_path / "kept", layout.write
     kept.write_bytes((begun / "kept").read_bytes())
-    monkeypatch.setattr(file, "save_file", lambda *args: (signal.raise_signal(signal.SIGINT), save(*args)))
+    monkeypatch.setattr(layout, "write", lambda *args: (signal.raise_signal(signal.SIGINT), save(*args)))
     code, _, err = statecache("chat", "-n", "2", "--session", str(kept), stdin="a\nb\n")
     assert code == 0 and err.count("tokens reused") == 2
     assert [turn["line"] for turn in file.describe(kept).session["turns"][2:]] == ["a", "b"]

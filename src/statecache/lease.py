@@ -210,11 +210,15 @@ class Lease:
                 other.load(copies[1:])
 
     def row(self, row: int, length: int) -> Tensor:
-        """A row's state (1, *D); of a convolution its inputs in order of position, (n, C), as rings give them."""
+        """A row's state (1, *D); of a convolution its inputs in order, (n, C), as rings give them. May be a view."""
         if self.spec.kind == "conv":
             inputs = self.entry[row].movedim(-1, 0)
-            return inputs[max(len(inputs) - length, 0) :].clone()
-        return self.entry[row : row + 1].clone()
+            return inputs[max(len(inputs) - length, 0) :]
+        return self.entry[row : row + 1]
+
+    def lies(self, length: int) -> bool:
+        """Whether what `row` gives is the entry itself, to be overwritten, and all that there is of it."""
+        return self.shown is not None and self.base is None and self.spec.kind != "conv"
 
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another lease into this row."""

@@ -157,23 +157,39 @@ class Ring:
             self.store.write(slice(0, copied.shape[self.axis]), copied)
 
     def row(self, row: int, length: int) -> Tensor:
-        """A row's entries that its next step may read, oldest first, the last being that of `length`: (n, *D)."""
-        n = length if self.spec.window is None else min(length, self.spec.window)
-        seen = [self.store.read(at)[row] for at in Step(0, length).runs(length - n, n, self.capacity)]
+        """A row's entries that its next step may read, oldest first, up to that of `length`: (n, *D). May be a view."""
+        seen = [self.store.read(at)[row] for at in self._kept(length)]
         whole = seen[0] if len(seen) == 1 else torch.cat(seen, self.axis - 1)
-        return whole.movedim(self.axis - 1, 0).clone(memory_format=torch.contiguous_format)
+        return whole.movedim(self.axis - 1, 0)
+
+    def lies(self, length: int) -> bool:
+        """Whether what `row` gives of a row of `length` tokens are the entries themselves, to be overwritten."""
+        return self.store.shows and len(self._kept(length)) == 1
 
     def admit(self, row: int, entries: Tensor, length: int) -> None:
         """Put what `row` gave of another ring into this row, which has taken in `length` tokens."""
         n = min(len(entries), self.capacity)
-        start, rows = torch.tensor([length - n], device=self.device), torch.tensor([row], device=self.device)
-        step = Step(n, start, rows=rows, end=length, standing=Standing([row], [length - n], [n]))
-        self.put(entries[len(entries) - n :].movedim(0, self.axis - 1)[None], step)
+        new = entries[len(entries) - n :].movedim(0, self.axis - 1)
+        if self.store.plain is None:
+            start, rows = torch.tensor([length - n], device=self.device), torch.tensor([row], device=self.device)
+            step = Step(n, start, rows=rows, end=length, standing=Standing([row], [length - n], [n]))
+            self.put(new[None], step)
+            return
+        held, done = self.store.plain[row], 0
+        for run in Step(0, length).runs(length - n, n, self.capacity):
+            size = run.stop - run.start
+            held.narrow(self.axis - 1, run.start, size).copy_(new.narrow(self.axis - 1, done, size))
+            done += size
 
     def buffers(self) -> list[Tensor]:
         return self.store.buffers()
 
     # ---- inside
+
+    def _kept(self, length: int) -> list[slice]:
+        """The slots of what a row of this length has for its next step."""
+        n = length if self.spec.window is None else min(length, self.spec.window)
+        return Step(0, length).runs(length - n, n, self.capacity)
 
     def _put_runs(self, new: Tensor, step: Step, first: int) -> None:
         done, n = 0, new.shape[self.axis]

@@ -676,10 +676,13 @@ class States:
 
     # ---- one row as a value
 
-    def snapshot(self, row: int, tokens: Sequence[int] | None = None, *, point: bool = False) -> Snapshot:
+    def snapshot(
+        self, row: int, tokens: Sequence[int] | None = None, *, point: bool = False, view: bool = False
+    ) -> Snapshot:
         """Take one row's states as a value, for `admit`. `tokens`: the ids that it holds, if the caller has them.
 
         `point`: without the states that have no window, for this row, or one with the same tokens, to go back to.
+        `view`: good until the cache changes, without copies where entries lie in order and stay where they are.
         Raises RowsError for a row that does not exist, or another number of tokens.
         """
         self.settle()
@@ -696,15 +699,18 @@ class States:
         if tokens is not None and len(tokens) != length:
             raise RowsError(f"row {row} holds {length} tokens, not {len(tokens)}")
         taken = ((n, s) for n, s in self.held.items() if s.spec.kind != "log")
-        entries = {n: s.row(row, length) for n, s in taken if not (point and s.spec.window is None)}
+        seen = ((n, s.row(row, length)) for n, s in taken if not (point and s.spec.window is None))
+        if not view or isinstance(self.held, Offloaded):  # which takes a layer away when the next one comes
+            seen = ((n, e.clone(memory_format=torch.contiguous_format)) for n, e in seen)
+        entries = dict(seen)
         ids = None if tokens is None else tuple(tokens)
         return Snapshot(length, entries, self.made_for, ids, self.clock.known.rotated[row], point)
 
-    def admit(self, row: int, snapshot: Snapshot) -> None:
+    def admit(self, row: int, snapshot: Snapshot, *, fresh: bool = False) -> None:
         """Have this row hold what a snapshot does. It cannot go back before that. Other rows stay as they are.
 
         Entries of another dtype are rounded to that of the cache. To a point the row goes back: what has no window
-        stays as it is.
+        stays as it is. `fresh`: nothing has been written to the row yet, so nothing need be zeroed.
         Raises ConfigError for one of another model, CapacityError for one that is too long, RowsError for a row that
         does not exist, or does not reach a point, RotaryError for one with other rotary factors, StepError.
         """
@@ -715,10 +721,7 @@ class States:
         assert clock is not None
         if snapshot.made_for != self.made_for:
             raise ConfigError("the snapshot was taken of a cache for another model: make it from model.config")
-        if clock.limit is not None and snapshot.length > clock.limit:
-            raise CapacityError(
-                f"the snapshot holds {snapshot.length} tokens, and the cache was made with capacity={self.capacity}"
-            )
+        self._check_length(snapshot.length)
         if snapshot.point:
             self._check_point(row, snapshot)
         unknown = [name for name in snapshot.entries if name not in self.declared]
@@ -739,12 +742,38 @@ class States:
             for name, state in self.held.items():
                 if snapshot.point and state.spec.window is None:
                     continue
-                state.reset([row])
+                if not fresh:
+                    state.reset([row])
                 if snapshot.length and name in snapshot.entries:
                     state.admit(row, snapshot.entries[name].to(state.device, state.dtype), snapshot.length)
             clock.admit(row, snapshot.length, snapshot.rotated)
 
+    def places(
+        self, row: int, length: int, dtypes: Mapping[str, torch.dtype], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Make room for a row of so many tokens: by state, where its entries (n, *D) are to be written, in order.
+
+        For a row to which nothing was written yet, and which is then admitted, `fresh`. dtypes: of the entries that
+        come, by state; others, and those that a store does not show in one piece, have no place.
+        Raises CapacityError for a row that is too long.
+        """
+        self._check_length(length)
+        for name in [n for n in dtypes if n in self.declared and n not in self.held]:
+            self.allocate(name, self.dtype or dtypes[name], self.device or device, length)
+        if self.capacity is None:
+            self.reserve(length)
+        if isinstance(self.held, Offloaded) or not length:
+            return {}
+        held = [(name, state) for name, state in self.held.items() if name in dtypes]
+        return {name: state.row(row, length) for name, state in held if state.lies(length)}
+
     # ---- refusals
+
+    def _check_length(self, length: int) -> None:
+        if self.clock is not None and self.clock.limit is not None and length > self.clock.limit:
+            raise CapacityError(
+                f"the snapshot holds {length} tokens, and the cache was made with capacity={self.capacity}"
+            )
 
     def _check_point(self, row: int, point: Snapshot) -> None:
         assert self.clock is not None

@@ -318,6 +318,10 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "ring": {
+        "an admission puts both runs from the first entry on": (
+            "held.narrow(self.axis - 1, run.start, size).copy_(new.narrow(self.axis - 1, done, size))",
+            "held.narrow(self.axis - 1, run.start, size).copy_(new.narrow(self.axis - 1, 0, size))",
+        ),
         "a chunk longer than the ring keeps its first entries": (
             "self._last(n, new), step, step.start + dropped",
             "new.narrow(self.axis, 0, n), step, step.start",
@@ -440,12 +444,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "for lease in (self,):",
         ),
         "a value of a row is the first row's": (
-            "self.entry[row : row + 1].clone()",
-            "self.entry[:1].clone()",
-        ),
-        "a value is a view": (
-            "self.entry[row : row + 1].clone()",
-            "self.entry[row : row + 1]",
+            "return self.entry[row : row + 1]\n",
+            "return self.entry[:1]\n",
         ),
         "a mark is a view": (
             "return (self.entry.clone(),",
@@ -994,8 +994,12 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "",
         ),
         "an admission leaves what the row held": (
-            "                state.reset([row])\n",
-            "",
+            "                if not fresh:\n",
+            "                if False:\n",
+        ),
+        "a value is a view": (
+            "            seen = ((n, e.clone(memory_format=torch.contiguous_format)) for n, e in seen)\n",
+            "            pass\n",
         ),
         "an admission allocates nothing": (
             "            if name not in self.held and name in self.declared:\n",

@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import statecache as sc
 from statecache import errors
-from statecache.models import file
+from statecache.models import file, layout
 from statecache.models.decoder import decoder_of
 from statecache.models.fingerprint import fingerprint
 from statecache.models.table import model_spec
@@ -114,9 +115,7 @@ def test_a_row_goes_back_to_where_it_was_in_the_cache_and_in_its_file(
 
 def save(cache: sc.StateCache, path: Path, **more: Any) -> None:
     """As `StateCache.save` does, with more to it."""
-    rows = [cache.snapshot(row) for row in range(cache.rows or 0)]
-    told = {"model": cache.spec.model, "made_for": cache.made_for, "fingerprint": cache.weights.fingerprint()}
-    file.write(path, rows, cache.states.declared, **told, **more)
+    file.write(path, cache.states, fingerprint=cache.weights.fingerprint(), **more)
 
 
 def test_an_unprepared_model_goes_on_with_a_prepared_ones_file(tmp_path: Path) -> None:
@@ -159,6 +158,46 @@ def test_tokens_come_along(tmp_path: Path) -> None:
         filled(model).save(tmp_path / "rows", tokens=[[1], [2]])
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_prompt_is_compared_with_the_tokens_of_a_file(keep: bool, tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    ids = [list(range(9)), [2**40, *range(8)]]
+    filled(model).save(path, tokens=ids, keep_tokens=keep)
+    for row, held in zip(file.describe(path).rows, ids, strict=True):
+        assert row["tokens"] == (held if keep else None)
+        assert row["digest"] == hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in held)).hexdigest()
+    read = sc.StateCache.load(path, model, tokens=[ids[0], [*ids[1], 3, 4]])
+    assert read.lengths.tolist() == [9, 9]
+    said = r"holds 9 tokens in row 1, and the {} given for it do not begin with those: read them into a new cache"
+    for other in (ids[1][:8], [*ids[1][:8], 9], [*ids[0], 3]):
+        with pytest.raises(errors.FileError, match=said.format(len(other))):
+            sc.StateCache.load(path, model, tokens=[ids[0], other])
+    with pytest.raises(errors.RowsError, match=r"tokens= has 1 rows, and .* 2: give ids for each row"):
+        sc.StateCache.load(path, model, tokens=ids[:1])
+
+
+def test_which_tokens_a_file_holds_may_be_unknown(tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "rows"
+    cache = filled(model)
+    cache.save(path)
+    with pytest.raises(errors.FileError, match="does not say which tokens row 0 holds: save it with tokens="):
+        sc.StateCache.load(path, model, tokens=[range(9)] * 2)
+    with pytest.raises(errors.OptionError, match=r"keep_tokens=False: .* give them as tokens="):
+        cache.save(path, keep_tokens=False)
+    old = file.describe(GOLDEN / "lfm2-1.safetensors")  # of ids alone
+    old.check_begins("old", [[1, 2, 3, 4, 5, 6]])
+    with pytest.raises(errors.FileError, match="do not begin"):
+        old.check_begins("old", [[1, 2, 3, 4, 6]])
+
+
+def test_a_digest_of_other_tokens_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    filled(tiny(), 5, 1).save(path, tokens=[range(5)])
+    rewrite(path, lambda told: told["rows"][0].update(tokens=[1, 2, 3, 4, 5]))
+    with pytest.raises(errors.FileError, match="the digest of row 0 is of other tokens than it has"):
+        file.describe(path)
+
+
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_5"])
 def test_rows_of_a_file_are_repeated_before_the_first_pass(name: str, tmp_path: Path) -> None:
     model = tiny(name)
@@ -171,6 +210,48 @@ def test_rows_of_a_file_are_repeated_before_the_first_pass(name: str, tmp_path: 
     assert torch.equal(feed(model, read, ids), feed(model, cache, ids))
     read.rollback(1)
     assert read.lengths.tolist() == [10] * 3
+
+
+@pytest.mark.parametrize("part", [1, 7, 1 << 20])
+def test_the_layout_is_that_of_save_file(part: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(layout, "PART", part)
+    tensors = {
+        "b": torch.randn(3, 5, 4).movedim(0, 1),
+        "a": torch.randn(6, 2).bfloat16(),
+        "c": torch.arange(6).view(2, 3).T,
+        "d": torch.zeros(0, 4),
+        "e": torch.arange(5, dtype=torch.int8)[::2],
+    }
+    with (tmp_path / "ours").open("wb") as opened:
+        layout.write(opened.fileno(), tensors, lambda sums: {"sums": json.dumps(sums)})
+    with safe_open(tmp_path / "ours", "pt") as held:
+        sums = json.loads(held.metadata()["sums"])
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "theirs", {"sums": json.dumps(sums)})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert sums == {name: f"{zlib.crc32(bytes_of(t)):08x}" for name, t in tensors.items()}
+    places = {n: torch.full((*t.shape[1:], len(t)), 9, dtype=t.dtype).movedim(-1, 0) for n, t in tensors.items()}
+    with (tmp_path / "ours").open("rb") as opened:
+        where = layout.header(opened.fileno())
+        jobs = {name: (where[name][2], to, to.dtype) for name, to in places.items()}
+        assert layout.read(opened.fileno(), jobs) == sums
+    assert all(torch.equal(places[name], tensor) for name, tensor in tensors.items())
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def test_a_file_is_read_into_the_rings_that_have_its_entries_in_one_piece(tmp_path: Path) -> None:
+    model, path = tiny("qwen3_5"), tmp_path / "rows"
+    filled(model).save(path)
+    made, described = (
+        sc.StateCache(model.config, capacity=16, rows=2, dtype="float64", device="cpu"),
+        file.describe(path),
+    )
+    places = made.states.places(1, 9, described.dtypes(1), torch.device("cpu"))
+    rings = {buffer.untyped_storage().data_ptr() for buffer in made.buffers()}
+    assert {n.partition(".")[2] for n in places} >= {"key", "value", "recurrent"}
+    assert all(to.untyped_storage().data_ptr() in rings for to in places.values())
 
 
 # ---- whose
@@ -460,12 +541,12 @@ def test_another_safetensors_file_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_signs_that_change_are_seen(dtype: torch.dtype) -> None:
     x = torch.arange(1, 4097).to(dtype)
-    was = file.checksum(x)
+    was = layout.checksum(x)
     for places in ([3], [3, 9], [0, 1024], [1, 3, 5, 7], slice(None), slice(1, None, 2)):
         y = x.clone()
         y[places] = -y[places]
-        assert file.checksum(y) != was
-    assert file.checksum(x.clone()) == was and file.checksum(x[:0]) == "00000000"
+        assert layout.checksum(y) != was
+    assert layout.checksum(x.clone()) == was and layout.checksum(x[:0]) == "00000000"
 
 
 # ---- a process that ends

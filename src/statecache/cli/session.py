@@ -79,10 +79,8 @@ def write(path: Path, session: Session, loaded: Loaded) -> None:
     kept = [turn.point for turn in session.turns[-POINTS:] if turn.point is not None]
     file.write(
         os.path.realpath(path),  # a link stays one
-        [cache.snapshot(0, ids[:held])] if held else [],
-        cache.states.declared,
-        model=cache.spec.model,
-        made_for=cache.made_for,
+        cache.states,
+        [ids[:held]] * (cache.rows or 0),
         fingerprint=loaded.fingerprint,
         points=[(0, point) for point in kept],
         session={

@@ -323,39 +323,43 @@ class StateCache(Cache):
 
     # ---- files
 
-    def save(self, path: str | os.PathLike[str], tokens: Sequence[Sequence[int]] | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], tokens: Sequence[Sequence[int]] | None = None, *, keep_tokens: bool = True
+    ) -> None:
         """Write what the rows hold to a file, which is there whole or not at all. Marks stay behind.
 
-        `tokens`: the ids that each row holds, to be kept with it. See docs/format.md. Waits for the device.
-        Raises StepError in a round or after an interruption, RowsError for other numbers of tokens, OSError.
+        `tokens`: the ids that each row holds, to be kept with it, or without `keep_tokens` a digest of them. Waits for
+        the device. See docs/format.md.
+        Raises StepError in a round or after an interruption, RowsError for other numbers of tokens, OptionError for
+        `keep_tokens=False` without tokens, OSError.
         """
         self.writer.finish()
-        rows = self.rows or 0
-        if tokens is not None and len(tokens) != rows:
-            raise RowsError(f"tokens= has {len(tokens)} rows, and the cache {rows}: give the ids of each row")
-        if not rows:
-            self.states.check_whole()
-        snapshots = [self.states.snapshot(row, None if tokens is None else tokens[row]) for row in range(rows)]
-        file.write(
-            path,
-            snapshots,
-            self.states.declared,
-            model=self.spec.model,
-            made_for=self.made_for,
-            fingerprint=self.weights.fingerprint(),
-        )
+        if tokens is None and not keep_tokens:
+            raise OptionError("keep_tokens=False: the digest is of the ids that rows hold: give them as tokens=")
+        file.write(path, self.states, tokens, fingerprint=self.weights.fingerprint(), keep_tokens=keep_tokens)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any, *, allow_unverified: bool = False, **options: Any) -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        tokens: Sequence[Sequence[int]] | None = None,
+        allow_unverified: bool = False,
+        **options: Any,
+    ) -> Self:
         """A new cache with the rows that `save` wrote, for this model, or configuration; with options of a cache.
 
         Of any capacity, slack and dtype that hold them, on the model's device if `device=` says none. With a
         configuration alone nobody knows whose weights filled the rows: UnverifiedWeights, unless it is allowed.
-        Raises FileError for a file that is damaged, of another model or of other weights, RowsError for fewer `rows=`,
-        and what the constructor raises.
+        `tokens`: of each row the ids that it is to hold in the end, which have to begin with those that it holds.
+        Raises FileError for a file that is damaged, of another model, of other weights or other tokens, RowsError for
+        fewer `rows=`, and what the constructor raises.
         """
         whole = isinstance(model, torch.nn.Module)
         described = file.describe(path)
+        if tokens is not None:
+            described.check_begins(path, tokens)
         made = cls(model.config if whole else model, **options)
         if described.made_for != made.made_for:
             raise FileError(
@@ -365,17 +369,22 @@ class StateCache(Cache):
         there = fingerprint(decoder_of(model)) if whole and described.fingerprint is not None else None
         if not allow_unverified:
             _verify(path, described.fingerprint, there, whole)
-        snapshots = file.read(path, described)
         device = made.states.device or (next(model.parameters()).device if whole else torch.device("cpu"))
-        if snapshots and made.rows is None:
-            made.states.clock_for(len(snapshots), device)
-        if (made.rows or 0) < len(snapshots):
-            raise RowsError(f"{path} holds {len(snapshots)} rows, and rows={made.rows}: make room for all of them")
+        lengths = described.lengths
+        if lengths and made.rows is None:
+            made.states.clock_for(len(lengths), device)
+        if (made.rows or 0) < len(lengths):
+            raise RowsError(f"{path} holds {len(lengths)} rows, and rows={made.rows}: make room for all of them")
         for name, spec in described.specs().items():
             if name not in made.states.declared:
                 made.states.declare(name, spec)
-        for row, snapshot in enumerate(snapshots):
-            made.admit(row, snapshot.on(device))
+        places: list[Mapping[str, Tensor]] = [{}] * len(lengths)
+        longest = max(range(len(lengths)), key=lengths.__getitem__, default=0)
+        for row in [longest, *range(len(lengths))] if lengths else []:  # what has grown for the longest stays in place
+            places[row] = made.states.places(row, lengths[row], described.dtypes(row), device)
+        for row, snapshot in enumerate(file.read(path, described, places)):
+            made.states.admit(row, snapshot.on(device), fresh=True)
+        made.writer.moved()
         made.weights = Weights(there, unknown=there is None or there != described.fingerprint)
         return made
 

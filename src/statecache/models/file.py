@@ -9,21 +9,21 @@ import hashlib
 import json
 import os
 import secrets
-import zlib
+import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from statecache.errors import FileError
+from statecache.errors import FileError, RowsError
+from statecache.models import layout
 from statecache.snapshot import Snapshot
 from statecache.spec import StateSpec, as_dtype
+from statecache.states import States
 
 FORMAT = 1
 POINT = "p"  # before the number of a point, where tensors have that of a row
@@ -44,7 +44,8 @@ AXES = {  # what the axes of an entry are, by kind of state and how many there a
 class Described:
     """What a file says of itself, checked against its own digest.
 
-    states: by name, what each is; rows: of each its length, where its rotary factors stand, and perhaps its token ids.
+    states: by name, what each is; rows: of each its length, where its rotary factors stand, and perhaps its token
+    ids and a digest of them.
     fingerprint: of the model's weights; None where nobody knew them. points: of each the row that it is of, its length,
     and where its rotary factors stand. session: what a conversation is beside its states, None in any other file.
     """
@@ -63,6 +64,27 @@ class Described:
         """Tokens that each row has taken in."""
         return [row["length"] for row in self.rows]
 
+    def check_begins(self, path: object, tokens: Sequence[Sequence[int]]) -> None:
+        """Raise FileError where the ids of a row are not what those given for it begin with, or nobody knows them."""
+        if len(tokens) != len(self.rows):
+            raise RowsError(f"tokens= has {len(tokens)} rows, and {path} {len(self.rows)}: give ids for each row")
+        for n, (row, ids) in enumerate(zip(self.rows, tokens, strict=True)):
+            held, told = row["length"], row.get("digest")  # files of before have ids alone
+            if told is None and row["tokens"] is not None:
+                told = digest(row["tokens"])
+            if told is None:
+                raise FileError(f"{path} does not say which tokens row {n} holds: save it with tokens=")
+            if digest(ids[:held]) != told:
+                raise FileError(
+                    f"{path} holds {held} tokens in row {n}, and the {len(ids)} given for it do not begin with those: "
+                    "read them into a new cache"
+                )
+
+    def dtypes(self, row: int) -> dict[str, torch.dtype]:
+        """Of each state that a row has, the dtype in which it is written."""
+        held = ((name.partition("/"), tensor) for name, tensor in self.tensors.items())
+        return {state: as_dtype(tensor["dtype"]) for (place, _, state), tensor in held if place == str(row)}
+
     def specs(self) -> dict[str, StateSpec]:
         """What each state is, as the cache declared it."""
         found = {}
@@ -79,59 +101,77 @@ class Described:
 
 def write(
     path: str | os.PathLike[str],
-    snapshots: Sequence[Snapshot],
-    specs: Mapping[str, StateSpec],
+    states: States,
+    tokens: Sequence[Sequence[int]] | None = None,
     *,
-    model: str,
-    made_for: str,
     fingerprint: str | None,
+    keep_tokens: bool = True,
     points: Sequence[tuple[int, Snapshot]] = (),
     session: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write rows to a file, which is there whole or, until it is, as it was before.
+    """Write all rows of a cache to a file, which is there whole or, until it is, as it was before.
 
-    points: of rows, by number, where these stood before; session: what else there is to a conversation, as JSON.
-    Raises OSError where it cannot be written; what was at `path` is there then.
+    tokens: the ids that each row holds, of which without `keep_tokens` only a digest is written; points: of rows, by
+    number, where these stood before; session: what else there is to a conversation, as JSON.
+    Raises RowsError for other numbers of tokens, StepError in a round, and OSError where it cannot be written; what was
+    at `path` is there then.
     """
+    rows = states.rows or 0
+    if tokens is not None and len(tokens) != rows:
+        raise RowsError(f"tokens= has {len(tokens)} rows, and the cache {rows}: give the ids of each row")
+    if not rows:
+        states.check_whole()
+    ids = [None] * rows if tokens is None else tokens
+    snapshots, specs = [states.snapshot(row, ids[row], view=True) for row in range(rows)], states.declared
     held = [(str(n), s) for n, s in enumerate(snapshots)] + [(f"{POINT}{n}", s) for n, (_, s) in enumerate(points)]
-    entries = {f"{place}/{name}": e.cpu().contiguous() for place, s in held for name, e in s.entries.items()}
-    sums = _checksums(entries)
+    entries = {f"{place}/{name}": e for place, s in held for name, e in s.entries.items()}
     described = Described(
-        model,
-        made_for,
+        states.spec.model,
+        states.made_for,
         fingerprint,
         [
-            {"length": s.length, "rotated": s.rotated, "tokens": None if s.tokens is None else list(s.tokens)}
+            {
+                "length": s.length,
+                "rotated": s.rotated,
+                "tokens": list(s.tokens) if s.tokens is not None and keep_tokens else None,
+                "digest": None if s.tokens is None else digest(s.tokens),
+            }
             for s in snapshots
         ],
         {name: _described(spec) for name, spec in specs.items() if any(name in s.entries for s in snapshots)},
-        {
-            name: {"dtype": _name(e.dtype), "shape": list(e.shape), "checksum": sums[name]}
-            for name, e in entries.items()
-        },
+        {name: {"dtype": _name(e.dtype), "shape": list(e.shape)} for name, e in entries.items()},
         [{"row": row, "length": s.length, "rotated": s.rotated} for row, s in points],
         None if session is None else dict(session),
     )
     told = {"format": FORMAT, **asdict(described)}
     if session is None:  # a file of rows alone, as it always was
         del told["points"], told["session"]
-    text = json.dumps(told, sort_keys=True)
-    metadata = {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+    def metadata(sums: Mapping[str, str]) -> dict[str, str]:
+        for name, tensor in described.tensors.items():
+            tensor["checksum"] = sums[name]
+        text = json.dumps({**told, "tensors": described.tensors}, sort_keys=True)
+        return {"statecache": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     temporary.touch(exist_ok=False)
     mode = (target if target.exists() else temporary).stat().st_mode  # as other programs write files
     try:
-        save_file(entries, temporary, metadata)
-        temporary.chmod(mode)
-        _sync(temporary)
+        with temporary.open("wb") as opened:
+            layout.write(opened.fileno(), entries, metadata)
+            temporary.chmod(mode)
+            os.fsync(opened.fileno())
         temporary.replace(target)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # that is how it says that the disk is full
-            raise OSError(str(error)) from error
         raise
     _sync(target.parent)
+
+
+def digest(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids, each as 8 bytes, the lowest first, in hexadecimal."""
+    return hashlib.sha256(struct.pack(f"<{len(ids)}q", *ids)).hexdigest()
 
 
 def _described(spec: StateSpec) -> dict[str, Any]:
@@ -152,9 +192,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sync(path: str | os.PathLike[str]) -> None:
-    """Have the disk hold it: a file's content, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    """Have the disk hold a folder's names."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -180,6 +220,11 @@ def describe(path: str | os.PathLike[str]) -> Described:
             described = Described(**told)
             if set(described.tensors) != names:
                 raise _damaged(path, "it has other tensors than it says")
+            for name, tensor in described.tensors.items():
+                there = file.get_slice(name)
+                form = there.get_dtype(), list(there.get_shape())
+                if form != (layout.DTYPES[as_dtype(tensor["dtype"])], tensor["shape"]):
+                    raise _damaged(path, f"{name} is of another form than it says")
             _check_forms(path, described)
             return described
     except FileNotFoundError as error:
@@ -195,6 +240,9 @@ def describe(path: str | os.PathLike[str]) -> Described:
 def _check_forms(path: object, described: Described) -> None:
     """Whether every state of every row has as many entries as its length and window say, of the shape that it says."""
     specs = described.specs()
+    for n, row in enumerate(described.rows):
+        if row["tokens"] is not None and row.get("digest") not in (None, digest(row["tokens"])):
+            raise _damaged(path, f"the digest of row {n} is of other tokens than it has")
     for point in described.points:
         if not 0 <= point["length"] <= described.rows[point["row"]]["length"]:
             raise _damaged(path, f"a point of {point['length']} tokens is not of row {point['row']}")
@@ -210,8 +258,13 @@ def _check_forms(path: object, described: Described) -> None:
             raise _damaged(path, f"{name} has {told['shape']} entries, and its row {length} tokens")
 
 
-def read(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
-    """The rows of a file, each of their tensors checked. Raises FileError for one that is damaged."""
+def read(
+    path: str | os.PathLike[str], described: Described, places: Sequence[Mapping[str, Tensor]] = ()
+) -> list[Snapshot]:
+    """The rows of a file, each of their tensors checked. Raises FileError for one that is damaged.
+
+    places: of each row, by state, where (n, *D) its entries are put, in whatever dtype; the snapshots do not have them.
+    """
     return [
         Snapshot(
             row["length"],
@@ -220,7 +273,7 @@ def read(path: str | os.PathLike[str], described: Described) -> list[Snapshot]:
             None if row["tokens"] is None else tuple(row["tokens"]),
             row["rotated"],
         )
-        for row, held in zip(described.rows, _entries(path, described, "", len(described.rows)), strict=True)
+        for row, held in zip(described.rows, _entries(path, described, "", len(described.rows), places), strict=True)
     ]
 
 
@@ -232,36 +285,37 @@ def read_points(path: str | os.PathLike[str], described: Described) -> list[Snap
     ]
 
 
-def _entries(path: object, described: Described, kind: str, n: int) -> list[dict[str, Tensor]]:
+def _entries(
+    path: str | os.PathLike[str],
+    described: Described,
+    kind: str,
+    n: int,
+    places: Sequence[Mapping[str, Tensor]] = (),
+) -> list[dict[str, Tensor]]:
     """By number, the states of rows, or of points. kind: what their tensors' names begin with."""
     entries: list[dict[str, Tensor]] = [{} for _ in range(n)]
     try:
-        with safe_open(path, "pt") as file:
-            found = {n: file.get_tensor(n) for n in described.tensors if n.startswith(POINT) == bool(kind)}
-            for name, tensor in found.items():
-                told = described.tensors[name]
-                if (_name(tensor.dtype), list(tensor.shape)) != (told["dtype"], told["shape"]):
+        with Path(path).open("rb") as opened:
+            held, jobs = layout.header(opened.fileno()), {}
+            for name, told in described.tensors.items():
+                if name.startswith(POINT) != bool(kind):
+                    continue
+                dtype, shape = as_dtype(told["dtype"]), told["shape"]
+                if held[name][:2] != (layout.DTYPES[dtype], shape):
                     raise _damaged(path, f"{name} is of another form than it says")
-            for name, found_sum in _checksums(found).items():
-                if found_sum != described.tensors[name]["checksum"]:
+                number, _, state = name.removeprefix(kind).partition("/")
+                to = places[int(number)].get(state) if places else None
+                if to is None:
+                    to = entries[int(number)][state] = torch.empty(shape, dtype=dtype)
+                jobs[name] = held[name][2], to, dtype
+            for name, found in layout.read(opened.fileno(), jobs).items():
+                if found != described.tensors[name]["checksum"]:
                     raise _damaged(path, f"{name} is not what was written")
-            for name, tensor in found.items():
-                place, _, state = name.partition("/")
-                entries[int(place.removeprefix(kind))][state] = tensor
-    except (SafetensorError, OSError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
         raise _damaged(path, str(error)) from error
     return entries
-
-
-def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of each, on as many threads as there are processors: zlib lets go of Python's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(tensors, threads.map(checksum, tensors.values()), strict=True))
-
-
-def checksum(tensor: Tensor) -> str:
-    """CRC-32 of a contiguous tensor's bytes, in hexadecimal."""
-    return f"{zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0:08x}"
 
 
 def _damaged(path: object, why: str) -> FileError:
