@@ -3,6 +3,7 @@
     python benchmarks/quality.py                    # all of it: some minutes on one thread
     python benchmarks/quality.py --quick            # every code path, in seconds
     python benchmarks/quality.py --only int8 --json result.json
+    python benchmarks/quality.py --marks            # recurrent states at rest, in int8
 
 Bits: texts are fed token by token, so all that a token reads of those before it went through the store. After a context
 of c tokens stand the bits of the next 128, and how many more they are than with the exact cache, of the same tokens.
@@ -113,6 +114,30 @@ def until(alike: Tensor) -> list[int]:
     return alike.long().cumprod(1).sum(1).tolist()  # type: ignore[no-any-return]
 
 
+def resumed(model: Any, ids: Tensor, context: int, behind: int, store: str | None) -> Tensor:
+    """The bits (B, n, V) of the n tokens behind a context, read before a mark in this store was taken and restored."""
+    cache = sc.StateCache(model.config)
+    found = [model(ids[:, :context], cache=cache, logits_to_keep=1).logits]
+    cache.restore(cache.checkpoint(store))
+    after = range(context, context + behind - 1)
+    found += [model(ids[:, at : at + 1], cache=cache).logits for at in after]
+    return torch.cat(found, 1).log_softmax(-1) / -math.log(2)
+
+
+@torch.inference_mode()
+def marks(model: Any, ids: Tensor, opts: argparse.Namespace) -> str:
+    """What a restored mark costs whose recurrent states were kept in int8, as a table."""
+    rows = []
+    for c in opts.contexts:
+        exact, near = (resumed(model, ids, c, opts.behind, store) for store in (None, "int8"))
+        at = list(range(c, c + opts.behind))
+        more = (bits(near, ids, at) - bits(exact, ids, at)).mean(1)
+        alike = (near.argmin(-1) == exact.argmin(-1)).double().mean().item()
+        error = more.std().item() / math.sqrt(len(more))
+        rows.append([f"{c:,}", f"{more.mean():+.5f} ({error:.5f})", f"{divergence(exact, near):.6f}", f"{alike:.2%}"])
+    return table(["context", "more than exact", "divergence", "likeliest tokens that agree"], rows)
+
+
 @torch.inference_mode()
 def measure(model: Any, ids: Tensor, opts: argparse.Namespace) -> list[Cell]:
     """Every way, after every context; the exact one first."""
@@ -189,6 +214,7 @@ def options(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short contexts, few tokens")
     parser.add_argument("--only", action="append", choices=list(WAYS)[1:], help="this store; may be given again")
+    parser.add_argument("--marks", action="store_true", help="only what a mark in int8 costs that is restored")
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens before what is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write every figure to this file")
@@ -208,6 +234,9 @@ def main() -> None:
     torch.set_num_threads(opts.threads)
     model = sc.prepare(AutoModelForCausalLM.from_pretrained(STORY, dtype=torch.float32).eval())
     ids = texts(AutoTokenizer.from_pretrained(STORY), opts.rows, max(opts.contexts) + opts.behind)
+    if opts.marks:
+        print(marks(model, ids, opts))
+        return
     cells = measure(model, ids, opts)
     print(report(cells, opts))
     if opts.json:

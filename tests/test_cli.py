@@ -128,6 +128,7 @@ def test_version_is_that_of_the_package(statecache):
         (["plan", "--capacity", "4", "--length", "4"], False, 2, "--capacity and --length are both given: keep"),
         (["plan", "--capacity", "4", "--slack", "5"], False, 1, "slack=5 is more than capacity=4"),
         (["plan", "--store", "cloud"], False, 1, "store='cloud': give one of 'dense'"),
+        (["plan", "--checkpoint-store", "fp8"], False, 1, "checkpoint_store='fp8': give None, or 'int8'"),
         (["plan", "--recurrent-store", "fp8"], False, 1, "recurrent_store='fp8': give None, or 'bfloat16'"),
         (["plan", "--plot", "x.gif"], False, 2, "--plot x.gif: give a name that ends in .svg or .png"),
         (["plan", "--plot", "no/x.svg"], False, 2, "--plot no/x.svg: there is no folder no: make it first"),

@@ -57,6 +57,17 @@ def test_tokens_are_counted_up_to_the_first_that_differs() -> None:
     assert quality.until(alike) == [2, 0, 4]
 
 
+def test_a_mark_that_is_restored_is_measured(model: Any, tokenizer: Any) -> None:
+    opts = quality.options(["--quick", "--marks"])
+    ids = quality.texts(tokenizer, opts.rows, max(opts.contexts) + opts.behind)
+    exact, near = (quality.resumed(model, ids, 8, 4, store) for store in (None, "int8"))
+    whole = model(ids[:, :11]).logits[:, 7:].log_softmax(-1) / -math.log(2)
+    assert torch.allclose(exact, whole, atol=1e-4)
+    assert torch.equal(near[:, 0], exact[:, 0])  # it was read before the mark was taken
+    assert 0 < (near - exact).abs().max() < 1
+    assert quality.marks(model, ids, opts).count("%") == len(opts.contexts)
+
+
 def test_every_store_is_measured_and_a_bitwise_one_changes_nothing(model: Any, tokenizer: Any) -> None:
     opts = quality.options(["--quick"])
     cells = quality.measure(model, quality.texts(tokenizer, opts.rows, max(opts.contexts) + opts.behind), opts)

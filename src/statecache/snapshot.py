@@ -25,6 +25,7 @@ class Mark:
     clock: tuple[Tensor, Known] | None
     copies: Mapping[str, tuple[Tensor, ...]] = field(repr=False)
     behind: bool = False  # whether recurrences had yet to be brought to their rows' ends
+    code: str | None = None  # of recurrent states' copies, see `storage.at_rest`
     stale: str | None = None
 
     @property

@@ -40,6 +40,7 @@ from statecache.ring import Ring
 from statecache.snapshot import Mark, Marks, Snapshot
 from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec, as_dtype
 from statecache.step import Allocation, Step
+from statecache.storage.at_rest import check_code, rested, woken
 from statecache.storage.dense import Dense
 from statecache.storage.store import MakeStore
 from statecache.storage.table import Stores, apart
@@ -505,8 +506,13 @@ class States:
         yield
         self.broken = None
 
-    def checkpoint(self) -> Mark:
-        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
+    def checkpoint(self, recurrent_store: str | None = None) -> Mark:
+        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do.
+
+        `recurrent_store="int8"`: copies of recurrent states in a byte a number, which a restore brings back near what
+        they were. Raises OptionError for another name.
+        """
+        check_code(recurrent_store)
         self.settle()
         allow(self._refuse_broken())
         self.logs.catch_up(self.clock)
@@ -514,8 +520,14 @@ class States:
             weakref.ref(self),
             [] if self.clock is None else list(self.clock.known.lengths),
             None if self.clock is None else self.clock.snapshot(),
-            {name: state.snapshot() for name, state in self.held.items()},
+            {
+                name: tuple(rested(recurrent_store, copied) for copied in state.snapshot())
+                if recurrent_store is not None and state.spec.kind == "recurrent"
+                else state.snapshot()
+                for name, state in self.held.items()
+            },
             self.logs.behind,
+            recurrent_store,
         )
         self.marks.add(mark)
         return mark
@@ -542,7 +554,10 @@ class States:
                     self.clock.load(mark.clock)
             for name, state in self.held.items():
                 if name in mark.copies and any(mark.lengths):
-                    state.load(mark.copies[name])
+                    copies = mark.copies[name]
+                    if mark.code is not None and state.spec.kind == "recurrent":
+                        copies = tuple(woken(mark.code, copied) for copied in copies)
+                    state.load(copies)
                 elif any(mark.lengths):
                     state.reset()  # it came later, and rows that hold tokens read it: as zero
                 else:

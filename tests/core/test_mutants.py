@@ -26,6 +26,7 @@ MODULES = (  # in the order in which they import each other
         "storage.paged",
         "storage.coded",
         "storage.rounded",
+        "storage.at_rest",
         "storage.table",
         "step",
         "ring",

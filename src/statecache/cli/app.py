@@ -325,6 +325,9 @@ def plan(
         str | None, typer.Option(help="What recurrent states are kept in: bfloat16; else as they are computed.")
     ] = None,
     checkpoints: Annotated[int, typer.Option(min=0, help="Checkpoints that are held at once.")] = 0,
+    checkpoint_store: Annotated[
+        str | None, typer.Option(help="What checkpoints keep recurrent states in: int8; else as they are.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="What there is, such as 24GiB. Left out with --device cuda: what is free."),
@@ -356,6 +359,7 @@ def plan(
         "store": store,
         "recurrent_store": recurrent_store,
         "checkpoints": checkpoints,
+        "checkpoint_store": checkpoint_store,
         "budget": budget,
         "device": device,
         "dtype": dtype,

@@ -47,6 +47,7 @@ from statecache.snapshot import Mark, Snapshot
 from statecache.spec import ModelSpec, Sizes
 from statecache.states import Capability, States
 from statecache.step import Step, offset
+from statecache.storage.at_rest import check_code
 from statecache.storage.table import Stores
 
 check_version(transformers.__version__)
@@ -230,10 +231,15 @@ class StateCache(Cache):
         yield
         self.writer.moved(dropped)
 
-    def checkpoint(self) -> Mark:
-        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do."""
+    def checkpoint(self, recurrent_store: str | None = None) -> Mark:
+        """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do.
+
+        `recurrent_store="int8"`: copies of recurrent states in a byte a number, which a restore brings back near what
+        they were; exact where it is left out. Raises OptionError for another name.
+        """
+        check_code(recurrent_store)
         self.writer.finish()
-        return self.states.checkpoint()
+        return self.states.checkpoint(recurrent_store)
 
     def restore(self, mark: Mark) -> None:
         """Come back to a mark, in place. A mark can be restored more than once.
@@ -324,19 +330,33 @@ class StateCache(Cache):
     # ---- files
 
     def save(
-        self, path: str | os.PathLike[str], tokens: Sequence[Sequence[int]] | None = None, *, keep_tokens: bool = True
+        self,
+        path: str | os.PathLike[str],
+        tokens: Sequence[Sequence[int]] | None = None,
+        *,
+        keep_tokens: bool = True,
+        recurrent_store: str | None = None,
     ) -> None:
         """Write what the rows hold to a file, which is there whole or not at all. Marks stay behind.
 
-        `tokens`: the ids that each row holds, to be kept with it, or without `keep_tokens` a digest of them. Waits for
-        the device. See docs/format.md.
+        `tokens`: the ids that each row holds, to be kept with it, or without `keep_tokens` a digest of them.
+        `recurrent_store="int8"`: recurrent states in a byte a number, near what they are; exact where it is left out.
+        Waits for the device. See docs/format.md.
         Raises StepError in a round or after an interruption, RowsError for other numbers of tokens, OptionError for
-        `keep_tokens=False` without tokens, OSError.
+        `keep_tokens=False` without tokens or another name of a store, OSError.
         """
+        check_code(recurrent_store)
         self.writer.finish()
         if tokens is None and not keep_tokens:
             raise OptionError("keep_tokens=False: the digest is of the ids that rows hold: give them as tokens=")
-        file.write(path, self.states, tokens, fingerprint=self.weights.fingerprint(), keep_tokens=keep_tokens)
+        file.write(
+            path,
+            self.states,
+            tokens,
+            fingerprint=self.weights.fingerprint(),
+            keep_tokens=keep_tokens,
+            recurrent_store=recurrent_store,
+        )
 
     @classmethod
     def load(

@@ -24,6 +24,8 @@ from statecache.models import layout
 from statecache.snapshot import Snapshot
 from statecache.spec import StateSpec, as_dtype
 from statecache.states import States
+from statecache.storage import at_rest
+from statecache.storage.coded import BITS
 
 FORMAT = 1
 POINT = "p"  # before the number of a point, where tensors have that of a row
@@ -106,13 +108,15 @@ def write(
     *,
     fingerprint: str | None,
     keep_tokens: bool = True,
+    recurrent_store: str | None = None,
     points: Sequence[tuple[int, Snapshot]] = (),
     session: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all rows of a cache to a file, which is there whole or, until it is, as it was before.
 
     tokens: the ids that each row holds, of which without `keep_tokens` only a digest is written; points: of rows, by
-    number, where these stood before; session: what else there is to a conversation, as JSON.
+    number, where these stood before; session: what else there is to a conversation, as JSON. recurrent_store: of
+    recurrent states, "int8" or None for what they are.
     Raises RowsError for other numbers of tokens, StepError in a round, and OSError where it cannot be written; what was
     at `path` is there then.
     """
@@ -125,6 +129,14 @@ def write(
     snapshots, specs = [states.snapshot(row, ids[row], view=True) for row in range(rows)], states.declared
     held = [(str(n), s) for n, s in enumerate(snapshots)] + [(f"{POINT}{n}", s) for n, (_, s) in enumerate(points)]
     entries = {f"{place}/{name}": e for place, s in held for name, e in s.entries.items()}
+    forms: dict[str, dict[str, Any]] = {
+        name: {"dtype": _name(e.dtype), "shape": list(e.shape)} for name, e in entries.items()
+    }
+    if recurrent_store is not None:
+        for name, state in entries.items():
+            if specs[name.partition("/")[2]].kind == "recurrent" and at_rest.rests(state):
+                entries[name] = at_rest.rested(recurrent_store, state)
+                forms[name]["code"] = recurrent_store
     described = Described(
         states.spec.model,
         states.made_for,
@@ -139,7 +151,7 @@ def write(
             for s in snapshots
         ],
         {name: _described(spec) for name, spec in specs.items() if any(name in s.entries for s in snapshots)},
-        {name: {"dtype": _name(e.dtype), "shape": list(e.shape)} for name, e in entries.items()},
+        forms,
         [{"row": row, "length": s.length, "rotated": s.rotated} for row, s in points],
         None if session is None else dict(session),
     )
@@ -222,8 +234,7 @@ def describe(path: str | os.PathLike[str]) -> Described:
                 raise _damaged(path, "it has other tensors than it says")
             for name, tensor in described.tensors.items():
                 there = file.get_slice(name)
-                form = there.get_dtype(), list(there.get_shape())
-                if form != (layout.DTYPES[as_dtype(tensor["dtype"])], tensor["shape"]):
+                if (there.get_dtype(), list(there.get_shape())) != _form(tensor):
                     raise _damaged(path, f"{name} is of another form than it says")
             _check_forms(path, described)
             return described
@@ -235,6 +246,16 @@ def describe(path: str | os.PathLike[str]) -> Described:
         if isinstance(error, FileError):
             raise
         raise _damaged(path, f"its description makes no sense ({error})") from error
+
+
+def _form(told: Mapping[str, Any]) -> tuple[str, list[int]]:
+    """The dtype, by the format's name, and the shape of a tensor in the file."""
+    dtype = as_dtype(told["dtype"])
+    if "code" in told:
+        if told["code"] not in at_rest.CODES or not told["shape"] or told["shape"][-1] < BITS:
+            raise ValueError(f"no {told['code']} is of {told['shape']}")
+        dtype = torch.int8
+    return layout.DTYPES[dtype], told["shape"]
 
 
 def _check_forms(path: object, described: Described) -> None:
@@ -296,21 +317,27 @@ def _entries(
     entries: list[dict[str, Tensor]] = [{} for _ in range(n)]
     try:
         with Path(path).open("rb") as opened:
-            held, jobs = layout.header(opened.fileno()), {}
+            held, jobs, coded = layout.header(opened.fileno()), {}, list[tuple[dict[str, Tensor], str, str]]()
             for name, told in described.tensors.items():
                 if name.startswith(POINT) != bool(kind):
                     continue
                 dtype, shape = as_dtype(told["dtype"]), told["shape"]
-                if held[name][:2] != (layout.DTYPES[dtype], shape):
+                if held[name][:2] != _form(told):
                     raise _damaged(path, f"{name} is of another form than it says")
                 number, _, state = name.removeprefix(kind).partition("/")
                 to = places[int(number)].get(state) if places else None
-                if to is None:
+                if "code" in told:
+                    to, dtype = torch.empty(shape, dtype=torch.int8), torch.int8
+                    entries[int(number)][state] = to
+                    coded.append((entries[int(number)], state, told["code"]))
+                elif to is None:
                     to = entries[int(number)][state] = torch.empty(shape, dtype=dtype)
                 jobs[name] = held[name][2], to, dtype
             for name, found in layout.read(opened.fileno(), jobs).items():
                 if found != described.tensors[name]["checksum"]:
                     raise _damaged(path, f"{name} is not what was written")
+            for row, state, code in coded:
+                row[state] = at_rest.woken(code, row[state])
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, FileError):
             raise

@@ -20,6 +20,7 @@ from statecache.models.cache import StateCache
 from statecache.models.ready import promised
 from statecache.spec import Sizes, as_dtype
 from statecache.states import States
+from statecache.storage.at_rest import check_code
 
 META = torch.device("meta")
 LONG = 1 << 24  # tokens by which a ring with a window has all the slots it needs
@@ -75,6 +76,7 @@ def plan(
     lengths: int | Sequence[int] | None = None,
     slack: int = 0,
     checkpoints: int = 0,
+    checkpoint_store: str | None = None,
     budget: int | str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -92,6 +94,7 @@ def plan(
       is 0, it is allocated before its first pass.
     - `budget`: bytes, or as "24GiB", for the states, for so many `checkpoints`, and with `weights` for the model's own.
       Left out with a CUDA `device`: what is free there.
+    - `checkpoint_store`: in what checkpoints keep recurrent states, None or "int8".
     - `dtype`: in which the model computes; left out, its configuration's own.
     - `prepared`: of a prepared model, whose recurrences go back by logs and not by copies.
     - `options`: any more that `StateCache` takes. With `offload=True` states are counted wherever they are.
@@ -99,12 +102,13 @@ def plan(
     Raises ConfigError where shapes are not known before the first write, OptionError for options that make no sense or
     a budget that is too small, and what `StateCache` raises.
     """
+    check_code(checkpoint_store, "checkpoint_store")
     with promised():  # says what is wrong with them
         StateCache(config, rows=rows, capacity=capacity, slack=slack, device=device, **options)
     grown = _lengths(lengths, capacity)
     if not isinstance(checkpoints, int) or isinstance(checkpoints, bool) or checkpoints < 0:
         raise OptionError(f"checkpoints={checkpoints!r}: give how many marks are held at once")
-    cache = _Cache(config, slack, as_dtype(dtype or _own_dtype(config)), prepared, options)
+    cache = _Cache(config, slack, as_dtype(dtype or _own_dtype(config)), prepared, checkpoint_store, options)
     most = _budget(budget, device)
     weigh = weight_bytes(config, cache.dtype) if weights else None
 
@@ -192,8 +196,17 @@ class _Taken:
 class _Cache:
     """A cache of which rows and tokens are left open."""
 
-    def __init__(self, config: Any, slack: int, dtype: torch.dtype, prepared: bool, options: Mapping[str, Any]) -> None:
-        self.config, self.slack, self.dtype, self.prepared = config, slack, dtype, prepared
+    def __init__(
+        self,
+        config: Any,
+        slack: int,
+        dtype: torch.dtype,
+        prepared: bool,
+        mark_store: str | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.config, self.slack, self.dtype = config, slack, dtype
+        self.prepared, self.mark_store = prepared, mark_store
         self.options = {**options, "offload": False}  # wherever states are, they take as many bytes
         spec = self._states(1, None).spec
         self.model = spec.model
@@ -211,7 +224,8 @@ class _Cache:
             one, two = (self._states(rows, capacity, lengths) for rows in (1, 2))
         except RuntimeError as error:  # torch counts in 64 bits
             raise OptionError(f"capacity={capacity}, lengths={lengths}: more bytes than can be counted") from error
-        return _Taken(one.nbytes(), _difference(two, one), (one.checkpoint().nbytes, two.checkpoint().nbytes))
+        one_mark, two_marks = (states.checkpoint(self.mark_store).nbytes for states in (one, two))
+        return _Taken(one.nbytes(), _difference(two, one), (one_mark, two_marks))
 
     def per_token(self) -> Sizes:
         """What each token of a row adds, once every window is full."""
