@@ -30,6 +30,7 @@ from statecache.models import file, layout
 from statecache.models.decoder import decoder_of
 from statecache.models.fingerprint import fingerprint
 from statecache.models.table import model_spec
+from statecache.storage.store import LARGE, zeros
 
 GOLDEN = Path(__file__).parent / "golden"
 PREPARED = ["lfm2", "mamba2", "qwen3_5", "falcon_h1", "gemma3_text"]
@@ -252,6 +253,15 @@ def test_a_file_is_read_into_the_rings_that_have_its_entries_in_one_piece(tmp_pa
     rings = {buffer.untyped_storage().data_ptr() for buffer in made.buffers()}
     assert {n.partition(".")[2] for n in places} >= {"key", "value", "recurrent"}
     assert all(to.untyped_storage().data_ptr() in rings for to in places.values())
+
+
+def test_large_buffers_are_zero_and_as_large_as_they_say() -> None:
+    made = zeros(3, 5, LARGE or 64, dtype=torch.bfloat16, device=torch.device("cpu"), static=False)
+    assert made.shape == (3, 5, LARGE or 64) and made.data_ptr() % 64 == 0 and not made.is_inference()
+    assert made.untyped_storage().nbytes() == made.nbytes and not made[0, ::4, ::4096].any() and not made[-1, -1].any()
+    copied = copy.deepcopy(made)
+    made[1, 2, 3] = 4
+    assert not copied.any() and made.count_nonzero() == 1
 
 
 # ---- whose

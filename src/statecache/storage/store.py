@@ -6,11 +6,20 @@ comments write them as (B, n, *D).
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+
+if sys.platform == "linux":
+    from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+# bytes of a buffer in host memory that is zero without being written, 0 for none
+LARGE = 1 << 22 if sys.platform == "linux" else 0
 
 Span = tuple[int, list[slice]]  # a row, and slots of it in runs
 
@@ -110,8 +119,20 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device, static: bool) -
     if torch.compiler.is_compiling():
         return torch.zeros(shape, dtype=dtype, device=device)
     with torch.inference_mode(False):
-        buffer = torch.zeros(shape, dtype=dtype, device=device)
+        size = math.prod(shape) * dtype.itemsize
+        if LARGE and torch.device(device).type == "cpu" and size >= LARGE:
+            buffer = _untouched(size).view(dtype).view(shape)
+        else:
+            buffer = torch.zeros(shape, dtype=dtype, device=device)
     return fixed(buffer) if static else buffer
+
+
+def _untouched(size: int) -> Tensor:
+    """Zeros of so many bytes, which take no memory before they are written: then in large pages."""
+    memory = mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    with suppress(OSError):  # of a system without
+        memory.madvise(MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def revive(buffer: Tensor, static: bool) -> Tensor:
