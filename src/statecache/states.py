@@ -40,7 +40,7 @@ from statecache.ring import Ring
 from statecache.snapshot import Mark, Marks, Snapshot
 from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec, as_dtype
 from statecache.step import Allocation, Step
-from statecache.storage.at_rest import check_code, rested, woken
+from statecache.storage.at_rest import check_code, code_of, rested, woken
 from statecache.storage.dense import Dense
 from statecache.storage.store import MakeStore
 from statecache.storage.table import Stores, apart
@@ -521,9 +521,7 @@ class States:
             [] if self.clock is None else list(self.clock.known.lengths),
             None if self.clock is None else self.clock.snapshot(),
             {
-                name: tuple(rested(recurrent_store, copied) for copied in state.snapshot())
-                if recurrent_store is not None and state.spec.kind == "recurrent"
-                else state.snapshot()
+                name: tuple(rested(code_of(state.spec, recurrent_store), copied) for copied in state.snapshot())
                 for name, state in self.held.items()
             },
             self.logs.behind,
@@ -554,10 +552,7 @@ class States:
                     self.clock.load(mark.clock)
             for name, state in self.held.items():
                 if name in mark.copies and any(mark.lengths):
-                    copies = mark.copies[name]
-                    if mark.code is not None and state.spec.kind == "recurrent":
-                        copies = tuple(woken(mark.code, copied) for copied in copies)
-                    state.load(copies)
+                    state.load(tuple(woken(code_of(state.spec, mark.code), copied) for copied in mark.copies[name]))
                 elif any(mark.lengths):
                     state.reset()  # it came later, and rows that hold tokens read it: as zero
                 else:

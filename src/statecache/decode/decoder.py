@@ -162,9 +162,7 @@ class Decoder:
     def capture(self) -> None:
         """Capture the step that the rows that write now take next, which otherwise happens in it. Nothing is fed."""
         if self._captures and (rows := self.writing):
-            bucket = next(n for n in self.buckets if n > rows[-1])
-            self._pass(bucket)
-            self._choice(bucket)
+            self._graphs(rows)
 
     def leave(self, rows: Sequence[int]) -> None:
         """Have these rows write no longer. They keep what they hold: all their tokens but the last."""
@@ -220,8 +218,7 @@ class Decoder:
         if full is not None:
             raise CapacityError(f"row {full} is full, at capacity={self.cache.capacity}: leave() or reset() it")
         if self._captures:
-            bucket = next(n for n in self.buckets if n > rows[-1])
-            forward, choice = self._pass(bucket), self._choice(bucket)
+            forward, choice = self._graphs(rows)
             forward.replay()
             choice.replay()
             self.counts.replayed += 1
@@ -248,6 +245,11 @@ class Decoder:
         last.copy_(torch.where(self._count[:bucket] > 0, token, last))
 
     # ---- capturing
+
+    def _graphs(self, rows: list[int]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+        """The pass and the choice of a step in which these rows write, captured if they were not yet."""
+        bucket = next(n for n in self.buckets if n > rows[-1])
+        return self._pass(bucket), self._choice(bucket)
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
         made = self._passes.get(bucket)

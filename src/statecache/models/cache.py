@@ -237,7 +237,6 @@ class StateCache(Cache):
         `recurrent_store="int8"`: copies of recurrent states in a byte a number, which a restore brings back near what
         they were; exact where it is left out. Raises OptionError for another name.
         """
-        check_code(recurrent_store)
         self.writer.finish()
         return self.states.checkpoint(recurrent_store)
 

@@ -132,11 +132,10 @@ def write(
     forms: dict[str, dict[str, Any]] = {
         name: {"dtype": _name(e.dtype), "shape": list(e.shape)} for name, e in entries.items()
     }
-    if recurrent_store is not None:
-        for name, state in entries.items():
-            if specs[name.partition("/")[2]].kind == "recurrent" and at_rest.rests(state):
-                entries[name] = at_rest.rested(recurrent_store, state)
-                forms[name]["code"] = recurrent_store
+    for name, state in entries.items():
+        code = at_rest.code_of(specs[name.partition("/")[2]], recurrent_store)
+        if code is not None and at_rest.rests(state):
+            entries[name], forms[name]["code"] = at_rest.rested(code, state), code
     described = Described(
         states.spec.model,
         states.made_for,
