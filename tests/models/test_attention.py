@@ -252,6 +252,31 @@ def test_the_configuration_of_an_attention_module_follows_the_models() -> None:
 # ---- what is refused
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("capacity", [None, 16])
+def test_keys_are_never_repeated_for_one_new_token(
+    capacity: int | None, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("qwen3", num_attention_heads=4, num_key_value_heads=2)
+    ids, own = draw(2, 9) % model.config.vocab_size, nn.functional.scaled_dot_product_attention
+    want = model(ids, use_cache=False).logits
+    seen: list[tuple[int, ...]] = []
+
+    def sdpa(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append((query.shape[1], key.shape[1]))
+        return own(query, key, *rest, **options)
+
+    sc.prepare(model)
+    cache = sc.StateCache(model.config, capacity=capacity)
+    got = [feed(model, cache, ids[:, :6])]
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", sdpa)
+    if compiling:  # where transformers repeats them
+        monkeypatch.setattr("transformers.integrations.sdpa_attention.is_torchdynamo_compiling", lambda: True)
+    got += [feed(model, cache, ids[:, n : n + 1]) for n in range(6, 9)]
+    assert_same(torch.cat(got, 1), want)
+    assert set(seen) == {(2, 2)}
+
+
 def test_asking_for_it_by_name_is_refused() -> None:
     config = copy.deepcopy(tiny_models.build("llama").config)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.FORM)

@@ -9,7 +9,7 @@ B rows, T new tokens, S keys, H heads, G of them with keys and values of their o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ def attend(
             "arguments from the decoder to its attention"
         )
     dense = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, config.eager)
+    if own._attn_implementation == "sdpa" and _shares(query, key, attention_mask, options):
+        return _packed(dense, module, own, query, key, value, attention_mask, **options), None
     out, weights = dense(Unprepared(module, own), query, key, value, attention_mask, **options)
     if weights is not None and statecache_pass is not None:
         weights = statecache_pass.spread(weights, config.keys)
@@ -116,6 +118,22 @@ def attend(
 
 
 AttentionInterface.register(FORM, attend)
+
+
+def _shares(query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+    """Whether heads of one new token share keys, and see the same ones."""
+    alike = mask is None or mask.shape[1] == 1
+    return query.shape[2] == 1 < query.shape[1] // key.shape[1] and alike and options.get("position_bias") is None
+
+
+def _packed(dense: Any, module: nn.Module, own: Any, query: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """What `dense` makes of one new token, its heads in place of as many tokens: keys are not repeated for them."""
+    rows, heads, _, size = query.shape
+    groups = rest[0].shape[1]
+    query = query.reshape(rows, groups, heads // groups, size)
+    options = {**options, "is_causal": False}
+    out: Tensor = dense(Unprepared(module, own, num_key_value_groups=1), query, *rest, **options)[0]
+    return out.transpose(1, 2).reshape(rows, 1, heads, -1)
 
 
 class Attending:
@@ -140,10 +158,14 @@ class Attending:
 
 
 class Unprepared:
-    """An attention module with its own configuration, for functions that read there which of them was asked for."""
+    """An attention module with its own configuration, for functions that read there which of them was asked for.
 
-    def __init__(self, module: nn.Module, config: Any) -> None:
+    others: attributes that such a function is to find in place of the module's.
+    """
+
+    def __init__(self, module: nn.Module, config: Any, **others: Any) -> None:
         self.module, self.config = module, config
+        vars(self).update(others)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
