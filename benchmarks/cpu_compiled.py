@@ -1,19 +1,21 @@
-"""A decoding step on a CPU, compiled by torch ahead of time, beside the model's linear layers alone; and how it loads.
+"""A decoding step on a CPU, compiled ahead of time, beside the model's linear layers alone; and how it loads.
 
-    python benchmarks/cpu_compiled.py                            # five shapes, 1 and 8 rows: a quarter of an hour
+    python benchmarks/cpu_compiled.py                            # six models, 1 and 8 rows: a quarter of an hour
     python benchmarks/cpu_compiled.py --only lfm2 --rows 1 --json result.json
 
-Sides, in turn in each round: a prepared model on a fixed StateCache, plainly and compiled; transformers' StaticCache,
-plainly and compiled; the linear layers alone. The compiled step of ours is written to a file, as code that takes the
-model and the cache, and read again by a process of its own, which has the model loaded: `load` is the time from there
-to its first logits. It is checked there against the plain step.
+Sides, in turn in each round: a prepared model on a fixed StateCache, plainly and by the code that `sc.Decoder` and
+`sc.generate` run on a CPU; transformers' StaticCache, plainly and compiled; the linear layers alone. The code is read
+again by a process of its own, which has the model loaded: `load` is the time from there to its first logits. It is
+checked there against the plain step. "embedded" is the model that comes with the package.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -25,14 +27,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 import statecache as sc
 from shapes import DEEP, build, table, tokens_of, versions
 from statecache.cli.measure import cpu_name
+from statecache.cli.model import EMBEDDED
+from statecache.decode.compiled import Hollow, inputs, load_code
+from statecache.decode.compiling import compile_step
 from statecache.models.names import cache_name
 
 CONTEXT, CAPACITY = 128, 512
+ROOM: dict[str, Any] = {"capacity": CAPACITY, "slack": 1, "back": False}  # as `generate` makes caches
+MODELS = [*DEEP, "embedded"]
 OURS, LINEAR = "compiled", "linear layers"
 SIDES = ("plain", OURS, "StaticCache", "StaticCache, compiled", LINEAR)
 TOLERANCE = 1e-4
@@ -46,16 +53,22 @@ def step(model: Any, cache: Any, ids: Tensor) -> Tensor:
 
 def ready(model: Any, rows: int) -> sc.StateCache:
     """A fixed cache that has read a prompt."""
-    cache = sc.StateCache(model.config, rows=rows, capacity=CAPACITY, dtype=torch.float32, device="cpu")
+    cache = sc.StateCache(model.config, rows=rows, dtype=torch.float32, device="cpu", **ROOM)
     step(model, cache, tokens_of(model, CONTEXT, rows))
     return cache
 
 
-def compiled(model: Any, cache: Any, one: Tensor) -> Any:
-    """The step as code that is good for any model and cache of these shapes, without looking whether they are."""
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    made: Any = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-    return made.aot_compile(((model, cache, one), {}))
+def hollow(model: Any) -> Any:
+    """A copy of a prepared model as the process that compiles gets it."""
+    packed = io.BytesIO()
+    Hollow(packed).dump(model)
+    return pickle.loads(packed.getvalue())
+
+
+def by_code(path: Path, model: Any, cache: sc.StateCache, one: Tensor) -> Callable[[], Tensor]:
+    """The step by a file of code: its logits (B, V)."""
+    run, held, count = load_code(path), inputs(model, cache), torch.ones(len(one), dtype=torch.long)
+    return lambda: run.run([*held, one, count])[0]
 
 
 def loads(shape: str, rows: int, path: Path, quick: bool, threads: int) -> float:
@@ -69,21 +82,25 @@ def loads(shape: str, rows: int, path: Path, quick: bool, threads: int) -> float
 
 
 def load(shape: str, rows: int, path: Path, quick: bool) -> float:
-    model = sc.prepare(build(DEEP[shape], quick))
+    model = sc.prepare(model_of(shape, quick))
     cache, one = ready(model, rows), tokens_of(model, 1, rows)
-    want = step(model, cache.fork(), one)
+    want = step(model, cache.fork(), one)[:, -1]
     start = time.perf_counter()
-    with path.open("rb") as opened:
-        run = torch.compiler.load_compiled_function(opened)
-    got = run(model, cache, one)
+    got = by_code(path, model, cache, one)()
     took = time.perf_counter() - start
     assert (got - want).abs().max() < TOLERANCE * want.abs().max(), "what was read is not the plain step"
     return took
 
 
+def model_of(shape: str, quick: bool) -> Any:
+    if shape == "embedded":
+        return AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+    return build(DEEP[shape], quick)
+
+
 def measure(shape: str, rows: int, opts: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each side, round by round, and what the compiled one costs before."""
-    theirs, ours = build(DEEP[shape], opts.quick), sc.prepare(build(DEEP[shape], opts.quick))
+    theirs, ours = model_of(shape, opts.quick), sc.prepare(model_of(shape, opts.quick))
     one, prompt = tokens_of(ours, 1, rows), tokens_of(ours, CONTEXT, rows)
     linear = [module for module in theirs.modules() if isinstance(module, torch.nn.Linear)]
     inputs = [torch.randn(rows, 1, module.in_features) for module in linear]
@@ -98,17 +115,15 @@ def measure(shape: str, rows: int, opts: argparse.Namespace) -> dict[str, Any]:
         return lambda: forward(one, use_cache=True, **{name: cache})
 
     plain, fast = ready(ours, rows), ready(ours, rows)
-    start = time.perf_counter()
-    made = compiled(ours, fast, one)
-    warm = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "step")
-        made.save_compiled_function(str(path))
+        path, start = Path(folder, "step.pt2"), time.perf_counter()
+        compile_step(hollow(ours), {"rows": rows, **ROOM}, path)
+        warm = time.perf_counter() - start
         size, loading = path.stat().st_size, loads(shape, rows, path, opts.quick, opts.threads)
-    torch._dynamo.reset()
+        compiled = by_code(path, ours, fast, one)
     sides: dict[str, Callable[[], object]] = {
         "plain": lambda: step(ours, plain, one),
-        OURS: lambda: made(ours, fast, one),
+        OURS: compiled,
         "StaticCache": static(theirs.forward),
         "StaticCache, compiled": static(torch.compile(theirs.forward)),
         LINEAR: multiply,
@@ -143,7 +158,7 @@ def report(cells: list[dict[str, Any]]) -> str:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=list(DEEP), help="this shape; may be given again")
+    parser.add_argument("--only", action="append", choices=MODELS, help="this shape; may be given again")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
@@ -157,7 +172,7 @@ def main() -> None:
         print(load(opts.only[0], opts.rows[0], opts.load, opts.quick))
         return
     cells = []
-    for shape in opts.only or DEEP:
+    for shape in opts.only or MODELS:
         for rows in opts.rows:
             cells.append(measure(shape, rows, opts))
             print(report(cells[-1:]).splitlines()[-1], file=sys.stderr, flush=True)

@@ -48,7 +48,8 @@ INSIDE = {
     ],
     "kernels": ["convolve early", "linear norms attend ssd_step delta_step"],
     "decode": [
-        "limits request report text draft_length feed processors",
+        "limits request report text draft_length feed processors compiled",
+        "compiling",
         "noise",
         "sampling",
         "drafters",
@@ -70,7 +71,11 @@ INSIDE = {
 }
 NO_TORCH = ("errors", "rotary", "decode.request")
 FOREIGN = {
+    "torch._C",
     "torch._dynamo",
+    "torch._inductor",
+    "._forward_hooks",
+    "._forward_pre_hooks",
     "._version",
     "._modules",
     "._parameters",

@@ -171,6 +171,10 @@ class Clock:
         rotated = self.known.rotated  # no step that the host does not see changes it
         self.know(Known(lengths, numbers[REACH], numbers[BASE], rotated, width, differ(lengths), overflowed))
 
+    def moved(self) -> None:
+        """Say that a step that went unseen has moved the device's numbers."""
+        self._seen = -1  # of no tensor the version
+
     def know(self, known: Known) -> None:
         """Take these numbers for those of the device, which has just been given them."""
         self.known = known

@@ -354,6 +354,11 @@ class States:
             raise StepError("the states were changed within the pass: reset and restore them between passes")
         self.close(step)
 
+    def moved(self) -> None:
+        """Say that a whole step was run by what no Python sees, as a file of compiled code."""
+        assert self.clock is not None
+        self.clock.moved()
+
     def check_whole(self) -> None:
         """Raise StepError in a round, in a pass, or after one that was interrupted."""
         allow(self._refuse_broken())

@@ -8,6 +8,7 @@ from statecache.cli.model import Loaded, Settings, drafts, load, new_cache, opti
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
 from statecache.decode.capturing import fixed_cache
+from statecache.decode.compiled import being_made
 from statecache.decode.prompt import conversations_of, templated, tokens_of
 
 
@@ -41,6 +42,10 @@ def generate_command(
             ("prompt tokens per second", f"{len(ids) / written.first:.1f}" if written.first else "none"),
             ("new tokens per second", f"{written.decoded_per_second:.1f}"),
         ]
+        if written.report.compiled:
+            rows.append(("passes by compiled code", f"{written.report.compiled} of {written.report.forwards}"))
+        elif being_made():
+            rows.append(("compiled code", "is being made, for the texts to come"))
         if how["temperature"]:
             rows.append(("seed", f"{how['seed']}"))
         report = written.report
@@ -89,6 +94,7 @@ def _as_json(
         "tokens_per_second": round(written.tokens_per_second, 2),
         "interrupted": stop.requested,
         "finish_reason": written.report.reasons[0],
+        "forwards_compiled": written.report.compiled,
         "bytes": {**sizes.by_kind, "total": sizes.total},
         "settings": {
             "model": loaded.name,

@@ -73,8 +73,8 @@ class Batch:
     After every round the cache holds each row's tokens but the last. Rows that have ended leave it; or with `keep_rows`
     they stay where they are, taking nothing in, until a request joins in their place.
 
-    captured: steps are those of a `Decoder`, on a cache that one takes; with `keep_rows`, without a drafter and without
-    processors. Until `close` it has the model prepared.
+    captured: steps are those of a `Decoder`, captured or compiled, on a cache that one takes; with `keep_rows`, without
+    a drafter and without processors. Until `close` it has the model prepared.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Batch:
         self._decoder: Decoder | None = None  # which these rows write with
         self._goes_on = False  # whether those that wait are all rows of the cache
         self._prompt = self._tokens = self._forwards = self._turns = 0
-        self._drafted = self._accepted = self._with_drafts = 0
+        self._drafted = self._accepted = self._with_drafts = self._compiled = 0
 
     def join(
         self, requests: Sequence[Request], texts: Sequence[Text | None] = (), *, goes_on: bool = False
@@ -162,6 +162,8 @@ class Batch:
     def close(self) -> None:
         """Drop what was captured. Idempotent; runs nothing."""
         if self._decoder is not None:
+            counts = self._decoder.counts
+            self._compiled += counts.replayed + counts.compiled
             self._decoder.close()
             self._decoder = None
 
@@ -175,6 +177,7 @@ class Batch:
             drafted=self._drafted,
             accepted=self._accepted,
             rounds=self._with_drafts,
+            compiled=self._compiled,
             assistant_forwards=0 if self.drafter is None else self.drafter.forwards,
         )
 

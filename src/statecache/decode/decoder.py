@@ -1,13 +1,15 @@
 """Decoder: a model's step captured once, for all lengths and for any rows of one cache.
 
 On a CUDA device a step is two graphs: the forward pass of a prepared model, with kernels where there are some, and the
-choice of the next tokens. Elsewhere the same steps run plainly, so that everything but speed can be tested there.
+choice of the next tokens. On a CPU the pass is code that torch compiled ahead of time, as soon as there is some, see
+`compiled`. Elsewhere, and until then, the same steps run plainly.
 
 B rows of the cache, b of them in a bucket, V tokens of the model.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from statecache import kernels
+from statecache.decode.compiled import Ahead
 from statecache.decode.feed import advance, feed, input_device
 from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
@@ -32,10 +35,11 @@ GREEDY = Request([0])
 
 @dataclass
 class Counts:
-    """What a decoder has done: `graphs` captured, steps that were `replayed`, and steps that ran `plain`ly."""
+    """What a decoder has done: `graphs` captured; steps that were `replayed`, ran `compiled`, and ran `plain`ly."""
 
     graphs: int = 0
     replayed: int = 0
+    compiled: int = 0
     plain: int = 0
 
 
@@ -77,6 +81,7 @@ class Decoder:
         self._lengths = cache.lengths.tolist()
         self._uses = Uses()
         self._captures = self.device.type == "cuda"
+        self._ahead = Ahead(model, cache)
         self._passes: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
@@ -224,11 +229,27 @@ class Decoder:
             self.counts.replayed += 1
         else:
             with self._kernels():
-                self._choose(len(self._lengths), self._forward(len(self._lengths)))
-            self.counts.plain += 1
+                self._choose(len(self._lengths), self._uncaptured())
         for row in rows:
             self._lengths[row] += 1
         return self.tokens
+
+    def _uncaptured(self) -> Tensor:
+        """The logits (B, V) after the last tokens of all rows, by compiled code where there is some."""
+        logits = self._ahead.step(self._ids, self._count, self._plain)
+        if logits is not None:
+            self.counts.compiled += 1
+            return logits
+        start = time.perf_counter()
+        logits = self._plain(self.cache)
+        self._ahead.spent(time.perf_counter() - start)
+        self.counts.plain += 1
+        return logits
+
+    def _plain(self, cache: StateCache) -> Tensor:
+        """The same over a cache by the model's own code."""
+        cache.expect(self._count)
+        return advance(self.model, cache, self._ids, None)[:, -1]
 
     def _forward(self, bucket: int) -> Tensor:
         """The logits (b, V) after the last tokens of the first b rows, of which idle ones take nothing in."""

@@ -21,6 +21,7 @@ class Report:
     accepted: int = 0  # of them
     rounds: int = 0  # turns with drafts
     assistant_forwards: int = 0
+    compiled: int = 0  # of the passes, those that a captured graph or compiled code ran
     reasons: tuple[Reason, ...] = ()  # of each row
 
     @property

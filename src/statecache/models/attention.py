@@ -109,7 +109,8 @@ def attend(
             "arguments from the decoder to its attention"
         )
     dense = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, config.eager)
-    if own._attn_implementation == "sdpa" and _shares(query, key, attention_mask, options):
+    within = statecache_pass is not None
+    if within and own._attn_implementation == "sdpa" and _shares(query, key, attention_mask, options):
         return _packed(dense, module, own, query, key, value, attention_mask, **options), None
     out, weights = dense(Unprepared(module, own), query, key, value, attention_mask, **options)
     if weights is not None and statecache_pass is not None:

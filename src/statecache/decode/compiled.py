@@ -1,0 +1,314 @@
+"""A CPU's step as code that torch compiled ahead of time: named by all that it is good for, and made beside the text.
+
+No text waits for it. Steps run plainly until there is code, which a process of its own makes once plain steps have
+taken a second; from then on, in every process, steps of that kind run by it. A file holds machine code for one
+structure of a model, one shape of a cache, one number of threads, one machine and the versions of what made it; the
+tensors of model and cache are its arguments. Where none can be made a note says why, and steps stay plain.
+
+B rows, V tokens of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+import statecache
+from statecache.models.cache import StateCache
+from statecache.storage.table import Stores
+
+FOLDER = "STATECACHE_COMPILED"  # where code is kept, if this is set; nowhere, if it is empty
+AFTER = 1.0  # seconds of plain steps of one kind in this process, after which code is made
+KEPT = 64  # files, the latest used
+TOLERANCE = 1e-4  # of the largest logit, between what is compiled and what is not
+OF_FILES = "_name_or_path", "transformers_version"  # in a configuration, of where it comes from
+SMALL = 2**16  # bytes of a tensor that goes to the process that compiles as it is; larger ones go without their numbers
+
+_spent: dict[str, float] = {}  # seconds of plain steps, by name
+_ordered: set[str] = set()  # names that this process has had code made for
+_making: list[subprocess.Popen[bytes]] = []  # what compiles beside this process
+_right: set[str] = set()  # whose code this process has seen to do what the plain step does
+
+Forward = Callable[[StateCache], Tensor]
+
+
+def folder() -> Path | None:
+    """Where code is kept; None where nobody wants any."""
+    given = os.environ.get(FOLDER)
+    if given is not None:
+        return Path(given) if given else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statecache" / "compiled"
+
+
+def compiles(model: nn.Module) -> bool:
+    """Whether steps of a model may be compiled: float32 on a CPU, and no function of its modules is anybody's own."""
+    if os.name != "posix" or folder() is None or torch.is_autocast_enabled("cpu"):
+        return False
+    held = [*model.parameters(), *model.buffers()]
+    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in held):
+        return False
+    return not any(_changed(module) for module in model.modules())
+
+
+class Ahead:
+    """The code of one cache's steps, from when there is some. `step` gives None until then."""
+
+    def __init__(self, model: nn.Module, cache: StateCache) -> None:
+        self.model, self.cache = model, cache
+        self._name: str | None = None
+        self._code: Any = None
+        self._inputs: list[Tensor] = []
+        self._over = not compiles(model) or cache.states.store != Stores() or cache.states.offload
+
+    def step(self, ids: Tensor, count: Tensor, plain: Forward) -> Tensor | None:
+        """Run a step over ids (B, 1), of which rows take in `count` (B,): its logits (B, V), or None without code.
+
+        `plain` runs the same step over a cache, which is what the code is held against before it is first used.
+        """
+        if self._code is None and not self._over:
+            self._look(ids, count, plain)
+        if self._code is None:
+            return None
+        logits: Tensor = self._code.run([*self._inputs, ids, count])[0]
+        self.cache.states.moved()
+        return logits
+
+    def spent(self, seconds: float) -> None:
+        """Say how long a plain step took. Has code made, once that is worth it."""
+        if self._over or self._name is None:
+            return
+        spent = _spent[self._name] = _spent.get(self._name, 0.0) + seconds
+        if spent > AFTER and self._name not in _ordered:
+            _ordered.add(self._name)
+            self._over = not order(self._name, self.model, self.cache)
+
+    def _look(self, ids: Tensor, count: Tensor, plain: Forward) -> None:
+        """Take the code, if it is there and right."""
+        if self._name is None:
+            self._name = name_of(self.model, self.cache)
+        file = _file(self._name)
+        if not file.is_file():
+            self._over = file.with_suffix(".why").exists()
+            return
+        try:
+            code = load_code(file)
+            if self._name not in _right and not self._agrees(code, ids, count, plain):
+                raise RuntimeError("its logits are not those of the plain step")
+        except (RuntimeError, OSError) as error:
+            self._over = True
+            warnings.warn(f"a compiled step is not used, {file}: {error}", stacklevel=2)
+            return
+        _right.add(self._name)
+        os.utime(file)
+        self._code, self._inputs = code, inputs(self.model, self.cache)
+
+    def _agrees(self, code: Any, ids: Tensor, count: Tensor, plain: Forward) -> bool:
+        """Whether two steps by the code give what two plain ones do. On copies: the cache stays as it is."""
+        twins = self.cache.fork(), self.cache.fork()
+        held = inputs(self.model, twins[1])
+        for _ in range(2):
+            want, got = plain(twins[0]), code.run([*held, ids, count])[0]
+            if not bool((got - want).abs().max() <= TOLERANCE * want.abs().max()):
+                return False
+        return True
+
+
+def inputs(model: nn.Module, cache: StateCache) -> list[Tensor]:
+    """What code takes before ids (B, 1) and count (B,): the tensors of a model and of a cache."""
+    return [*(t.detach() for _, t in _tensors(model)), *cache.states.buffers()]
+
+
+def being_made() -> bool:
+    """Whether this process has had code made that is not there yet."""
+    return any(not _file(name).is_file() and not _file(name).with_suffix(".why").exists() for name in _ordered)
+
+
+# ---- what code is good for
+
+
+def name_of(model: nn.Module, cache: StateCache) -> str:
+    """The digest of all that code for this model's steps on this cache depends on."""
+    digest = hashlib.sha256()
+    for line in (*_circumstances(), *_structure(model), *_shapes(cache)):
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _circumstances() -> Iterator[str]:
+    yield from _machine()
+    yield f"threads {torch.get_num_threads()}"
+    yield _source()
+
+
+@lru_cache
+def _machine() -> tuple[str, ...]:
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    return (*versions, sys.platform, platform.machine(), torch.backends.cpu.get_cpu_capability(), flags)
+
+
+@lru_cache
+def _source() -> str:
+    """A digest of our own code."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(inspect.getfile(statecache)).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _structure(model: nn.Module) -> Iterator[str]:
+    """What a model is but for its weights: modules, what they are told, and shapes."""
+    config: Any = model.config
+    told = {
+        key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
+    }
+    yield repr(sorted(told.items()))
+    yield repr(config._attn_implementation)
+    first: dict[int, str] = {}
+    for place, module in model.named_modules(remove_duplicate=False):
+        yield f"{place} {_called(type(module))} {first.setdefault(id(module), place)}"
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, (bool, int, float, str, type(None))):
+                yield f"{key} {value!r}"
+            elif isinstance(value, Tensor):
+                yield f"{key} {value.dtype} {_digest(value)}"
+            elif inspect.isroutine(value) or isinstance(value, type):
+                yield f"{key} {_called(value)}"
+    for place, tensor in _tensors(model):
+        yield f"{place} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
+    yield hashlib.sha256(Path(inspect.getfile(type(model))).read_bytes()).hexdigest()
+
+
+def _shapes(cache: StateCache) -> Iterator[str]:
+    states = cache.states
+    yield f"{states.made_for} {states.rows} {states.capacity} {states.slack} {states.back}"
+    yield from (f"{tuple(t.shape)} {t.stride()} {t.dtype}" for t in states.buffers())
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _called(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody hooks a module, or has put a function of his own on it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    own = vars(module).get("forward")
+    of = getattr(own, "__self__", own)
+    return any(hooks) or (own is not None and not type(of).__module__.startswith("statecache."))
+
+
+# ---- files
+
+
+def _file(name: str) -> Path:
+    kept = folder()
+    assert kept is not None
+    return kept / f"{name}.pt2"
+
+
+def load_code(file: Path) -> Any:
+    """What runs a file of code: what `torch._inductor.aoti_load_package` wraps, after seconds of importing."""
+    from torch._C import _aoti
+
+    return _aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+
+
+def order(name: str, model: nn.Module, cache: StateCache) -> bool:
+    """Have a process of its own compile the step, which goes on when this one ends. Whether it will."""
+    file = _file(name)
+    lock, why = file.with_suffix(".lock"), file.with_suffix(".why")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if lock.exists():
+            if _alive(lock):
+                return True
+            why.write_text("the process that compiled it ended without a word\n")
+            lock.unlink(missing_ok=True)
+            return False
+        with tempfile.TemporaryFile() as packed:
+            Hollow(packed).dump((model, _options(cache), torch.get_num_threads()))
+            packed.seek(0)
+            lock.write_text(str(_start(file, packed).pid))
+    except OSError:  # nowhere to keep it
+        return False
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        why.write_text(f"the model cannot be pickled: {error}\n")
+        return False
+    return True
+
+
+class _Beside(subprocess.Popen[bytes]):
+    """A process that goes on when this one ends, which is nothing to warn of."""
+
+    def __del__(self) -> None:
+        pass
+
+
+def _start(file: Path, packed: IO[bytes]) -> _Beside:
+    """Compile what was packed into a file."""
+    process = _Beside(
+        [sys.executable, "-m", "statecache.decode.compiling", str(file)],
+        stdin=packed,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path), FOLDER: ""},
+    )
+    _making[:] = [each for each in (*_making, process) if each.poll() is None]
+    return process
+
+
+def _options(cache: StateCache) -> dict[str, Any]:
+    states = cache.states
+    return {"rows": states.rows, "capacity": states.capacity, "slack": states.slack, "back": states.back}
+
+
+def _alive(lock: Path) -> bool:
+    try:
+        os.kill(int(lock.read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class Hollow(pickle.Pickler):
+    """Pickles a model without its weights."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, nn.Parameter):
+            return _weight, (value.shape, value.stride(), value.dtype, value.requires_grad)
+        if isinstance(value, Tensor) and value.nbytes > SMALL:
+            return torch.empty_strided, (tuple(value.shape), value.stride(), value.dtype)
+        return NotImplemented
+
+
+def _weight(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, learns: bool) -> nn.Parameter:
+    """A parameter of any numbers: of memory that nobody has touched."""
+    return nn.Parameter(torch.empty_strided(shape, stride, dtype=dtype), learns)

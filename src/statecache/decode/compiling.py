@@ -1,0 +1,99 @@
+"""The process that compiles a step: a model without its weights comes in, a file of code or a note goes out.
+
+`python -m statecache.decode.compiling FILE`, the model and the shape of its cache pickled on its standard input.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from statecache.decode.compiled import KEPT, SMALL, inputs
+from statecache.decode.feed import advance
+from statecache.models.cache import StateCache
+from statecache.models.fingerprint import Weights
+
+
+class Advance(nn.Module):
+    """A step of a model, which is a part of it, over a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, cache: StateCache, ids: Tensor, count: Tensor) -> Tensor:
+        """The logits (B, V) after ids (B, 1), of which rows take in `count` (B,)."""
+        cache.expect(count)
+        return advance(self.model, cache, ids, None)[:, -1]
+
+
+class Step(nn.Module):
+    """The same as a function of all tensors of model and cache, which it writes to in place. It has no parts."""
+
+    def __init__(self, model: nn.Module, cache: StateCache) -> None:
+        super().__init__()
+        step, own = Advance(model), cache.states.buffers()
+        names = [name for name, _ in (*step.named_parameters(), *step.named_buffers())]
+
+        def run(tensors: Sequence[Tensor], ids: Tensor, count: Tensor) -> Tensor:
+            weights, held = tensors[: len(names)], tensors[len(names) :]
+            there = copy.deepcopy(cache, {id(old): new for old, new in zip(own, held, strict=True)})
+            logits: Tensor = functional_call(step, dict(zip(names, weights, strict=True)), (there, ids, count))
+            return logits
+
+        self.run = run
+
+    def forward(self, tensors: Sequence[Tensor], ids: Tensor, count: Tensor) -> Tensor:
+        """The logits (B, V)."""
+        return self.run(tensors, ids, count)
+
+
+@torch.no_grad()
+def compile_step(model: nn.Module, options: dict[str, Any], file: Path) -> None:
+    """Compile the step of a prepared model over a fixed cache into a file."""
+    rows = options["rows"]
+    cache = StateCache(model.config, dtype=torch.float32, device="cpu", **options)
+    ids, count = torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+    Advance(model)(cache, ids, count)  # from here on the cache is a prepared model's
+    cache.weights = Weights(unknown=True)
+    made = file.with_suffix(f".{os.getpid()}.pt2")
+    with warnings.catch_warnings(action="ignore"):  # what torch says of its own code
+        exported = torch.export.export(Step(model, cache), (inputs(model, cache), ids, count), strict=False)
+        own = {**exported.constants, **exported.state_dict}
+        if large := [name for name, value in own.items() if isinstance(value, Tensor) and value.nbytes > SMALL]:
+            raise RuntimeError(f"the step has tensors of its own, whose numbers are not here: {large}")
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
+    made.rename(file)
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    os.nice(19)  # the text that this goes on beside comes first
+    try:
+        model, options, threads = pickle.load(sys.stdin.buffer)  # noqa: S301 of the process that started this one
+        torch.set_num_threads(threads)
+        compile_step(model, options, file)
+    except BaseException:
+        file.with_suffix(".why").write_text(traceback.format_exc())
+        raise
+    finally:
+        file.with_suffix(".lock").unlink(missing_ok=True)
+    kept = sorted(file.parent.glob("*.pt2"), key=lambda each: each.stat().st_mtime)
+    for old in kept[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""A CPU's step compiled ahead of time: what its code is good for, that it is never waited for, and that it is right."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from torch import Tensor, nn
+
+import statecache as sc
+from statecache.decode import compiled
+from statecache.decode.capturing import fixed_cache
+from statecache.decode.compiled import compiles, inputs, name_of
+from statecache.decode.compiling import compile_step
+from statecache.decode.feed import advance
+from statecache.models.cache import StateCache
+
+SHAPE: dict[str, Any] = {"rows": 2, "capacity": 512, "slack": 1, "back": False}
+IDS = torch.tensor([[5, 9, 33, 70], [8, 8, 90, 3]])
+PATIENCE = 240  # seconds
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for code, of which nothing is known in this process yet."""
+    monkeypatch.setenv(compiled.FOLDER, str(tmp_path))
+    for known in (compiled._spent, compiled._ordered, compiled._right):
+        monkeypatch.setattr(compiled, {id(v): k for k, v in vars(compiled).items()}[id(known)], type(known)())
+    return tmp_path
+
+
+def model_of(name: str = "qwen3_5", **options: Any) -> Any:
+    return sc.prepare(families.build(name, **options)[0])
+
+
+def filled(model: Any, **options: Any) -> StateCache:
+    cache = StateCache(model.config, dtype=torch.float32, device="cpu", **{**SHAPE, **options})
+    advance(model, cache, IDS, None)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Code for `model_of()`, by a process of its own, which `generate` has started."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(compiled.FOLDER, str(folder))
+        patched.setattr(compiled, "AFTER", 0.0)
+        patched.setattr(compiled, "_ordered", set())
+        model, reports = model_of(), list[sc.Report]()
+        sc.generate(model, IDS, max_new_tokens=40, report=reports.append)
+        assert compiled.being_made() and reports[0].compiled == 0
+        start = time.monotonic()
+        while compiled.being_made():
+            assert time.monotonic() - start < PATIENCE, "nothing was compiled"
+            time.sleep(0.2)
+        (file,) = folder.iterdir()
+        assert file.suffix == ".pt2", file.read_text()
+        return file.read_bytes()
+
+
+def put(code: Path, made: bytes, model: Any) -> Path:
+    """The code where a decoder of this model and of `SHAPE` looks for it."""
+    file = code / f"{name_of(model, filled(model))}.pt2"
+    file.write_bytes(made)
+    return file
+
+
+# ---- what it does
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "top_k": 20, "seed": 5}], ids=["greedy", "drawn"])
+def test_generate_takes_the_code_that_is_there_and_writes_the_same(
+    code: Path, made: bytes, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reports = model_of(), list[sc.Report]()
+    put(code, made, model)
+    got = sc.generate(model, IDS, max_new_tokens=60, report=reports.append, **how)
+    assert reports[0].compiled == 59
+    monkeypatch.setenv(compiled.FOLDER, "")
+    want = sc.generate(model, IDS, max_new_tokens=60, report=reports.append, **how)
+    assert reports[1].compiled == 0
+    assert torch.equal(got, want)
+
+
+def test_a_text_switches_over_when_its_code_has_come(code: Path, made: bytes) -> None:
+    model = model_of()
+    with sc.Decoder(model, filled(model)) as decoder:
+        decoder.reset([0, 1])
+        decoder.prefill(IDS)
+        got = [decoder.step().clone() for _ in range(10)]
+        assert (decoder.counts.plain, decoder.counts.compiled) == (10, 0)
+        put(code, made, model)
+        got += [decoder.step().clone() for _ in range(10)]
+        assert (decoder.counts.plain, decoder.counts.compiled) == (10, 10)
+    want = sc.generate(model, IDS, max_new_tokens=21)[:, 5:]
+    assert torch.equal(torch.stack(got, 1), want)
+
+
+def test_rows_come_and_go_and_the_cache_is_as_after_plain_steps(code: Path, made: bytes) -> None:
+    model = model_of()
+    put(code, made, model)
+    lengths, logits = [], []
+    for plain in (False, True):
+        with sc.Decoder(model, filled(model)) as decoder:
+            if plain:
+                decoder._ahead._over = True
+            decoder.reset([0, 1])
+            decoder.prefill([[3, 4, 5]], [1])
+            for _ in range(3):
+                decoder.step()
+            decoder.prefill([[9, 8, 7, 6, 5]], [0])
+            for _ in range(4):
+                decoder.step()
+            decoder.leave([1])
+            decoder.step()
+            assert decoder.counts.compiled == (0 if plain else 8)
+        mark = decoder.cache.checkpoint()
+        lengths.append(decoder.cache.lengths.tolist())
+        first = advance(model, decoder.cache, IDS[:, :2], None)
+        decoder.cache.restore(mark)
+        assert torch.equal(advance(model, decoder.cache, IDS[:, :2], None), first)
+        logits.append(first)
+    assert lengths == [[10, 10], [10, 10]]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+# ---- what it is good for
+
+
+def rebuilt(change: Callable[[Any], object]) -> Any:
+    model = model_of()
+    change(model)
+    return model
+
+
+class Wrapped(nn.Linear):
+    """A linear layer of another class."""
+
+
+def wrap(model: Any) -> None:
+    layer = model.model.layers[0].mlp
+    own = layer.up_proj
+    layer.up_proj = Wrapped(own.in_features, own.out_features, bias=False)
+
+
+def nearer(model: Any) -> None:
+    model.model.layers[0].input_layernorm.eps = 1.0
+
+
+def test_the_name_is_of_the_structure_and_not_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = model_of(), model_of()
+    for parameter in other.parameters():
+        parameter.mul_(2)
+    other.config._name_or_path = "elsewhere"
+    want = name_of(model, filled(model))
+    assert name_of(other, filled(other)) == want
+    for different in (rebuilt(wrap), rebuilt(nearer), model_of(intermediate_size=40), model_of("mamba2")):
+        assert name_of(different, filled(different)) != want
+    for options in ({"capacity": 640}, {"slack": 2}, {"rows": 2, "back": True}):
+        assert name_of(model, filled(model, **options)) != want
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert name_of(model, filled(model)) != want
+
+
+def hook(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+def replace(model: Any) -> None:
+    layer = model.model.layers[0].mlp
+    layer.forward = lambda x: x
+
+
+@pytest.mark.parametrize("change", [hook, replace, lambda model: model.to(torch.bfloat16)], ids=["hook", "own", "half"])
+def test_what_cannot_be_known_is_not_compiled(change: Callable[[Any], object]) -> None:
+    assert compiles(model_of())
+    assert not compiles(rebuilt(change))
+
+
+def test_an_empty_folder_name_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    assert compiles(model) and fixed_cache(model, 1, 10, 40) is not None
+    monkeypatch.setenv(compiled.FOLDER, "")
+    assert not compiles(model) and fixed_cache(model, 1, 10, 40) is None
+
+
+def test_capacities_are_few() -> None:
+    model = model_of()
+    caches = [fixed_cache(model, 1, longest, 40) for longest in (1, 400, 480, 2100, 5000)]
+    assert [cache and cache.capacity for cache in caches] == [512, 512, 1024, 2560, 5120]
+    assert fixed_cache(model, 1, 10, 31) is None and fixed_cache(model, 9, 10, 40) is None
+
+
+# ---- what goes wrong
+
+
+def write(model: Any) -> tuple[Tensor, int]:
+    reports = list[sc.Report]()
+    out = sc.generate(model, IDS, max_new_tokens=40, report=reports.append)
+    return out, reports[0].compiled
+
+
+def test_code_of_another_model_is_found_out(code: Path, made: bytes) -> None:
+    model = rebuilt(nearer)
+    file = put(code, made, model)
+    with pytest.warns(UserWarning, match=f"{file.name}: its logits are not those of the plain step"):
+        got, taken = write(model)
+    assert taken == 0
+    file.unlink()
+    assert torch.equal(got, write(model)[0])
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"x" * len(data)])
+def test_damaged_code_is_not_used(code: Path, made: bytes, damage: Callable[[bytes], bytes]) -> None:
+    model = model_of()
+    put(code, damage(made), model)
+    with pytest.warns(UserWarning, match="a compiled step is not used"):
+        _, taken = write(model)
+    assert taken == 0
+
+
+def test_what_failed_is_not_tried_again(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[Path]()
+    monkeypatch.setattr(compiled, "AFTER", 0.0)
+    monkeypatch.setattr(compiled, "_start", lambda file, packed: started.append(file))
+    model = model_of()
+    model.mine = lambda: None  # a process cannot be sent this
+    write(model)
+    (why,) = code.iterdir()
+    assert why.suffix == ".why" and "cannot be pickled" in why.read_text()
+    compiled._ordered.clear()
+    write(model)
+    assert not started
+
+
+def test_a_compiler_that_died_leaves_a_note(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "AFTER", 0.0)
+    model = model_of()
+    name = name_of(model, filled(model))
+    gone = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(gone, 0)
+    (code / f"{name}.lock").write_text(str(gone))
+    write(model)
+    assert [file.name for file in code.iterdir()] == [f"{name}.why"]
+
+
+def test_a_folder_that_cannot_be_written_is_nobodys_trouble(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code / "file").write_text("")
+    monkeypatch.setenv(compiled.FOLDER, str(code / "file" / "below"))
+    monkeypatch.setattr(compiled, "AFTER", 0.0)
+    assert write(model_of())[1] == 0
+
+
+# ---- all families
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_rows_that_differ_and_wait_step_by_code_as_plainly(name: str, code: Path) -> None:
+    model = sc.prepare(families.build(name)[0])
+    shape = {"rows": 3, "capacity": 32, "slack": 1, "back": False}
+    file, draw = code / "step.pt2", torch.Generator().manual_seed(1)
+    compile_step(copy.deepcopy(model), shape, file)
+    caches = [StateCache(model.config, dtype=torch.float32, device="cpu", **shape) for _ in range(2)]
+    prompt = torch.randint(1, 90, (3, 7), generator=draw)
+    for cache in caches:
+        advance(model, cache, prompt, [7, 3, 5])
+    step, held = compiled.load_code(file), inputs(model, caches[1])
+    for _ in range(12):
+        ids, count = torch.randint(1, 90, (3, 1), generator=draw), torch.randint(0, 2, (3,), generator=draw)
+        caches[0].expect(count)
+        want = advance(model, caches[0], ids, None)[:, -1]
+        got = step.run([*held, ids, count])[0]
+        caches[1].states.moved()
+        takes = count > 0
+        if takes.any():
+            assert (got - want)[takes].abs().max() / want.abs().max() < 1e-5
+        assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
