@@ -24,8 +24,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "wider.narrow(self.axis, 0, self.slots - 1).copy_(self.data.narrow(self.axis, 0, self.slots - 1))",
         ),
         "rows are taken in the order they have": (
-            "changes.copy(data[to : to + n], self.data[row : row + n])",
-            "changes.copy(data[to : to + n], self.data[[b % len(self.data) for b in range(to, to + n)]])",
+            "changes.copy(data, self.data, rows)",
+            "changes.copy(data, self.data, sorted(rows))",
         ),
         "what stands before the slots moves as the first of it": (
             "        for part in parts:\n",
@@ -36,8 +36,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.data.narrow(self.axis, 0, used - 1)",
         ),
         "clearing some rows clears the first ones": (
-            "changes.zero(self.data[first : first + n])",
-            "changes.zero(self.data[:n])",
+            "else sorted(set(rows))",
+            "else range(len(set(rows)))",
         ),
     },
     "storage.changes": {
@@ -54,20 +54,24 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "late[pair[0]] is turn] for turn in (True, False))",
         ),
         "what was kept aside goes to other rows": (
-            "((to, place[row]) for",
-            "((to, 0) for",
+            "dict(zip(aside, kept.unbind(0), strict=True))",
+            "dict(zip(aside[::-1], kept.unbind(0), strict=True))",
         ),
-        "rows in order go anywhere": (
-            "if found and (to, row) == (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]):",
-            "if found and to == found[-1][0] + found[-1][2] and row:",
+        "what is kept aside is read before it is there": (
+            "    for copied in rounds:\n        _copy",
+            "    for copied in rounds[::-1]:\n        _copy",
         ),
-        "a buffer that has no room aside stays as it is": (
-            "    while taken:\n",
-            "    if taken:\n",
+        "buffers before one that has no room aside stay as they are": (
+            "            _rounds(rounds)\n            size",
+            "            [copied.clear() for copied in rounds]\n            size",
         ),
         "what is large is copied by nobody": (
-            "            to.copy_(what)\n",
-            "            pass\n",
+            "                to.copy_(what)\n",
+            "                pass\n",
+        ),
+        "what makes many is forgotten": (
+            "            torch._foreach_copy_(*alike.pop(kind))\n",
+            "            alike.pop(kind)\n",
         ),
         "what is large is zeroed by nobody": (
             "            tensor.zero_()\n",

@@ -269,7 +269,8 @@ def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
     """Run a schedule and assert after every operation that states and lists agree."""
     core.offload.AHEAD = False  # two layers would both stay
     core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
-    core.dense.WHOLE, core.changes.ALONE, core.changes.ASIDE = 64, 100, 64  # so that each has states on either side
+    core.dense.WHOLE, core.changes.ALONE = 64, 100  # so that each has states on either side
+    core.changes.ASIDE, core.changes.MANY = 64, 4
     subjects = [subject(core, form)]
     first = subjects[0].states
     addresses = [b.data_ptr() for b in first.buffers()]

@@ -16,7 +16,7 @@ import statecache.storage.changes
 from statecache.snapshot import Mark, Snapshot
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
-from statecache.storage.changes import Changes, order, stretches
+from statecache.storage.changes import Changes, order
 from statecache.storage.dense import Dense
 
 # ---- in which order rows move
@@ -49,16 +49,12 @@ def test_rows_that_stay_are_not_touched() -> None:
     assert order([0, 1, 5, 3]) == ([], [(2, 5)], [])
 
 
-def test_stretches_are_as_few_as_there_can_be() -> None:
-    assert stretches([(0, 4), (1, 5), (2, 7), (4, 8), (5, 9)]) == [(0, 4, 2), (2, 7, 1), (4, 8, 2)]
-
-
 # ---- what is made of them
 
 
-@pytest.fixture(params=[(1 << 23, 1 << 28), (64, 1), (0, 100)], ids=["together", "some alone", "each alone"])
+@pytest.fixture(params=[(1 << 23, 1 << 28, 512), (64, 1, 3), (0, 100, 1)], ids=["together", "some", "each alone"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in zip(("ALONE", "ASIDE"), request.param, strict=True):
+    for name, size in zip(("ALONE", "ASIDE", "MANY"), request.param, strict=True):
         monkeypatch.setattr(statecache.storage.changes, name, size)
 
 
@@ -74,7 +70,7 @@ def test_copies_and_zeros_of_any_tensors() -> None:
     was = [t.clone() for t in tensors]
     cloned = [changes.clone(t) for t in tensors]
     for t in others:
-        changes.zero(t[1:3])
+        changes.zero(t, [1, 2])
     with Launches():
         changes.make()
     assert all(map(torch.equal, cloned, was)) and all(map(torch.equal, tensors, was))
@@ -113,6 +109,28 @@ def test_no_more_is_kept_aside_at_once_than_there_is_room_for(room: int, monkeyp
     with Launches() as seen:
         changes.make()
     assert seen.by["_foreach_copy_"] == 3 * (1 if room > 200 else 3)
+
+
+@pytest.mark.parametrize(("many", "calls", "moves"), [(512, 1, 3), (6, 5, 3 * 5), (1, 10, 3 * 10)])
+def test_no_more_pieces_are_alive_at_once_than_are_quicker(
+    many: int, calls: int, moves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statecache.storage.changes, "MANY", many)
+    changes, held = Changes(), [torch.randn(4, 5) for _ in range(10)]
+    picked = [torch.empty(3, 5) for _ in held]
+    for to, what in zip(picked, held, strict=True):
+        changes.copy(to, what, [2, 0, 0])
+    with Launches() as seen:
+        changes.make()
+    assert seen.by == {"_foreach_copy_": calls}
+    assert all(torch.equal(to, what[[2, 0, 0]]) for to, what in zip(picked, held, strict=True))
+    was = [t.clone() for t in held]
+    for t in held:
+        changes.take(t, (1, 0))
+    with Launches() as seen:
+        changes.make()
+    assert seen.by == {"_foreach_copy_": moves}
+    assert all(torch.equal(t, before[[1, 0, 2, 3]]) for t, before in zip(held, was, strict=True))
 
 
 @pytest.mark.parametrize("used", [2, 9])

@@ -7,16 +7,18 @@ B rows, k of them, *D the shape of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 ALONE = 1 << 23  # bytes from which on a tensor is worth a launch of its own: torch's single copies are the faster ones
 ASIDE = 1 << 28  # bytes that are kept aside at once while rows trade places, and one buffer's at least
+MANY = 512  # tensors from which on more at once are no quicker, and cost the host: it walks through what is alive
 
+Rows = tuple[int, ...]
 Pair = tuple[int, int]  # where a row goes, and where it is
-Stretch = tuple[int, int, int]  # the same of several rows in order: the first of each, and how many
+Copies = tuple[Sequence[Tensor], Sequence[Tensor]]  # to where, and what: of one shape, dtype and layout on either side
 
 
 class Changes:
@@ -26,17 +28,17 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._zeroed: list[Tensor] = []
-        self._copied: list[tuple[Tensor, Tensor]] = []
-        self._taken: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._zeroed: list[tuple[Tensor, Rows]] = []
+        self._copied: list[tuple[Tensor, Tensor, Rows]] = []
+        self._taken: list[tuple[Tensor, Rows]] = []
 
-    def zero(self, what: Tensor) -> None:
-        """Zero this tensor."""
-        self._zeroed.append(what)
+    def zero(self, held: Tensor, rows: Iterable[int] = ()) -> None:
+        """Zero these rows of `held` (B, *D), or all of it where none are named."""
+        self._zeroed.append((held, tuple(rows)))
 
-    def copy(self, to: Tensor, what: Tensor) -> None:
-        """Copy `what` into a tensor of the same shape."""
-        self._copied.append((to, what))
+    def copy(self, to: Tensor, what: Tensor, rows: Sequence[int] = ()) -> None:
+        """Copy `what` into `to`, of the same shape; or the k `rows` of it (B, *D) into `to` (k, *D)."""
+        self._copied.append((to, what, tuple(rows)))
 
     def clone(self, what: Tensor) -> Tensor:
         """A tensor that is a copy of `what` once it is made."""
@@ -53,27 +55,16 @@ class Changes:
         zeroed, copied, taken = self._zeroed, self._copied, self._taken
         self._zeroed, self._copied, self._taken = [], [], []
         with torch.no_grad():  # no gradient flows through a store
-            _zero(zeroed)
-            _copy(copied)
+            _zero([held[row] for row in rows] or [held] for held, rows in zeroed)
+            _copy(_picked(to, what, rows) if rows else ([to], [what]) for to, what, rows in copied)
             _take(taken)
-
-
-def stretches(pairs: Iterable[Pair]) -> list[Stretch]:
-    """As few stretches as there can be: of pairs in a row both sides of which go up by one."""
-    found: list[Stretch] = []
-    for to, row in pairs:
-        if found and (to, row) == (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]):
-            found[-1] = (*found[-1][:2], found[-1][2] + 1)
-        else:
-            found.append((to, row, 1))
-    return found
 
 
 def order(rows: Sequence[int]) -> tuple[list[int], list[Pair], list[Pair]]:
     """How row n comes to be what row rows[n] was, for all n: which rows to keep aside, what to copy first, and then.
 
     No copy of either round writes what another one of it reads, but for what is kept aside: at most half of a ring of
-    rows that trade places.
+    rows that trade places, or one more.
     """
     moved = {to: row for to, row in enumerate(rows) if to != row}
     read, late = set(moved.values()), dict[int, bool]()
@@ -89,56 +80,73 @@ def order(rows: Sequence[int]) -> tuple[list[int], list[Pair], list[Pair]]:
 # ---- inside
 
 
-def _zero(tensors: list[Tensor]) -> None:
+def _zero(zeroed: Iterable[Sequence[Tensor]]) -> None:
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.nbytes >= ALONE or not tensor.is_contiguous():
-            tensor.zero_()
+    for tensors in zeroed:
+        one = tensors[0]
+        if one.nbytes < ALONE and one.is_contiguous():
+            alike.setdefault((one.device, one.dtype), []).extend(tensors)
         else:
-            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for each in alike.values():
-        torch._foreach_zero_(each)
+            for tensor in tensors:
+                tensor.zero_()
+    for together in alike.values():
+        torch._foreach_zero_(together)
 
 
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(copied: Iterable[Copies]) -> None:
     alike: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for to, what in pairs:
+    for tos, whats in copied:
+        to, what = tos[0], whats[0]
         # one that is not as torch's fused copies want it would have all others copied one by one
         fused = to.device == what.device and to.is_contiguous() and to.stride() == what.stride()
-        if to.nbytes >= ALONE or not fused:
-            to.copy_(what)
-        else:
-            tos, whats = alike.setdefault((to.device, to.dtype, what.dtype), ([], []))
-            tos.append(to)
-            whats.append(what)
-    for tos, whats in alike.values():
-        torch._foreach_copy_(tos, whats)
+        if not fused or to.nbytes >= ALONE:
+            for to, what in zip(tos, whats, strict=True):
+                to.copy_(what)
+            continue
+        kind = to.device, to.dtype, what.dtype
+        together = alike.setdefault(kind, ([], []))
+        together[0].extend(tos)
+        together[1].extend(whats)
+        if len(together[0]) >= MANY:
+            torch._foreach_copy_(*alike.pop(kind))
+    for together in alike.values():
+        torch._foreach_copy_(*together)
 
 
-def _take(taken: list[tuple[Tensor, tuple[int, ...]]]) -> None:
-    """Move rows in place, as many buffers at once as what is kept aside of them allows."""
-    orders = {rows: order(rows) for _, rows in taken}
-    while taken:
-        away: list[tuple[Tensor, Tensor]] = []
-        early: list[tuple[Tensor, Tensor]] = []
-        late: list[tuple[Tensor, Tensor]] = []
-        size = 0
-        while taken and size < ASIDE:
-            held, rows = taken.pop()
-            aside, first, then = orders[rows]
-            kept = held.new_empty(len(aside), *held.shape[1:])
-            size += kept.nbytes
-            away += _rows(kept, held, enumerate(aside))
-            for pairs, copies in ((first, early), (then, late)):
-                place = {row: n for n, row in enumerate(aside)}
-                copies += _rows(held, kept, ((to, place[row]) for to, row in pairs if row in place))
-                copies += _rows(held, held, (pair for pair in pairs if pair[1] not in place))
-        for copies in (away, early, late):
-            _copy(copies)
+def _picked(to: Tensor, held: Tensor, rows: Rows) -> Copies:
+    there = _views(held, rows)
+    return to.unbind(0), [there[row] for row in rows]
 
 
-def _rows(to: Tensor, what: Tensor, pairs: Iterable[Pair]) -> list[tuple[Tensor, Tensor]]:
-    """These rows of one tensor, and what is to come there; several at once where they lie one behind the other."""
-    if to.is_contiguous() and what.is_contiguous():
-        return [(to[a : a + n], what[b : b + n]) for a, b, n in stretches(pairs)]
-    return [(to[a], what[b]) for a, b in pairs]
+def _take(taken: list[tuple[Tensor, Rows]]) -> None:
+    """Move rows in place, of as many buffers at once as what is kept aside allows."""
+    orders = {rows: order(rows) for rows in {rows for _, rows in taken}}
+    rounds: tuple[list[Copies], ...] = ([], [], [])
+    size = views = 0
+    for held, rows in taken:
+        aside, *copies = orders[rows]
+        if not any(copies):
+            continue
+        kept = held.new_empty(len(aside), *held.shape[1:])
+        if size + kept.nbytes > ASIDE or views >= MANY:
+            _rounds(rounds)
+            size = views = 0
+        there = _views(held, [*rows, *range(len(rows))])
+        away = dict(zip(aside, kept.unbind(0), strict=True))
+        rounds[0].append((list(away.values()), [there[row] for row in aside]))
+        for pairs, copied in zip(copies, rounds[1:], strict=True):
+            copied.append(([there[to] for to, _ in pairs], [away.get(row, there[row]) for _, row in pairs]))
+        size, views = size + kept.nbytes, views + len(there)
+    _rounds(rounds)
+
+
+def _rounds(rounds: tuple[list[Copies], ...]) -> None:
+    """Make these copies one round after the other, and forget them."""
+    for copied in rounds:
+        _copy(copies for copies in copied if copies[0])
+        copied.clear()
+
+
+def _views(held: Tensor, rows: Sequence[int]) -> Mapping[int, Tensor] | Sequence[Tensor]:
+    """At least these rows, by number: one by one where they are few, since all at once takes a quarter for each."""
+    return {row: held[row] for row in rows} if 4 * len(rows) < len(held) else held.unbind(0)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statecache.storage.changes import Changes, stretches
+from statecache.storage.changes import Changes
 from statecache.storage.store import Move, Places, Slots, revive, zeros
 
 WHOLE = 1 << 20  # bytes of a row that moves as a whole, however few of its slots are used
@@ -86,11 +86,7 @@ class Dense:
     # ---- between steps
 
     def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
-        if rows is None:
-            changes.zero(self.data)
-            return
-        for first, _, n in stretches((row, row) for row in sorted(set(rows))):
-            changes.zero(self.data[first : first + n])
+        changes.zero(self.data, () if rows is None else sorted(set(rows)))
 
     def grow(self, slots: int) -> None:
         shape = (*self.data.shape[: self.axis], slots, *self.data.shape[self.axis + 1 :])
@@ -103,8 +99,7 @@ class Dense:
             return lambda moves: self._move(rows, used, moves)
         with torch.inference_mode(False):
             data = self.data.new_empty(len(rows), *self.data.shape[1:])
-        for to, row, n in stretches(enumerate(rows)):
-            changes.copy(data[to : to + n], self.data[row : row + n])
+        changes.copy(data, self.data, rows)
         return lambda _: self.hold(data, len(rows))
 
     def fork(self, used: Sequence[int]) -> Dense:
