@@ -39,7 +39,16 @@ def test_rows_end_where_they_belong_and_no_round_reads_what_it_writes() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "aside"),
-    [((0, 1, 2), 0), ((2, 2, 2), 0), ((0, 0, 1), 0), ((1, 2, 2), 0), ((1, 0), 1), ((3, 2, 1, 0), 2), ((1, 2, 3, 0), 2)],
+    [
+        ((0, 1, 2), 0),
+        ((2, 2, 2), 0),
+        ((0, 0, 1), 0),
+        ((1, 2, 2), 0),
+        ((1, 0), 1),
+        ((1, 2, 0), 2),
+        ((3, 2, 1, 0), 2),
+        ((1, 2, 3, 0), 2),
+    ],
 )
 def test_at_most_half_of_the_rows_that_trade_places_are_kept_aside(choice: tuple[int, ...], aside: int) -> None:
     assert len(order(choice)[0]) == aside
@@ -78,6 +87,8 @@ def test_copies_and_zeros_of_any_tensors() -> None:
     for t, what in zip(tensors, others, strict=True):
         changes.copy(t, what)
     changes.copy(cloned[0], was[0].double().mul(2))  # of another dtype
+    changes.zero(cloned[1], [])
+    changes.copy(cloned[0][:0], was[0], [])
     assert all(map(torch.equal, tensors, was)), "nothing changes before make()"
     with Launches():
         changes.make()
@@ -85,6 +96,7 @@ def test_copies_and_zeros_of_any_tensors() -> None:
     with Launches():
         changes.make()
     assert torch.equal(cloned[0], 2 * was[0]), "what was made is over"
+    assert torch.equal(cloned[1], was[1]), "no rows are not all"
 
 
 @pytest.mark.usefixtures("sizes")
@@ -234,6 +246,7 @@ def test_rows_of_a_snapshot_are_numbered_once(store: str, monkeypatch: pytest.Mo
         return make(*args, **options)
 
     of = many(24, 16, logs=False, store=store)
+    of["23.key"].store.write(slice(0, 16), torch.randn(3, 2, 16, 8).bfloat16())
     value = of.snapshot(0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "tensor", counted)

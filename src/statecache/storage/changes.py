@@ -28,17 +28,17 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._zeroed: list[tuple[Tensor, Rows]] = []
-        self._copied: list[tuple[Tensor, Tensor, Rows]] = []
+        self._zeroed: list[tuple[Tensor, Rows | None]] = []
+        self._copied: list[tuple[Tensor, Tensor, Rows | None]] = []
         self._taken: list[tuple[Tensor, Rows]] = []
 
-    def zero(self, held: Tensor, rows: Iterable[int] = ()) -> None:
-        """Zero these rows of `held` (B, *D), or all of it where none are named."""
-        self._zeroed.append((held, tuple(rows)))
+    def zero(self, held: Tensor, rows: Iterable[int] | None = None) -> None:
+        """Zero these rows of `held` (B, *D), None for all of it."""
+        self._zeroed.append((held, None if rows is None else tuple(rows)))
 
-    def copy(self, to: Tensor, what: Tensor, rows: Sequence[int] = ()) -> None:
+    def copy(self, to: Tensor, what: Tensor, rows: Sequence[int] | None = None) -> None:
         """Copy `what` into `to`, of the same shape; or the k `rows` of it (B, *D) into `to` (k, *D)."""
-        self._copied.append((to, what, tuple(rows)))
+        self._copied.append((to, what, None if rows is None else tuple(rows)))
 
     def clone(self, what: Tensor) -> Tensor:
         """A tensor that is a copy of `what` once it is made."""
@@ -55,8 +55,8 @@ class Changes:
         zeroed, copied, taken = self._zeroed, self._copied, self._taken
         self._zeroed, self._copied, self._taken = [], [], []
         with torch.no_grad():  # no gradient flows through a store
-            _zero([held[row] for row in rows] or [held] for held, rows in zeroed)
-            _copy(_picked(to, what, rows) if rows else ([to], [what]) for to, what, rows in copied)
+            _zero([held] if rows is None else [held[row] for row in rows] for held, rows in zeroed)
+            _copy(([to], [what]) if rows is None else _picked(to, what, rows) for to, what, rows in copied)
             _take(taken)
 
 
@@ -64,7 +64,7 @@ def order(rows: Sequence[int]) -> tuple[list[int], list[Pair], list[Pair]]:
     """How row n comes to be what row rows[n] was, for all n: which rows to keep aside, what to copy first, and then.
 
     No copy of either round writes what another one of it reads, but for what is kept aside: at most half of a ring of
-    rows that trade places, or one more.
+    rows that trade places, rounded up.
     """
     moved = {to: row for to, row in enumerate(rows) if to != row}
     read, late = set(moved.values()), dict[int, bool]()
@@ -82,7 +82,7 @@ def order(rows: Sequence[int]) -> tuple[list[int], list[Pair], list[Pair]]:
 
 def _zero(zeroed: Iterable[Sequence[Tensor]]) -> None:
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensors in zeroed:
+    for tensors in filter(None, zeroed):
         one = tensors[0]
         if one.nbytes < ALONE and one.is_contiguous():
             alike.setdefault((one.device, one.dtype), []).extend(tensors)
@@ -96,6 +96,8 @@ def _zero(zeroed: Iterable[Sequence[Tensor]]) -> None:
 def _copy(copied: Iterable[Copies]) -> None:
     alike: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for tos, whats in copied:
+        if not tos:
+            continue
         to, what = tos[0], whats[0]
         # one that is not as torch's fused copies want it would have all others copied one by one
         fused = to.device == what.device and to.is_contiguous() and to.stride() == what.stride()
@@ -143,7 +145,7 @@ def _take(taken: list[tuple[Tensor, Rows]]) -> None:
 def _rounds(rounds: tuple[list[Copies], ...]) -> None:
     """Make these copies one round after the other, and forget them."""
     for copied in rounds:
-        _copy(copies for copies in copied if copies[0])
+        _copy(copied)
         copied.clear()
 
 

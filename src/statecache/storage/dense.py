@@ -86,7 +86,7 @@ class Dense:
     # ---- between steps
 
     def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
-        changes.zero(self.data, () if rows is None else sorted(set(rows)))
+        changes.zero(self.data, None if rows is None else sorted(set(rows)))
 
     def grow(self, slots: int) -> None:
         shape = (*self.data.shape[: self.axis], slots, *self.data.shape[self.axis + 1 :])
