@@ -20,7 +20,7 @@ FLOORS = (
 )
 OPERATORS = "scan ssd delta kda pooled_index block_index short_conv residual_conv relative lightning rg_lru cca"
 INSIDE = {
-    "storage": ["store", "dense pool", "paged coded rounded", "at_rest table"],
+    "storage": ["changes", "store", "dense pool", "paged coded rounded", "at_rest table"],
     "ops": ["chunks", "conv selective_scan ssd gated_delta rg_lru delay", "lightning"],
     "models": [
         "interface",
@@ -76,6 +76,8 @@ FOREIGN = {
     "torch._inductor",
     "._forward_hooks",
     "._forward_pre_hooks",
+    "torch._foreach_copy_",
+    "torch._foreach_zero_",
     "._version",
     "._modules",
     "._parameters",

@@ -14,7 +14,7 @@ saw every step.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from statecache.errors import CapacityError, RaggedError, RollbackError, RowsError, StateCacheError, StepError
 from statecache.rotary import Rotary
 from statecache.step import Allocation, Standing, Step
-from statecache.storage.store import Move, revive, zeros
+from statecache.storage.store import revive, zeros
 
 LENGTH, COLUMNS, REACH, BASE, COPIED = range(5)  # rows of the clock's tensor; from COPIED on there are `slack` of them
 
@@ -438,8 +438,8 @@ class Clock:
             self.know(nothing(self.rows))
         else:
             index = torch.tensor(rows, device=self.data.device)
-            for number in (LENGTH, REACH, BASE, *range(COPIED, len(self.data))):
-                self.data[number].index_fill_(0, index, 0)
+            for numbers in (self.data[LENGTH], self.data[REACH:]):  # all but the columns
+                numbers.index_fill_(-1, index, 0)
             self._set(rows, 0, 0, self.known.width)
 
     def admit(self, row: int, length: int, rotated: int) -> None:
@@ -459,7 +459,7 @@ class Clock:
             lengths[row], reaches[row], bases[row], rotations[row] = length, reach, length, rotated
         self.know(Known(lengths, reaches, bases, rotations, width, differ(lengths), known.overflowed))
 
-    def taken(self, rows: Sequence[int]) -> Move:
+    def taken(self, rows: Sequence[int]) -> Callable[[], None]:
         """Prepare to keep these rows, in this order."""
         index = torch.tensor(rows, device=self.data.device)
         data, known = revive(self.data.index_select(1, index), static=False), self.known

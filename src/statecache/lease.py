@@ -13,8 +13,9 @@ from torch import Tensor
 
 from statecache.ring import Ring
 from statecache.spec import StateSpec
-from statecache.step import Allocation, Step
-from statecache.storage.store import Move, Places, Store, fixed
+from statecache.step import Allocation, Landing, Step
+from statecache.storage.changes import Changes
+from statecache.storage.store import Move, Places, Store, fixed, put_back, whole
 
 ONE = slice(0, 1)
 
@@ -149,17 +150,17 @@ class Lease:
         if self.copies is not None:
             self.copies.reserve(end)
 
-    def taken(self, rows: Sequence[int], length: int) -> Move:
+    def taken(self, rows: Sequence[int], length: int, changes: Changes) -> Move:
         """Prepare to keep these rows in this order, and then to `use` so many."""
-        moves = [self.store.taken(rows, 1)]
+        moves = [self.store.taken(rows, 1, changes)]
         if self.base is not None:
-            moves.append(self.base.taken(rows, length))
+            moves.append(self.base.taken(rows, length, changes))
         if self.copies is not None:
-            moves.append(self.copies.taken(rows, self.copies.capacity))
+            moves.append(self.copies.taken(rows, self.copies.capacity, changes))
 
-        def move() -> None:
+        def move(changes: Changes) -> None:
             for each in moves:
-                each()
+                each(changes)
 
         return move
 
@@ -175,20 +176,20 @@ class Lease:
                 other.use(rows)
         self._look()
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Zero these rows, or all."""
+    def reset(self, rows: Sequence[int] | None, changes: Changes) -> None:
+        """Zero these rows, None for all."""
         self.detach()
-        self.store.clear(rows)
+        self.store.clear(rows, changes)
         for other in (self.base, self.copies):
             if other is not None:
-                other.reset(rows)
+                other.reset(rows, changes)
 
-    def empty(self) -> None:
+    def empty(self, changes: Changes) -> None:
         """Be as before the first token."""
         self.detach()
-        self.store.clear()
+        self.store.clear(None, changes)
         if self.base is not None:
-            self.base.empty()
+            self.base.empty(changes)
 
     def rollback(self, length: Tensor, moved: Tensor) -> None:
         """Take the copy made at each row's new length (B,), in the rows that moved (B,) bool."""
@@ -198,16 +199,18 @@ class Lease:
             self.put(torch.where(moved, before, self.entry))
 
     def snapshot(self) -> tuple[Tensor, ...]:
-        """Copies for a mark: the entry, and what it needs to go back from there."""
+        """What a mark must copy: the entry (B, 1, *D), and what it needs to go back from there. Perhaps views."""
+        self.detach()
         further = [other.snapshot() for other in (self.base, self.copies) if other is not None]
-        return (self.entry.clone(), *(copy for copies in further for copy in copies))
+        return (whole(self.store), *(held for each in further for held in each))
 
-    def load(self, copies: tuple[Tensor, ...]) -> None:
-        """Put a snapshot back."""
-        self.put(copies[0])
+    def load(self, copies: tuple[Tensor, ...], changes: Changes) -> None:
+        """Put copies of a snapshot back."""
+        self.detach()
+        put_back(self.store, copies[0], 1, changes)
         for other in (self.base, self.copies):
             if other is not None:
-                other.load(copies[1:])
+                other.load(copies[1:], changes)
 
     def row(self, row: int, length: int) -> Tensor:
         """A row's state (1, *D); of a convolution its inputs in order, (n, C), as rings give them. May be a view."""
@@ -220,16 +223,19 @@ class Lease:
         """Whether what `row` gives is the entry itself, to be overwritten, and all that there is of it."""
         return self.shown is not None and self.base is None and self.spec.kind != "conv"
 
-    def admit(self, row: int, entries: Tensor, length: int) -> None:
-        """Put what `row` gave of another lease into this row."""
-        device = self.device
+    def admit(self, entries: Tensor, landing: Landing, changes: Changes) -> None:
+        """Put what `row` gave of another lease into the row where it lands."""
+        self.detach()
         if self.spec.kind == "conv":
-            inputs, entries = entries, self.entry.new_zeros(1, *self.entry.shape[1:])
+            inputs, entries = entries, entries.new_zeros(1, *self.entry.shape[1:])
             entries[0, ..., entries.shape[-1] - len(inputs) :] = inputs.movedim(0, -1)
-        step = Step(1, torch.tensor([length - 1], device=device), rows=torch.tensor([row], device=device), end=length)
         for lease in (self, self.base):
-            if lease is not None:
-                lease.write(entries.to(device), step)
+            if lease is None:
+                continue
+            if lease.store.plain is None:
+                lease.write(entries, landing.step(1))
+            else:
+                changes.copy(lease.store.plain[landing.row], entries)
 
     def buffers(self) -> list[Tensor]:
         others = [other.buffers() for other in (self.base, self.copies) if other is not None]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from statecache.spec import StateSpec
-from statecache.step import Allocation, Standing, Step
-from statecache.storage.store import Move, Store
+from statecache.step import Allocation, Landing, Step
+from statecache.storage.changes import Changes
+from statecache.storage.store import Move, Store, put_back, whole
 
 FIRST_SLOTS = 64  # of a ring that grows, beyond what its first write needs
 
@@ -124,9 +125,9 @@ class Ring:
 
     # ---- between steps
 
-    def taken(self, rows: Sequence[int], length: int) -> Move:
+    def taken(self, rows: Sequence[int], length: int, changes: Changes) -> Move:
         """Prepare to keep these rows in this order, and then to `use` so many. `length`: of the longest row."""
-        return self.store.taken(rows, min(length, self.capacity))
+        return self.store.taken(rows, min(length, self.capacity), changes)
 
     def forked(self, lengths: Sequence[int]) -> dict[int, Store]:
         """A fork of its store, by the id of the store, for a copy of the ring. `lengths`: of the rows in use."""
@@ -136,25 +137,25 @@ class Ring:
         """Have this many rows in use."""
         self.store.use(rows)
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Zero these rows, or all."""
+    def reset(self, rows: Sequence[int] | None, changes: Changes) -> None:
+        """Zero these rows, None for all."""
         # attention gives slots beyond a row's end the weight zero, and zero times the NaN of a past request is NaN
-        self.store.clear(rows)
+        self.store.clear(rows, changes)
 
-    def empty(self) -> None:
+    def empty(self, changes: Changes) -> None:
         """Be as before the first token: nothing to do, since entries before position zero read as zero."""
 
     def rollback(self, length: Tensor, moved: Tensor) -> None:
         """Nothing to move: the entries before the new lengths are still there."""
 
     def snapshot(self) -> tuple[Tensor, ...]:
-        """What a mark must copy: nothing where every entry stays until it is written again."""
-        return () if self.spec.window is None else (self.store.read(slice(0, self.capacity)).clone(),)
+        """What a mark must copy: nothing where every entry stays until it is written again. Perhaps views."""
+        return () if self.spec.window is None else (whole(self.store),)
 
-    def load(self, copies: tuple[Tensor, ...]) -> None:
-        """Put a snapshot back, perhaps into more slots."""
+    def load(self, copies: tuple[Tensor, ...], changes: Changes) -> None:
+        """Put copies of a snapshot back, perhaps into more slots."""
         for copied in copies:
-            self.store.write(slice(0, copied.shape[self.axis]), copied)
+            put_back(self.store, copied, self.axis, changes)
 
     def row(self, row: int, length: int) -> Tensor:
         """A row's entries that its next step may read, oldest first, up to that of `length`: (n, *D). May be a view."""
@@ -166,19 +167,17 @@ class Ring:
         """Whether what `row` gives of a row of `length` tokens are the entries themselves, to be overwritten."""
         return self.store.shows and len(self._kept(length)) == 1
 
-    def admit(self, row: int, entries: Tensor, length: int) -> None:
-        """Put what `row` gave of another ring into this row, which has taken in `length` tokens."""
+    def admit(self, entries: Tensor, landing: Landing, changes: Changes) -> None:
+        """Put what `row` gave of another ring into the row where they land."""
         n = min(len(entries), self.capacity)
         new = entries[len(entries) - n :].movedim(0, self.axis - 1)
         if self.store.plain is None:
-            start, rows = torch.tensor([length - n], device=self.device), torch.tensor([row], device=self.device)
-            step = Step(n, start, rows=rows, end=length, standing=Standing([row], [length - n], [n]))
-            self.put(new[None], step)
+            self.put(new[None], landing.step(n))
             return
-        held, done = self.store.plain[row], 0
-        for run in Step(0, length).runs(length - n, n, self.capacity):
+        held, done = self.store.plain[landing.row], 0
+        for run in Step(0, landing.length).runs(landing.length - n, n, self.capacity):
             size = run.stop - run.start
-            held.narrow(self.axis - 1, run.start, size).copy_(new.narrow(self.axis - 1, done, size))
+            changes.copy(held.narrow(self.axis - 1, run.start, size), new.narrow(self.axis - 1, done, size))
             done += size
 
     def buffers(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ import operator
 import sys
 import weakref
 from collections import Counter
-from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
@@ -39,8 +39,9 @@ from statecache.replay import Operators
 from statecache.ring import Ring
 from statecache.snapshot import Mark, Marks, Snapshot
 from statecache.spec import KINDS, ModelSpec, Sizes, StateSpec, as_dtype
-from statecache.step import Allocation, Step
+from statecache.step import Allocation, Landing, Step
 from statecache.storage.at_rest import check_code, code_of, rested, woken
+from statecache.storage.changes import Changes
 from statecache.storage.dense import Dense
 from statecache.storage.store import MakeStore
 from statecache.storage.table import Stores, apart
@@ -511,6 +512,17 @@ class States:
         yield
         self.broken = None
 
+    def _together(self, apart: bool = False) -> Iterator[list[tuple[str, Ring | Lease]]]:
+        """States with their names, those together that can change at once; `apart`: each for itself.
+
+        What is offloaded is on the device, and changes, one after the other.
+        """
+        if self.offload or apart:
+            for each in self.held.items():
+                yield [each]
+        else:
+            yield list(self.held.items())
+
     def checkpoint(self, recurrent_store: str | None = None) -> Mark:
         """Mark this point for `restore`. Copies windowed and recurrent entries; for others the lengths do.
 
@@ -521,14 +533,18 @@ class States:
         self.settle()
         allow(self._refuse_broken())
         self.logs.catch_up(self.clock)
+        copies: dict[str, tuple[Tensor, ...]] = {}
+        for states in self._together():
+            changes = Changes()
+            for name, state in states:
+                code = code_of(state.spec, recurrent_store)
+                copies[name] = tuple(_copied(code, held, changes) for held in state.snapshot())
+            changes.make()
         mark = Mark(
             weakref.ref(self),
             [] if self.clock is None else list(self.clock.known.lengths),
             None if self.clock is None else self.clock.snapshot(),
-            {
-                name: tuple(rested(code_of(state.spec, recurrent_store), copied) for copied in state.snapshot())
-                for name, state in self.held.items()
-            },
+            copies,
             self.logs.behind,
             recurrent_store,
         )
@@ -555,13 +571,17 @@ class States:
                     self.clock.empty()
                 else:
                     self.clock.load(mark.clock)
-            for name, state in self.held.items():
-                if name in mark.copies and any(mark.lengths):
-                    state.load(tuple(woken(code_of(state.spec, mark.code), copied) for copied in mark.copies[name]))
-                elif any(mark.lengths):
-                    state.reset()  # it came later, and rows that hold tokens read it: as zero
-                else:
-                    state.empty()  # as before its first write, in whatever form it was kept
+            for states in self._together(apart=mark.code is not None):  # woken all at once they would take much room
+                changes = Changes()
+                for name, state in states:
+                    if name in mark.copies and any(mark.lengths):
+                        code = code_of(state.spec, mark.code)
+                        state.load(tuple(woken(code, copied) for copied in mark.copies[name]), changes)
+                    elif any(mark.lengths):
+                        state.reset(None, changes)  # it came later, and rows that hold tokens read it: as zero
+                    else:
+                        state.empty(changes)  # as before its first write, in whatever form it was kept
+                changes.make()
 
     def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
         """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.
@@ -611,7 +631,7 @@ class States:
                 f"with rows={len(wanted)}, or without capacity="
             )
         longest = max(clock.known.lengths)
-        moves = (state.taken(wanted, longest) for state in self.held.values())
+        moves = (_moves([state for _, state in states], wanted, longest) for states in self._together())
         ready = moves if self.offload else list(moves)  # what is offloaded is there, and moves, one layer at a time
         clock_moves = clock.taken(wanted)
         with self._changing("a gather"):
@@ -682,12 +702,13 @@ class States:
             if self.clock is None:
                 return
             self.clock.reset(chosen)
-            for state in self.held.values():
-                if chosen is None:
-                    state.use(self.clock.rows)
-                    state.reset()
-                else:
-                    state.reset(chosen)
+            for states in self._together():
+                changes = Changes()
+                for _, state in states:
+                    if chosen is None:
+                        state.use(self.clock.rows)
+                    state.reset(chosen, changes)
+                changes.make()
 
     # ---- one row as a value
 
@@ -754,13 +775,17 @@ class States:
             self.marks.invalidate(f"row {row} was filled from a snapshot since")
             if snapshot.point:  # columns go back with the row
                 clock.rollback([n - snapshot.length if b == row else 0 for b, n in enumerate(clock.known.lengths)])
-            for name, state in self.held.items():
-                if snapshot.point and state.spec.window is None:
-                    continue
-                if not fresh:
-                    state.reset([row])
-                if snapshot.length and name in snapshot.entries:
-                    state.admit(row, snapshot.entries[name].to(state.device, state.dtype), snapshot.length)
+            landing = Landing(row, snapshot.length, clock.lengths.device)
+            for states in self._together():
+                changes = Changes()
+                states = [(n, s) for n, s in states if not (snapshot.point and s.spec.window is None)]
+                for _, state in states if not fresh else ():
+                    state.reset([row], changes)
+                changes.make()  # what comes is written over what was zeroed
+                for name, state in states:
+                    if snapshot.length and name in snapshot.entries:
+                        state.admit(snapshot.entries[name].to(state.device, state.dtype), landing, changes)
+                changes.make()
             clock.admit(row, snapshot.length, snapshot.rotated)
 
     def places(
@@ -893,6 +918,26 @@ class States:
 def allow(error: StateCacheError | None) -> None:
     if error is not None:
         raise error
+
+
+def _copied(code: str | None, held: Tensor, changes: Changes) -> Tensor:
+    """A copy for a mark, in a code if that has a name; else it is one once `changes` are made."""
+    kept = rested(code, held)
+    return changes.clone(held) if kept is held else kept
+
+
+def _moves(states: Sequence[Ring | Lease], rows: Sequence[int], length: int) -> Callable[[], None]:
+    """Prepare states to keep these rows, in this order, all at once. `length`: of the longest row."""
+    changes = Changes()
+    moves = [state.taken(rows, length, changes) for state in states]
+    changes.make()
+
+    def move() -> None:
+        for each in moves:
+            each(changes)
+        changes.make()
+
+    return move
 
 
 def _device(device: torch.device | str | int | None) -> torch.device | None:

@@ -39,6 +39,24 @@ class Standing:
     counts: Sequence[int]
 
 
+class Landing:
+    """Where entries are put that came from elsewhere: at the end of this row, which is to hold `length` tokens."""
+
+    def __init__(self, row: int, length: int, device: torch.device) -> None:
+        self.row, self.length, self.device = row, length, device
+        self._steps: dict[int, Step] = {}
+
+    def step(self, n: int) -> Step:
+        """A pass that puts the last n entries, the same for all states: its numbers go to each device once."""
+        made = self._steps.get(n)
+        if made is None:
+            first = self.length - n
+            start, rows = torch.tensor([[first], [self.row]], device=self.device)
+            known = Standing([self.row], [first], [n])
+            made = self._steps[n] = Step(n, start, rows=rows, end=self.length, standing=known)
+        return made
+
+
 def offset(start: Tensor, window: int) -> Tensor:
     """The first position that a pass from `start` (any shape) on may look at: 0, or window - 1 before it."""
     return (start - window + 1).clamp(min=0)

@@ -24,20 +24,58 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "wider.narrow(self.axis, 0, self.slots - 1).copy_(self.data.narrow(self.axis, 0, self.slots - 1))",
         ),
         "rows are taken in the order they have": (
-            "self.data.index_select(0, chosen)",
-            "self.data[: len(rows)]",
+            "changes.copy(data, self.data, rows)",
+            "changes.copy(data, self.data, sorted(rows))",
         ),
-        "rows move in place one after the other": (
-            "held[: len(rows)] = held.index_select(0, rows)",
-            "for place, row in enumerate(rows.tolist()):\n            held[place] = held[row]",
+        "what stands before the slots moves as the first of it": (
+            "        for part in parts:\n",
+            "        for part in parts[:1]:\n",
         ),
         "one slot too few moves along": (
             "self.data.narrow(self.axis, 0, used)",
             "self.data.narrow(self.axis, 0, used - 1)",
         ),
         "clearing some rows clears the first ones": (
-            "self.data.index_fill_(0, self._chosen(rows), 0)",
-            "self.data[: len(rows)] = 0",
+            "else sorted(set(rows))",
+            "else range(len(set(rows)))",
+        ),
+    },
+    "storage.changes": {
+        "nothing is kept aside": (
+            "    aside = {row for",
+            "    aside = {row for row in ()} and {row for",
+        ),
+        "what is read late is not kept aside": (
+            "if row in moved and not (late[row] and not late[to])}",
+            "if row in moved and not late[to] and not late[row]}",
+        ),
+        "rows that trade places are all copied at once": (
+            "late[pair[0]] is turn] for turn in (False, True))",
+            "late[pair[0]] is turn] for turn in (True, False))",
+        ),
+        "what was kept aside goes to other rows": (
+            "dict(zip(aside, kept.unbind(0), strict=True))",
+            "dict(zip(aside[::-1], kept.unbind(0), strict=True))",
+        ),
+        "what is kept aside is read before it is there": (
+            "    for copied in rounds:\n        _copy",
+            "    for copied in rounds[::-1]:\n        _copy",
+        ),
+        "buffers before one that has no room aside stay as they are": (
+            "            _rounds(rounds)\n            size",
+            "            [copied.clear() for copied in rounds]\n            size",
+        ),
+        "what is large is copied by nobody": (
+            "                to.copy_(what)\n",
+            "                pass\n",
+        ),
+        "what makes many is forgotten": (
+            "            torch._foreach_copy_(*alike.pop(kind))\n",
+            "            alike.pop(kind)\n",
+        ),
+        "what is large is zeroed by nobody": (
+            "            tensor.zero_()\n",
+            "            pass\n",
         ),
     },
     "storage.coded": {
@@ -50,12 +88,12 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "return entries",
         ),
         "a choice of rows clears them all": (
-            "self.dense.clear(rows)",
-            "self.dense.clear()",
+            "self.dense.clear(rows, changes)",
+            "self.dense.clear(None, changes)",
         ),
         "all slots but the last move along": (
-            "self.dense.taken(rows, used)",
-            "self.dense.taken(rows, max(used - 1, 0))",
+            "self.dense.taken(rows, used, changes)",
+            "self.dense.taken(rows, max(used - 1, 0), changes)",
         ),
         "rows in use stay as many as they were": (
             "self.dense.use(rows)",
@@ -230,6 +268,14 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "step": {
+        "a value is put one slot early": (
+            "torch.tensor([[first], [self.row]], device=self.device)",
+            "torch.tensor([[first - 1], [self.row]], device=self.device)",
+        ),
+        "a value is put into the first row": (
+            "torch.tensor([[first], [self.row]], device=self.device)",
+            "torch.tensor([[first], [0]], device=self.device)",
+        ),
         "where rows stand is said one slot late": (
             "known = self._spans(lambda start, count: start + first, n, capacity)",
             "known = self._spans(lambda start, count: start + first + 1, n, capacity)",
@@ -319,8 +365,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ring": {
         "an admission puts both runs from the first entry on": (
-            "held.narrow(self.axis - 1, run.start, size).copy_(new.narrow(self.axis - 1, done, size))",
-            "held.narrow(self.axis - 1, run.start, size).copy_(new.narrow(self.axis - 1, 0, size))",
+            "new.narrow(self.axis - 1, done, size))\n            done",
+            "new.narrow(self.axis - 1, 0, size))\n            done",
         ),
         "a chunk longer than the ring keeps its first entries": (
             "self._last(n, new), step, step.start + dropped",
@@ -375,14 +421,6 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "self.store.read(at)[row]",
             "self.store.read(at)[0]",
         ),
-        "a value is put one slot early": (
-            "torch.tensor([length - n], device=self.device)",
-            "torch.tensor([length - n - 1], device=self.device)",
-        ),
-        "a value is put into the first row": (
-            "torch.tensor([row], device=self.device)",
-            "torch.tensor([0], device=self.device)",
-        ),
     },
     "lease": {
         "a copy is kept one slot late": (
@@ -414,29 +452,29 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "Places(torch.arange(len(rows))[:, None],",
         ),
         "a reset leaves the leased state": (
-            "        self.store.clear(rows)\n",
+            "        self.store.clear(rows, changes)\n",
             "",
         ),
         "an empty mark leaves the leased state": (
-            "        self.store.clear()\n",
+            "        self.store.clear(None, changes)\n",
             "",
         ),
         "an empty mark leaves the base": (
-            "            self.base.empty()\n",
+            "            self.base.empty(changes)\n",
             "            pass\n",
         ),
         "a gather leaves the base": (
-            "moves.append(self.base.taken(rows, length))",
+            "moves.append(self.base.taken(rows, length, changes))",
             "pass",
         ),
         "a gather leaves the copies": (
-            "moves.append(self.copies.taken(rows, self.copies.capacity))",
+            "moves.append(self.copies.taken(rows, self.copies.capacity, changes))",
             "pass",
         ),
         "a mark does not copy what a lease goes back by": (
-            "for copy in copies))",
-            "for copy in ()))",
-            "other.load(copies[1:])",
+            "for held in each))",
+            "for held in ()))",
+            "other.load(copies[1:], changes)",
             "pass",
         ),
         "a value leaves the base": (
@@ -446,10 +484,6 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "a value of a row is the first row's": (
             "return self.entry[row : row + 1]\n",
             "return self.entry[:1]\n",
-        ),
-        "a mark is a view": (
-            "return (self.entry.clone(),",
-            "return (self.entry,",
         ),
     },
     "clock": {
@@ -577,12 +611,12 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "numbers[: len(rows)] for numbers",
         ),
         "some rows are reset and keep their copies": (
-            "for number in (LENGTH, REACH, BASE, *range(COPIED, len(self.data))):",
-            "for number in (LENGTH, REACH, BASE):",
+            "for numbers in (self.data[LENGTH], self.data[REACH:]):",
+            "for numbers in (self.data[LENGTH], self.data[REACH:COPIED]):",
         ),
         "some rows are reset and keep their reach": (
-            "for number in (LENGTH, REACH, BASE, *",
-            "for number in (LENGTH, BASE, *",
+            "for numbers in (self.data[LENGTH], self.data[REACH:]):",
+            "for numbers in (self.data[LENGTH], self.data[BASE:]):",
         ),
         "an admitted row can go back": (
             "reach, columns = length + self.slack, max(self.sync().width, length)",
@@ -822,9 +856,13 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "states": {
+        "a mark is a view": (
+            "    return changes.clone(held) if kept is held else kept\n",
+            "    return kept\n",
+        ),
         "a row that goes back to a point loses its keys": (
-            "                if snapshot.point and state.spec.window is None:\n                    continue\n",
-            "",
+            " if not (snapshot.point and s.spec.window is None)]",
+            "]",
         ),
         "a row goes back to a point that it does not reach": (
             "        if known.lengths[row] < point.length:",
@@ -950,8 +988,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "        if False:\n            raise StepError(",
         ),
         "a restore leaves states that were first written after the mark": (
-            "                    state.empty()  # as before its first write, in whatever form it was kept\n",
-            "                    pass\n",
+            "                        state.empty(changes)  # as before its first write, in whatever form it was kept\n",
+            "                        pass\n",
         ),
         "a restore of an empty mark leaves the clock": (
             "                    self.clock.empty()\n",
@@ -982,20 +1020,20 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "            pass\n",
         ),
         "a reset of rows leaves the states": (
-            "                    state.reset(chosen)\n",
-            "                    pass\n",
+            "                    state.reset(chosen, changes)\n",
+            "                    if chosen is None:\n                        state.reset(chosen, changes)\n",
         ),
         "a reset leaves rows out of use": (
-            "                    state.use(self.clock.rows)\n",
-            "",
+            "                        state.use(self.clock.rows)\n",
+            "                        pass\n",
         ),
         "an admission leaves marks good": (
             '            self.marks.invalidate(f"row {row} was filled from a snapshot since")\n',
             "",
         ),
         "an admission leaves what the row held": (
-            "                if not fresh:\n",
-            "                if False:\n",
+            "for _, state in states if not fresh else ():",
+            "for _, state in ():",
         ),
         "a value is a view": (
             "            seen = ((n, e.clone(memory_format=torch.contiguous_format)) for n, e in seen)\n",
@@ -1025,8 +1063,11 @@ CODES: dict[str, tuple[str, ...]] = {
 
 # of what keeps numbers in a narrower dtype, in storage.rounded
 ROUNDS: dict[str, tuple[str, ...]] = {
-    "a choice of rows clears them all": ("self.dense.clear(rows)", "self.dense.clear()"),
-    "all slots but the last move along": ("self.dense.taken(rows, used)", "self.dense.taken(rows, max(used - 1, 0))"),
+    "a choice of rows clears them all": ("self.dense.clear(rows, changes)", "self.dense.clear(None, changes)"),
+    "all slots but the last move along": (
+        "self.dense.taken(rows, used, changes)",
+        "self.dense.taken(rows, max(used - 1, 0), changes)",
+    ),
     "rows in use stay as many as they were": ("self.dense.use(rows)", "pass"),
     "it says that it has as many slots as at first": ("        self.slots = slots\n", ""),
 }

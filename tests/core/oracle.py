@@ -42,11 +42,12 @@ ALL = [*WHAT, "point"]  # a row goes back, after a pass, to what it was
 def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
     names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
-    names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded", "storage.store")
+    names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded", "storage.store", "storage.changes")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
-    stores = {"dense": found.pop("storage.dense").Dense, "paged": found.pop("storage.paged").Paged}
+    found["dense"] = found.pop("storage.dense")
+    stores = {"dense": found["dense"].Dense, "paged": found.pop("storage.paged").Paged}
     coded, rounded = found.pop("storage.coded"), found.pop("storage.rounded")
-    found["store"] = found.pop("storage.store")
+    found["store"], found["changes"] = found.pop("storage.store"), found.pop("storage.changes")
     stores |= {"coded": partial(coded.Coded, Exact()), "rounded": partial(rounded.Rounded, torch.float64)}
     return SimpleNamespace(**found, coded=coded, stores=stores)
 
@@ -268,6 +269,8 @@ def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
     """Run a schedule and assert after every operation that states and lists agree."""
     core.offload.AHEAD = False  # two layers would both stay
     core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
+    core.dense.WHOLE, core.changes.ALONE = 64, 100  # so that each has states on either side
+    core.changes.ASIDE, core.changes.MANY = 64, 4
     subjects = [subject(core, form)]
     first = subjects[0].states
     addresses = [b.data_ptr() for b in first.buffers()]

@@ -73,7 +73,11 @@ class Beside:
 
     def gather(self, rows: list[int], used: int, early: Any) -> None:
         with early:
-            self.store.taken(rows, used)()
+            changes = self.core.changes.Changes()
+            move = self.store.taken(rows, used, changes)
+            changes.make()
+            move(changes)
+            changes.make()
         self.held, self.known = self.held[rows], self._within([used] * len(self.known))[rows]
 
     def clear(self, rows: list[int] | None, early: Any) -> None:
@@ -81,7 +85,9 @@ class Beside:
         known = self.known.clone()
         self.known[chosen] = False
         with early:
-            self.store.clear(rows)
+            changes = self.core.changes.Changes()
+            self.store.clear(rows, changes)
+            changes.make()
         self.held[chosen], known[chosen] = 0, True
         self.known = known
 

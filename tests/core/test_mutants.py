@@ -20,7 +20,7 @@ from oracle import Form, Op
 import statecache
 
 MODULES = (  # in the order in which they import each other
-    *("errors", "rotary", "spec", "mask", "storage", "storage.store", "storage.dense"),
+    *("errors", "rotary", "spec", "mask", "storage", "storage.changes", "storage.store", "storage.dense"),
     *(
         "storage.pool",
         "storage.paged",
@@ -105,6 +105,8 @@ SELDOM: list[list[Op]] = [  # what chance seldom strings together
     [ONE, ONE, ONE, ONE, MARK, ONE, ONE, ONE, RESTORE, ("rollback", 0, (2,))],
     # a log that is first written in a row admitted to a cache where nothing was
     [("step", 4, (0,)), ("admit", 0, (0, 0, 1)), *[("step", 1, (0,))] * 4, ("rollback", 1, (0, 2, 0))],
+    # rows that trade places, in a ring, two by two, and in a row
+    [("step", 9, (0,)), *[("gather", 2, rows) for rows in ((1, 2, 0), (2, 1, 0), (1, 2, 2), (0, 0, 1))], ONE],
     # a compiled step past the capacity, which a mark from before comes back from
     *([("step", 9, (0,)), MARK, ("step", 9, (0,)), *[(what, 5, (9,))] * 2, ONE] for what in ("step", "ragged")),
     # an empty mark, with a log begun since

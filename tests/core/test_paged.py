@@ -17,6 +17,7 @@ from torch import Tensor
 
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
+from statecache.storage.changes import Changes
 from statecache.storage.dense import Dense
 from statecache.storage.paged import PAGE, Paged
 from statecache.storage.pool import Pool, Table
@@ -56,6 +57,13 @@ def nbytes(*stores: Paged) -> int:
     return sum({id(b): b.nbytes for store in stores for b in store.buffers()}.values())
 
 
+def take(store: Paged, rows: list[int]) -> None:
+    changes = Changes()
+    move = store.taken(rows, 4 * PAGE, changes)
+    for step in (changes.make, lambda: move(changes), changes.make):
+        step()
+
+
 # ---- what is shared
 
 
@@ -86,7 +94,7 @@ def test_what_was_forked_goes_on_in_order() -> None:
 
 def test_pages_are_added_as_they_are_written() -> None:
     store = filled()
-    store.taken([0] * 8, 4 * PAGE)()
+    take(store, [0] * 8)
     assert held(store) == 4
     rows = torch.arange(8)[:, None]
     for n, slot in enumerate((0, 1, PAGE, 2 * PAGE + 1), 1):
@@ -140,7 +148,7 @@ def test_rows_that_share_nothing_any_more_are_in_order_again() -> None:
 def test_rows_that_are_chosen_and_not_repeated_are_copied() -> None:
     store = filled(rows=8)
     was = read(store)
-    store.taken([5, 2], 4 * PAGE)()
+    take(store, [5, 2])
     assert store.table is None and nbytes(store) == 2 * 4 * BYTES and torch.equal(read(store), was[[5, 2]])
 
 
@@ -149,7 +157,7 @@ def test_nothing_is_shared_at_fixed_addresses_or_apart(options: dict[str, Any]) 
     store = filled(3, **options)
     was = read(store)
     other = store.fork([4 * PAGE] * 3)
-    store.taken([0, 0, 2], 4 * PAGE)()
+    take(store, [0, 0, 2])
     assert store.table is None and other.table is None
     assert torch.equal(read(store), was[[0, 0, 2]]) and torch.equal(read(other), was)
 
@@ -159,7 +167,7 @@ def test_copies_have_memory_of_their_own_and_no_more_than_they_need(copied: Call
     store = filled(rows=3)
     was = read(store)
     first = store.fork([4 * PAGE] * 3)
-    store.taken([1], 4 * PAGE)()  # a view of a slab that has the others' pages, too
+    take(store, [1])  # a view of a slab that has the others' pages, too
     assert store.whole is not None
     other = copied(store)
     put(other, 0)

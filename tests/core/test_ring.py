@@ -12,7 +12,8 @@ from torch import Tensor
 import statecache.ring
 from statecache.ring import Ring
 from statecache.spec import StateSpec
-from statecache.step import Allocation, Step
+from statecache.step import Allocation, Landing, Step
+from statecache.storage.changes import Changes
 from statecache.storage.dense import Dense
 from statecache.storage.paged import Paged
 
@@ -212,5 +213,7 @@ def test_a_row_as_a_value_is_its_window_in_order(held: str, value: str, after: s
     entries, other = ring(held).row(0, len(held)), ring("")
     assert read(entries[None]) == [value]
     if held:
-        other.admit(0, entries, len(held))
+        changes = Changes()
+        other.admit(entries, Landing(0, len(held), torch.device("cpu")), changes)
+        changes.make()
     assert slots(other) == [after]

@@ -12,6 +12,8 @@ from oracle import Form
 
 import statecache.offload
 import statecache.ring
+import statecache.storage.changes
+import statecache.storage.dense
 
 CORE = oracle.core("statecache")
 
@@ -20,6 +22,9 @@ CORE = oracle.core("statecache")
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # put back after the test, which sets it too
     monkeypatch.setattr(statecache.offload, "AHEAD", False)
+    monkeypatch.setattr(statecache.storage.dense, "WHOLE", 64)
+    for name, size in (("ALONE", 100), ("ASIDE", 64), ("MANY", 4)):
+        monkeypatch.setattr(statecache.storage.changes, name, size)
 
 
 each = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)

@@ -20,6 +20,7 @@ from statecache.snapshot import Marks
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
 from statecache.step import Step
+from statecache.storage.changes import Changes
 from statecache.storage.coded import Coded
 from statecache.storage.dense import Dense
 from statecache.storage.paged import Paged
@@ -103,12 +104,12 @@ def test_a_gather_that_fails_in_the_second_state_has_changed_none(
     before, lengths, prepared = content(of), of.lengths.tolist(), 0
     taken = Ring.taken
 
-    def fails(self: Ring, rows: Tensor, length: int) -> Any:
+    def fails(self: Ring, rows: list[int], length: int, changes: Changes) -> Any:
         nonlocal prepared
         prepared += 1
         if prepared == 2:
             raise MemoryError
-        return taken(self, rows, length)
+        return taken(self, rows, length, changes)
 
     with monkeypatch.context() as patch:
         patch.setattr(Ring, "taken", fails)

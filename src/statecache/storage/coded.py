@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from statecache.storage.changes import Changes
 from statecache.storage.dense import Dense
 from statecache.storage.store import Move, Slots
 
@@ -122,11 +123,11 @@ class Coded:
         entries = entries.detach()
         self.dense.write(at, self.code.encode(entries.transpose(-1, -2) if self.last else entries))
 
-    def clear(self, rows: Sequence[int] | None = None) -> None:
-        self.dense.clear(rows)
+    def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
+        self.dense.clear(rows, changes)
 
-    def taken(self, rows: Sequence[int], used: int) -> Move:
-        return self.dense.taken(rows, used)
+    def taken(self, rows: Sequence[int], used: int, changes: Changes) -> Move:
+        return self.dense.taken(rows, used, changes)
 
     def fork(self, used: Sequence[int]) -> Coded:
         return copy.deepcopy(self)

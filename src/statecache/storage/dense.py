@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from statecache.storage.changes import Changes
 from statecache.storage.store import Move, Places, Slots, revive, zeros
+
+WHOLE = 1 << 20  # bytes of a row that moves as a whole, however few of its slots are used
 
 
 class Dense:
@@ -81,11 +85,8 @@ class Dense:
 
     # ---- between steps
 
-    def clear(self, rows: Sequence[int] | None = None) -> None:
-        if rows is None:
-            self.data.zero_()
-        else:
-            self.data.index_fill_(0, self._chosen(rows), 0)
+    def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
+        changes.zero(self.data, None if rows is None else sorted(set(rows)))
 
     def grow(self, slots: int) -> None:
         shape = (*self.data.shape[: self.axis], slots, *self.data.shape[self.axis + 1 :])
@@ -93,23 +94,26 @@ class Dense:
         wider.narrow(self.axis, 0, self.slots).copy_(self.data)
         self.hold(wider, self.rows)
 
-    def taken(self, rows: Sequence[int], used: int) -> Move:
-        chosen = self._chosen(rows)
+    def taken(self, rows: Sequence[int], used: int, changes: Changes) -> Move:
         if self.static:
-            return lambda: self._move(chosen, used)
+            return lambda moves: self._move(rows, used, moves)
         with torch.inference_mode(False):
-            data = self.data.index_select(0, chosen)
-        return lambda: self.hold(data, len(rows))
+            data = self.data.new_empty(len(rows), *self.data.shape[1:])
+        changes.copy(data, self.data, rows)
+        return lambda _: self.hold(data, len(rows))
 
     def fork(self, used: Sequence[int]) -> Dense:
         return copy.deepcopy(self)
 
-    def _chosen(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows).to(self.data.device, non_blocking=True)
-
-    def _move(self, rows: Tensor, used: int) -> None:
+    def _move(self, rows: Sequence[int], used: int, changes: Changes) -> None:
+        whole = self.data.shape[1:]
+        if math.prod(whole) * self.data.itemsize <= WHOLE:
+            used = self.slots
         held = self.data.narrow(self.axis, 0, used)
-        held[: len(rows)] = held.index_select(0, rows)
+        # what stands before the slots, as heads, apart: each is one piece of memory
+        parts = [held] if used == self.slots or self.axis == 1 else held.flatten(1, self.axis - 1).unbind(1)
+        for part in parts:
+            changes.take(part, rows)
         self.use(len(rows))
 
     def buffers(self) -> list[Tensor]:

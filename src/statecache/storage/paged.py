@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from statecache.storage.changes import Changes
 from statecache.storage.dense import Dense
 from statecache.storage.pool import NONE, Pool, Table
 from statecache.storage.store import Move, Slots, Span
@@ -87,9 +88,9 @@ class Paged:
 
     # ---- between steps
 
-    def clear(self, rows: Sequence[int] | None = None) -> None:
+    def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
         if self.whole is not None and not self._shared():
-            self.whole.clear(rows)
+            self.whole.clear(rows, changes)
         elif rows is None:
             self._lay(self._rows_of_its_own())
         else:
@@ -114,11 +115,11 @@ class Paged:
             self.whole, self._views = None, {}
         self.slots = slots
 
-    def taken(self, rows: Sequence[int], used: int) -> Move:
+    def taken(self, rows: Sequence[int], used: int, changes: Changes) -> Move:
         repeated = len(set(rows)) < len(rows)
         if self.whole is not None and not (self._sharing and (repeated or self._shared())):
-            move = self.whole.taken(rows, used)
-            return lambda: self._moved(move)
+            move = self.whole.taken(rows, used, changes)
+            return lambda moves: self._moved(move, moves)
         table, kept = self._paged(), _pages(used, self.size)
         chosen = [list(table.rows[row]) for row in rows]
         whole = None if repeated else table.pool.whole(chosen)
@@ -126,10 +127,10 @@ class Paged:
             chosen = [pages[:kept] + [NONE] * (len(pages) - kept) for pages in chosen]
         made = Table(table.pool, chosen)
         dense = None if whole is None else Dense.over(whole, self.axis)
-        return lambda: self.hold(made, dense)
+        return lambda _: self.hold(made, dense)
 
-    def _moved(self, move: Move) -> None:
-        move()
+    def _moved(self, move: Move, changes: Changes) -> None:
+        move(changes)
         assert self.whole is not None
         self._lay(self.whole)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from statecache.storage.changes import Changes
 from statecache.storage.dense import Dense
 from statecache.storage.store import Move, Slots
 
@@ -46,11 +47,11 @@ class Rounded:
     def write(self, at: Slots, entries: Tensor) -> None:
         self.dense.write(at, entries.detach().to(self.kept))
 
-    def clear(self, rows: Sequence[int] | None = None) -> None:
-        self.dense.clear(rows)
+    def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
+        self.dense.clear(rows, changes)
 
-    def taken(self, rows: Sequence[int], used: int) -> Move:
-        return self.dense.taken(rows, used)
+    def taken(self, rows: Sequence[int], used: int, changes: Changes) -> Move:
+        return self.dense.taken(rows, used, changes)
 
     def fork(self, used: Sequence[int]) -> Rounded:
         return copy.deepcopy(self)

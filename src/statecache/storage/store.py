@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from statecache.storage.changes import Changes
+
 if sys.platform == "linux":
     from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
@@ -54,14 +56,15 @@ class Store(Protocol):
         """Put entries into these slots. No gradient flows through a store."""
         ...
 
-    def clear(self, rows: Sequence[int] | None = None) -> None:
-        """Zero every slot of these rows, or of all."""
+    def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
+        """Zero every slot of these rows, None for all, with `changes` at the latest."""
         ...
 
-    def taken(self, rows: Sequence[int], used: int) -> Move:
+    def taken(self, rows: Sequence[int], used: int, changes: Changes) -> Move:
         """Prepare to keep these rows, in this order, of the first `used` slots; nothing changes before it is made.
 
-        At fixed addresses rows move in place when it is made; else all is ready now, copied or shared.
+        At fixed addresses rows move in place when it is made; else all is ready, copied or shared, with `changes`,
+        which are made before.
         """
         ...
 
@@ -85,10 +88,25 @@ class Store(Protocol):
         ...
 
 
-class Move(Protocol):
-    """A change that is ready to be made."""
+def whole(store: Store) -> Tensor:
+    """All entries of the rows in use, (B, C, *D): themselves, in the dtype that they are kept in, or copies of them."""
+    held = store.plain
+    return store.read(slice(0, store.slots)) if held is None else held
 
-    def __call__(self) -> None: ...
+
+def put_back(store: Store, entries: Tensor, axis: int, changes: Changes) -> None:
+    """Put what `whole` gave (B, n, *D) into the first slots, whose axis this is, with `changes` at the latest."""
+    held, n = store.plain, entries.shape[axis]
+    if held is None:
+        store.write(slice(0, n), entries)
+    else:
+        changes.copy(held.narrow(axis, 0, n), entries)
+
+
+class Move(Protocol):
+    """A change that is ready to be made, with `changes` at the latest."""
+
+    def __call__(self, changes: Changes) -> None: ...
 
 
 class MakeStore(Protocol):
