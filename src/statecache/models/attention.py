@@ -132,8 +132,7 @@ def _packed(dense: Any, module: nn.Module, own: Any, query: Tensor, *rest: Any, 
     rows, heads, _, size = query.shape
     groups = rest[0].shape[1]
     query = query.reshape(rows, groups, heads // groups, size)
-    options = {**options, "is_causal": False}
-    out: Tensor = dense(Unprepared(module, own, num_key_value_groups=1), query, *rest, **options)[0]
+    out: Tensor = dense(Packed(module, own), query, *rest, **{**options, "is_causal": False})[0]
     return out.transpose(1, 2).reshape(rows, 1, heads, -1)
 
 
@@ -159,17 +158,19 @@ class Attending:
 
 
 class Unprepared:
-    """An attention module with its own configuration, for functions that read there which of them was asked for.
+    """An attention module with its own configuration, for functions that read there which of them was asked for."""
 
-    others: attributes that such a function is to find in place of the module's.
-    """
-
-    def __init__(self, module: nn.Module, config: Any, **others: Any) -> None:
+    def __init__(self, module: nn.Module, config: Any) -> None:
         self.module, self.config = module, config
-        vars(self).update(others)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class Packed(Unprepared):
+    """The same as one whose heads share no keys."""
+
+    num_key_value_groups = 1
 
 
 def attention(decoder: nn.Module) -> list[tuple[nn.Module, Attending]]:
