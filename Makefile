@@ -31,6 +31,7 @@ types: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+examples: export STATECACHE_COMPILED =
 examples: $(VENV)/run.stamp
 	@for file in examples/*.py; do echo "$$file"; $(BIN)/python -W error "$$file" || exit 1; done
 

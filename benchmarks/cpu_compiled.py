@@ -1,6 +1,6 @@
 """A decoding step on a CPU, compiled ahead of time, beside the model's linear layers alone; and how it loads.
 
-    python benchmarks/cpu_compiled.py                            # six models, 1 and 8 rows: a quarter of an hour
+    python benchmarks/cpu_compiled.py                            # six models, 1 and 8 rows: twenty minutes
     python benchmarks/cpu_compiled.py --only lfm2 --rows 1 --json result.json
 
 Sides, in turn in each round: a prepared model on a fixed StateCache, plainly and by the code that `sc.Decoder` and
@@ -150,7 +150,7 @@ def report(cells: list[dict[str, Any]]) -> str:
         best = min(ratio(cell, name, OURS) for name in SIDES if name.startswith("StaticCache"))
         alone = statistics.median(cell["seconds"][LINEAR]) * 1e3
         times = [f"{ratio(cell, name, LINEAR):.2f}" for name in SIDES[:4]]
-        ends = [f"{best:.2f}", f"{cell['compile']:.0f} s", f"{cell['load']:.1f} s"]
+        ends = [f"{best:.2f}", f"{cell['compile']:.0f} s", f"{cell['load'] * 1e3:.0f} ms"]
         rows.append([cell["shape"], str(cell["rows"]), f"{alone:.1f} ms", *times, *ends])
     return table(head, rows)
 

@@ -39,10 +39,10 @@ TOLERANCE = 1e-4  # of the largest logit, between what is compiled and what is n
 OF_FILES = "_name_or_path", "transformers_version"  # in a configuration, of where it comes from
 SMALL = 2**16  # bytes of a tensor that goes to the process that compiles as it is; larger ones go without their numbers
 
-_spent: dict[str, float] = {}  # seconds of plain steps, by name
-_ordered: set[str] = set()  # names that this process has had code made for
-_making: list[subprocess.Popen[bytes]] = []  # what compiles beside this process
-_right: set[str] = set()  # whose code this process has seen to do what the plain step does
+_spent: dict[Path, float] = {}  # seconds of plain steps, by the file that would hold their code
+_ordered: set[Path] = set()  # files that this process has had made
+_making: list[subprocess.Popen[bytes]] = []  # what makes them
+_right: set[Path] = set()  # whose code this process has seen to do what the plain step does
 
 Forward = Callable[[StateCache], Tensor]
 
@@ -70,18 +70,18 @@ class Ahead:
 
     def __init__(self, model: nn.Module, cache: StateCache) -> None:
         self.model, self.cache = model, cache
-        self._name: str | None = None
+        self._folder = folder() if compiles(model) and _dense(cache) else None  # None: steps stay plain
+        self._file: Path | None = None  # known from the first step on, since passes change the form of a new cache
         self._code: Any = None
         self._inputs: list[Tensor] = []
-        self._over = not compiles(model) or cache.states.store != Stores() or cache.states.offload
 
     def step(self, ids: Tensor, count: Tensor, plain: Forward) -> Tensor | None:
         """Run a step over ids (B, 1), of which rows take in `count` (B,): its logits (B, V), or None without code.
 
         `plain` runs the same step over a cache, which is what the code is held against before it is first used.
         """
-        if self._code is None and not self._over:
-            self._look(ids, count, plain)
+        if self._code is None and self._folder is not None:
+            self._look(self._folder, ids, count, plain)
         if self._code is None:
             return None
         logits: Tensor = self._code.run([*self._inputs, ids, count])[0]
@@ -90,30 +90,31 @@ class Ahead:
 
     def spent(self, seconds: float) -> None:
         """Say how long a plain step took. Has code made, once that is worth it."""
-        if self._over or self._name is None:
+        if self._folder is None or self._file is None:
             return
-        spent = _spent[self._name] = _spent.get(self._name, 0.0) + seconds
-        if spent > AFTER and self._name not in _ordered:
-            _ordered.add(self._name)
-            self._over = not order(self._name, self.model, self.cache)
+        spent = _spent[self._file] = _spent.get(self._file, 0.0) + seconds
+        if spent > AFTER and self._file not in _ordered:
+            _ordered.add(self._file)
+            if not order(self._file, self.model, self.cache):
+                self._folder = None
 
-    def _look(self, ids: Tensor, count: Tensor, plain: Forward) -> None:
+    def _look(self, folder: Path, ids: Tensor, count: Tensor, plain: Forward) -> None:
         """Take the code, if it is there and right."""
-        if self._name is None:
-            self._name = name_of(self.model, self.cache)
-        file = _file(self._name)
+        file = self._file = self._file or folder / f"{name_of(self.model, self.cache)}.pt2"
         if not file.is_file():
-            self._over = file.with_suffix(".why").exists()
+            if _note(file).exists():
+                self._folder = None
             return
+        _making[:] = [each for each in _making if each.poll() is None]
         try:
             code = load_code(file)
-            if self._name not in _right and not self._agrees(code, ids, count, plain):
+            if file not in _right and not self._agrees(code, ids, count, plain):
                 raise RuntimeError("its logits are not those of the plain step")
         except (RuntimeError, OSError) as error:
-            self._over = True
+            self._folder = None
             warnings.warn(f"a compiled step is not used, {file}: {error}", stacklevel=2)
             return
-        _right.add(self._name)
+        _right.add(file)
         os.utime(file)
         self._code, self._inputs = code, inputs(self.model, self.cache)
 
@@ -135,7 +136,7 @@ def inputs(model: nn.Module, cache: StateCache) -> list[Tensor]:
 
 def being_made() -> bool:
     """Whether this process has had code made that is not there yet."""
-    return any(not _file(name).is_file() and not _file(name).with_suffix(".why").exists() for name in _ordered)
+    return any(not file.is_file() and not _note(file).exists() for file in _ordered)
 
 
 # ---- what code is good for
@@ -227,10 +228,14 @@ def _changed(module: nn.Module) -> bool:
 # ---- files
 
 
-def _file(name: str) -> Path:
-    kept = folder()
-    assert kept is not None
-    return kept / f"{name}.pt2"
+def _note(file: Path) -> Path:
+    """Where it says why there is no such file."""
+    return file.with_suffix(".why")
+
+
+def _dense(cache: StateCache) -> bool:
+    """Whether a cache is of the form that the process which compiles makes."""
+    return cache.states.store == Stores() and not cache.states.offload
 
 
 def load_code(file: Path) -> Any:
@@ -240,10 +245,9 @@ def load_code(file: Path) -> Any:
     return _aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
 
 
-def order(name: str, model: nn.Module, cache: StateCache) -> bool:
+def order(file: Path, model: nn.Module, cache: StateCache) -> bool:
     """Have a process of its own compile the step, which goes on when this one ends. Whether it will."""
-    file = _file(name)
-    lock, why = file.with_suffix(".lock"), file.with_suffix(".why")
+    lock, why = file.with_suffix(".lock"), _note(file)
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if lock.exists():
@@ -281,7 +285,7 @@ def _start(file: Path, packed: IO[bytes]) -> _Beside:
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path), FOLDER: ""},
     )
-    _making[:] = [each for each in (*_making, process) if each.poll() is None]
+    _making.append(process)
     return process
 
 

@@ -38,7 +38,7 @@ from statecache.models.fingerprint import Weights, fingerprint
 from statecache.models.interface import check_version
 from statecache.models.layers import Layer
 from statecache.models.prepared import Prepared
-from statecache.models.ready import check_kept, check_rounds
+from statecache.models.ready import check_kept, check_rounds, is_ready
 from statecache.models.table import KINDS, model_spec, shares_last
 from statecache.models.unmodified import Unmodified
 from statecache.replay import Operators
@@ -404,6 +404,9 @@ class StateCache(Cache):
         for row, snapshot in enumerate(file.read(path, described, places)):
             made.states.admit(row, snapshot.on(device), fresh=True)
         made.writer.moved()
+        if whole and is_ready(decoder_of(model)):  # so that marks taken now outlast its first pass
+            made.states.keep_logs()
+            made.writer = Prepared(made.states, made.writer.fed)
         made.weights = Weights(there, unknown=there is None or there != described.fingerprint)
         return made
 

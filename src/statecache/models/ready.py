@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from torch import nn
+
 from statecache.errors import ConfigError, OptionError
 from statecache.models.table import ON_MODULES
 
@@ -25,6 +27,11 @@ _promised: ContextVar[bool] = ContextVar("promised", default=False)
 def announce(forward: Exact) -> None:
     """Say that a model is prepared, as long as there is what stands in for its forward."""
     _ready[id(forward)] = forward
+
+
+def is_ready(decoder: nn.Module) -> bool:
+    """Whether this very decoder is prepared."""
+    return any(value is not None and _ready.get(id(value)) is value for value in vars(decoder).values())
 
 
 @contextmanager
