@@ -147,7 +147,9 @@ def generate(
     follows what was accepted of late. `report` is called once, when all is over.
 
     On a CUDA device that has all of the model, texts of 32 new tokens or more are written with a captured step, see
-    `statecache.Decoder`, on a cache of its own or one that never moves; not with drafts or processors.
+    `statecache.Decoder`, on a cache of its own or one that never moves; not with drafts or processors. On a CPU so are
+    those of a float32 model, up to 8 rows without a `cache`, with a step that a process beside the first such text
+    compiles; `STATECACHE_COMPILED=` in the environment, empty, has none compiled.
 
     `cache` is a StateCache to go on from: the prompt is what comes after the tokens that it holds. Afterwards it holds
     each row's tokens but the last, with which the next prompt begins; of texts every token that they show, so that the
