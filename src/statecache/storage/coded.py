@@ -116,7 +116,7 @@ class Coded:
         self.dense = Dense(rows, slots, coded, axis=axis - self.last, dtype=torch.int8, device=device, static=static)
 
     def read(self, at: Slots) -> Tensor:
-        entries = self.code.decode(self.dense.read(at), self.numbers).to(self.dtype)
+        entries = within(self.code.decode(self.dense.read(at), self.numbers), self.dtype)
         return entries.transpose(-1, -2) if self.last else entries
 
     def write(self, at: Slots, entries: Tensor) -> None:
@@ -141,6 +141,13 @@ class Coded:
 
     def buffers(self) -> list[Tensor]:
         return self.dense.buffers()
+
+
+def within(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """These numbers, float32, in a dtype: what rounding took beyond the largest that float16 has as that one."""
+    if dtype is torch.float16:
+        numbers = numbers.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return numbers.to(dtype)
 
 
 def _exponent(largest: Tensor, mantissa: int = 23) -> Tensor:
