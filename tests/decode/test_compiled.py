@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -38,7 +39,7 @@ def no_grad() -> Iterator[None]:
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for code, of which nothing is known in this process yet."""
     monkeypatch.setenv(compiled.FOLDER, str(tmp_path))
-    for known in ("_spent", "_ordered", "_right"):
+    for known in ("_spent", "_ordered", "_waiting", "_right"):
         monkeypatch.setattr(compiled, known, type(getattr(compiled, known))())
     return tmp_path
 
@@ -53,13 +54,19 @@ def filled(model: Any, **options: Any) -> StateCache:
     return cache
 
 
+def at_once(patched: pytest.MonkeyPatch) -> None:
+    """Have code made from the first plain step on."""
+    patched.setattr(compiled, "WORTH", 0.0)
+    patched.setattr(compiled, "AFTER", 0.0)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Code for `model_of()`, by a process of its own, which `generate` has started."""
     folder = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(compiled.FOLDER, str(folder))
-        patched.setattr(compiled, "AFTER", 0.0)
+        at_once(patched)
         patched.setattr(compiled, "_ordered", set())
         model, reports = model_of(), list[sc.Report]()
         sc.generate(model, IDS, max_new_tokens=40, report=reports.append)
@@ -236,8 +243,8 @@ def test_damaged_code_is_not_used(code: Path, made: bytes, damage: Callable[[byt
 
 def test_what_failed_is_not_tried_again(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[Path]()
-    monkeypatch.setattr(compiled, "AFTER", 0.0)
-    monkeypatch.setattr(compiled, "_start", lambda file, packed: started.append(file))
+    at_once(monkeypatch)
+    monkeypatch.setattr(compiled, "_process", lambda file, packed: started.append(file))
     model = model_of()
     model.mine = lambda: None  # a process cannot be sent this
     write(model)
@@ -248,8 +255,20 @@ def test_what_failed_is_not_tried_again(code: Path, monkeypatch: pytest.MonkeyPa
     assert not started
 
 
+def test_a_short_text_has_its_code_made_when_the_process_ends(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[Path]()
+    monkeypatch.setattr(compiled, "WORTH", 0.0)
+    monkeypatch.setattr(compiled, "_process", lambda file, packed: started.append(file) or SimpleNamespace(pid=1))
+    model = model_of()
+    write(model)
+    assert compiled.being_made() and not started
+    compiled._start_all()
+    compiled._start_all()
+    assert started == [code / f"{name_of(model, filled(model))}.pt2"]
+
+
 def test_a_compiler_that_died_leaves_a_note(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "AFTER", 0.0)
+    at_once(monkeypatch)
     model = model_of()
     name = name_of(model, filled(model))
     gone = os.posix_spawn("/bin/true", ["true"], {})
@@ -262,7 +281,7 @@ def test_a_compiler_that_died_leaves_a_note(code: Path, monkeypatch: pytest.Monk
 def test_a_folder_that_cannot_be_written_is_nobodys_trouble(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code / "file").write_text("")
     monkeypatch.setenv(compiled.FOLDER, str(code / "file" / "below"))
-    monkeypatch.setattr(compiled, "AFTER", 0.0)
+    at_once(monkeypatch)
     assert write(model_of())[1] == 0
 
 

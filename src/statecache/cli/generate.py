@@ -45,7 +45,7 @@ def generate_command(
         if written.report.compiled:
             rows.append(("passes by compiled code", f"{written.report.compiled} of {written.report.forwards}"))
         elif being_made():
-            rows.append(("compiled code", "is being made, for the texts to come"))
+            rows.append(("compiled code", "will be made, for the texts to come"))
         if how["temperature"]:
             rows.append(("seed", f"{how['seed']}"))
         report = written.report

@@ -1,18 +1,22 @@
-"""A CPU's step as code that torch compiled ahead of time: named by all that it is good for, and made beside the text.
+"""A CPU's step as code that torch compiled ahead of time: named by all that it is good for, and made behind the text.
 
-No text waits for it. Steps run plainly until there is code, which a process of its own makes once plain steps have
-taken a second; from then on, in every process, steps of that kind run by it. A file holds machine code for one
-structure of a model, one shape of a cache, one number of threads, one machine and the versions of what made it; the
-tensors of model and cache are its arguments. Where none can be made a note says why, and steps stay plain.
+No text waits for it. Steps run plainly until there is code, which a process of its own makes if plain steps took a
+second: when this one ends, or beside it once they took twenty. From then on, in every process, steps of that kind run
+by it. A file holds machine code for one structure of a model, one shape of a cache, one number of threads, one machine
+and the versions of what made it; the tensors of model and cache are its arguments. Where none can be made a note says
+why, and steps stay plain.
 
 B rows, V tokens of the model.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import os
 import pickle
 import platform
@@ -23,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +37,8 @@ from statecache.models.cache import StateCache
 from statecache.storage.table import Stores
 
 FOLDER = "STATECACHE_COMPILED"  # where code is kept, if this is set; nowhere, if it is empty
-AFTER = 1.0  # seconds of plain steps of one kind in this process, after which code is made
+WORTH = 1.0  # seconds of plain steps of one kind in this process from which on code is made for them, when it ends
+AFTER = 20.0  # and from which on it is made at once, which slows them meanwhile
 KEPT = 64  # files, the latest used
 TOLERANCE = 1e-4  # of the largest logit, between what is compiled and what is not
 OF_FILES = "_name_or_path", "transformers_version"  # in a configuration, of where it comes from
@@ -41,6 +46,7 @@ SMALL = 2**16  # bytes of a tensor that goes to the process that compiles as it 
 
 _spent: dict[Path, float] = {}  # seconds of plain steps, by the file that would hold their code
 _ordered: set[Path] = set()  # files that this process has had made
+_waiting: dict[Path, bytes] = {}  # of these, what has yet to be compiled
 _making: list[subprocess.Popen[bytes]] = []  # what makes them
 _right: set[Path] = set()  # whose code this process has seen to do what the plain step does
 
@@ -93,10 +99,11 @@ class Ahead:
         if self._folder is None or self._file is None:
             return
         spent = _spent[self._file] = _spent.get(self._file, 0.0) + seconds
-        if spent > AFTER and self._file not in _ordered:
+        if spent > WORTH and self._file not in _ordered:
             _ordered.add(self._file)
-            if not order(self._file, self.model, self.cache):
-                self._folder = None
+            order(self._file, self.model, self.cache)
+        if spent > AFTER and self._file in _waiting:
+            _start(self._file)
 
     def _look(self, folder: Path, ids: Tensor, count: Tensor, plain: Forward) -> None:
         """Take the code, if it is there and right."""
@@ -135,7 +142,7 @@ def inputs(model: nn.Module, cache: StateCache) -> list[Tensor]:
 
 
 def being_made() -> bool:
-    """Whether this process has had code made that is not there yet."""
+    """Whether this process has code made, now or when it ends, that is not there yet."""
     return any(not file.is_file() and not _note(file).exists() for file in _ordered)
 
 
@@ -245,27 +252,41 @@ def load_code(file: Path) -> Any:
     return _aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
 
 
-def order(file: Path, model: nn.Module, cache: StateCache) -> bool:
-    """Have a process of its own compile the step, which goes on when this one ends. Whether it will."""
-    lock, why = file.with_suffix(".lock"), _note(file)
+def order(file: Path, model: nn.Module, cache: StateCache) -> None:
+    """Have the step compiled, by a process of its own, when this one ends if not before."""
+    packed = io.BytesIO()
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if lock.exists():
-            if _alive(lock):
-                return True
-            why.write_text("the process that compiled it ended without a word\n")
-            lock.unlink(missing_ok=True)
-            return False
-        with tempfile.TemporaryFile() as packed:
-            Hollow(packed).dump((model, _options(cache), torch.get_num_threads()))
-            packed.seek(0)
-            lock.write_text(str(_start(file, packed).pid))
-    except OSError:  # nowhere to keep it
-        return False
+        Hollow(packed).dump((model, _options(cache), torch.get_num_threads()))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        why.write_text(f"the model cannot be pickled: {error}\n")
-        return False
-    return True
+        _say(file, f"the model cannot be pickled: {error}")
+        return
+    _waiting[file] = packed.getvalue()
+
+
+def _say(file: Path, why: str) -> None:
+    """Note why there is no such file, if that can be written."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _note(file).write_text(f"{why}\n")
+
+
+def _start(file: Path) -> None:
+    """Have what waits for it compiled, unless another process is at it."""
+    packed, lock = _waiting.pop(file), file.with_suffix(".lock")
+    if lock.exists():
+        if not _alive(lock):
+            _say(file, "the process that compiled it ended without a word")
+            lock.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):  # there is nowhere to keep it
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock.write_text(str(_process(file, packed).pid))
+
+
+@atexit.register
+def _start_all() -> None:
+    for file in list(_waiting):
+        _start(file)
 
 
 class _Beside(subprocess.Popen[bytes]):
@@ -275,16 +296,20 @@ class _Beside(subprocess.Popen[bytes]):
         pass
 
 
-def _start(file: Path, packed: IO[bytes]) -> _Beside:
-    """Compile what was packed into a file."""
-    process = _Beside(
-        [sys.executable, "-m", "statecache.decode.compiling", str(file)],
-        stdin=packed,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path), FOLDER: ""},
-    )
+def _process(file: Path, packed: bytes) -> _Beside:
+    """What compiles it, which goes on when this process ends."""
+    paths = [path or str(Path.cwd()) for path in sys.path]
+    with tempfile.TemporaryFile() as given:
+        given.write(packed)
+        given.seek(0)
+        process = _Beside(
+            [sys.executable, "-m", "statecache.decode.compiling", str(file)],
+            stdin=given,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), FOLDER: "", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        )
     _making.append(process)
     return process
 

@@ -78,9 +78,16 @@ def compile_step(model: nn.Module, options: dict[str, Any], file: Path) -> None:
     made.rename(file)
 
 
+def _wait_for_others() -> None:
+    """Run where no other process wants to: the threads of the text that this goes on beside wait for each other."""
+    os.nice(19)
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def main() -> None:
     file = Path(sys.argv[1])
-    os.nice(19)  # the text that this goes on beside comes first
+    _wait_for_others()
     try:
         model, options, threads = pickle.load(sys.stdin.buffer)  # noqa: S301 of the process that started this one
         torch.set_num_threads(threads)

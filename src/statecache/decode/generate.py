@@ -148,7 +148,7 @@ def generate(
 
     On a CUDA device that has all of the model, texts of 32 new tokens or more are written with a captured step, see
     `statecache.Decoder`, on a cache of its own or one that never moves; not with drafts or processors. On a CPU so are
-    those of a float32 model, up to 8 rows without a `cache`, with a step that a process beside the first such text
+    those of a float32 model, up to 8 rows without a `cache`, with a step that a process behind the first such text
     compiles; `STATECACHE_COMPILED=` in the environment, empty, has none compiled.
 
     `cache` is a StateCache to go on from: the prompt is what comes after the tokens that it holds. Afterwards it holds
