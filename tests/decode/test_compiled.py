@@ -285,6 +285,32 @@ def test_a_folder_that_cannot_be_written_is_nobodys_trouble(code: Path, monkeypa
     assert write(model_of())[1] == 0
 
 
+def test_nobodys_home_and_a_class_of_a_notebook_are_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    with monkeypatch.context() as patched:
+        patched.delenv(compiled.FOLDER)
+        patched.delenv("XDG_CACHE_HOME", raising=False)
+
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        patched.setattr(Path, "home", homeless)
+        assert not compiles(model) and write(model)[1] == 0
+    monkeypatch.setattr(type(model), "__module__", "__main__.cell")
+    assert not compiles(model)
+
+
+def test_a_folder_that_is_closed_is_nobodys_trouble(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(file: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    model, own = model_of(), Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda file: closed(file) if code in file.parents else own(file))
+    at_once(monkeypatch)
+    monkeypatch.setattr(compiled, "_process", lambda file, packed: closed(file))
+    assert write(model)[1] == 0
+
+
 # ---- all families
 
 

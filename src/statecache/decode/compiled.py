@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import importlib.metadata
 import inspect
 import io
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import statecache
@@ -58,12 +58,17 @@ def folder() -> Path | None:
     given = os.environ.get(FOLDER)
     if given is not None:
         return Path(given) if given else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statecache" / "compiled"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statecache" / "compiled"
+    except RuntimeError:  # nobody's home
+        return None
 
 
 def compiles(model: nn.Module) -> bool:
     """Whether steps of a model may be compiled: float32 on a CPU, and no function of its modules is anybody's own."""
-    if os.name != "posix" or folder() is None or torch.is_autocast_enabled("cpu"):
+    if os.name != "posix" or not sys.executable or folder() is None or torch.is_autocast_enabled("cpu"):
+        return False
+    if _written(type(model)) is None:
         return False
     held = [*model.parameters(), *model.buffers()]
     if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in held):
@@ -108,8 +113,8 @@ class Ahead:
     def _look(self, folder: Path, ids: Tensor, count: Tensor, plain: Forward) -> None:
         """Take the code, if it is there and right."""
         file = self._file = self._file or folder / f"{name_of(self.model, self.cache)}.pt2"
-        if not file.is_file():
-            if _note(file).exists():
+        if not _there(file):
+            if _there(_note(file)):
                 self._folder = None
             return
         _making[:] = [each for each in _making if each.poll() is None]
@@ -122,7 +127,8 @@ class Ahead:
             warnings.warn(f"a compiled step is not used, {file}: {error}", stacklevel=2)
             return
         _right.add(file)
-        os.utime(file)
+        with contextlib.suppress(OSError):  # a folder of somebody else's
+            os.utime(file)
         self._code, self._inputs = code, inputs(self.model, self.cache)
 
     def _agrees(self, code: Any, ids: Tensor, count: Tensor, plain: Forward) -> bool:
@@ -143,7 +149,7 @@ def inputs(model: nn.Module, cache: StateCache) -> list[Tensor]:
 
 def being_made() -> bool:
     """Whether this process has code made, now or when it ends, that is not there yet."""
-    return any(not file.is_file() and not _note(file).exists() for file in _ordered)
+    return any(not _there(file) and not _there(_note(file)) for file in _ordered)
 
 
 # ---- what code is good for
@@ -168,7 +174,7 @@ def _machine() -> tuple[str, ...]:
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.is_file() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    versions = [f"{package.__name__} {package.__version__}" for package in (torch, transformers)]
     return (*versions, sys.platform, platform.machine(), torch.backends.cpu.get_cpu_capability(), flags)
 
 
@@ -201,7 +207,8 @@ def _structure(model: nn.Module) -> Iterator[str]:
                 yield f"{key} {_called(value)}"
     for place, tensor in _tensors(model):
         yield f"{place} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
-    yield hashlib.sha256(Path(inspect.getfile(type(model))).read_bytes()).hexdigest()
+    written = _written(type(model))
+    yield hashlib.sha256(written.read_bytes() if written else b"").hexdigest()
 
 
 def _shapes(cache: StateCache) -> Iterator[str]:
@@ -220,6 +227,12 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def _written(kind: type) -> Path | None:
+    """The file that a class is written in; None where it is in none, as in a notebook."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return Path(file) if file and _there(Path(file)) else None
+
+
 def _called(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}"
 
@@ -233,6 +246,14 @@ def _changed(module: nn.Module) -> bool:
 
 
 # ---- files
+
+
+def _there(file: Path) -> bool:
+    """Whether there is such a file, as far as this process may know."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
 
 
 def _note(file: Path) -> Path:
@@ -273,7 +294,7 @@ def _say(file: Path, why: str) -> None:
 def _start(file: Path) -> None:
     """Have what waits for it compiled, unless another process is at it."""
     packed, lock = _waiting.pop(file), file.with_suffix(".lock")
-    if lock.exists():
+    if _there(lock):
         if not _alive(lock):
             _say(file, "the process that compiled it ended without a word")
             lock.unlink(missing_ok=True)
