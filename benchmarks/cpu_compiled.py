@@ -33,7 +33,7 @@ import statecache as sc
 from shapes import DEEP, build, table, tokens_of, versions
 from statecache.cli.measure import cpu_name
 from statecache.cli.model import EMBEDDED
-from statecache.decode.compiled import Hollow, inputs, load_code
+from statecache.decode.compiled import TOLERANCE, Hollow, inputs, load_code
 from statecache.decode.compiling import compile_step
 from statecache.models.names import cache_name
 
@@ -42,7 +42,6 @@ ROOM: dict[str, Any] = {"capacity": CAPACITY, "slack": 1, "back": False}  # as `
 MODELS = [*DEEP, "embedded"]
 OURS, LINEAR = "compiled", "linear layers"
 SIDES = ("plain", OURS, "StaticCache", "StaticCache, compiled", LINEAR)
-TOLERANCE = 1e-4
 
 
 def step(model: Any, cache: Any, ids: Tensor) -> Tensor:

@@ -165,22 +165,23 @@ class Ours(Side):
         return decoder.step
 
 
-def profiled(step: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
-    """The kernels of a step, those that take longest in all first: name, calls, microseconds in all."""
+def profiled(step: Callable[[], Any], most: int = 12, times: int = 4) -> list[dict[str, Any]]:
+    """The kernels of a step, all together and then those that take longest: name, calls, microseconds in all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(4):
+        for _ in range(times):
             step()
         torch.cuda.synchronize()
     found = [e for e in seen.key_averages() if e.self_device_time_total]
     found.sort(key=lambda event: -event.self_device_time_total)
-    rows = [{"name": e.key[:80], "calls": e.count / 4, "us": e.self_device_time_total / 4} for e in found]
+    rows = [{"name": e.key[:80], "calls": e.count / times, "us": e.self_device_time_total / times} for e in found]
     total = {"name": "all", "calls": sum(r["calls"] for r in rows), "us": sum(r["us"] for r in rows)}
     return [total, *rows[:most]]
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
+    """Of what runs here, and of these packages."""
     found = {"python": platform.python_version(), "statecache": sc.__version__}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

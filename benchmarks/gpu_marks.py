@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import statecache as sc
-from gpu_decode import bandwidth, seconds, versions
+from gpu_decode import bandwidth, profiled, seconds, versions
 from gpu_shapes import SHAPES
 from shapes import table
 from statecache.lease import Lease
@@ -111,16 +111,6 @@ def operations(cache: sc.StateCache, context: int) -> Iterator[tuple[str, int, C
     yield "reset", total, cache.reset
 
 
-def device_time(run: Callable[[], object], n: int) -> tuple[float, float]:
-    """Microseconds of kernels and copies of one call, and how many they are."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(n):
-            run()
-        torch.cuda.synchronize()
-    found = [e for e in seen.key_averages() if e.self_device_time_total]
-    return sum(e.self_device_time_total for e in found) / n, sum(e.count for e in found) / n
-
-
 @torch.no_grad()
 def measure(opts: argparse.Namespace) -> dict[str, Any]:
     on_gpu = opts.device != "cpu"
@@ -136,7 +126,8 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
                     found.append(one)
                     if on_gpu:
                         run()
-                        one.device, one.kernels = device_time(run, opts.repeats)
+                        whole = profiled(run, times=opts.repeats)[0]
+                        one.device, one.kernels = whole["us"], whole["calls"]
                         one.asked = 2e6 * moved / rates["copy"] + 20
                         one.wall = seconds(run, opts.repeats) * 1e6
                         continue

@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import statistics
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,6 @@ class Ours(Side):
 
 
 SIDES = {"statecache": Ours, "transformers": Theirs}
-
-
-def installed() -> dict[str, str]:
-    found = {}
-    for name in KERNELS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def read(side: Side) -> tuple[float, float]:
@@ -116,13 +105,11 @@ def main() -> None:
         for tokens in opts.tokens
     ]
     of = [f"{what}, {side}" for what in ("ms", "first s", "MiB") for side in SIDES]
-    print(torch.cuda.get_device_name(), installed())
+    print(torch.cuda.get_device_name(), versions(*KERNELS))
     print(table(["model", "rows", "tokens", *of[:2], "ours / theirs", *of[2:]], [row(each) for each in found]))
     if opts.json:
         held = {"date": str(datetime.date.today()), "commit": opts.commit, "machine": torch.cuda.get_device_name()}
-        opts.json.write_text(
-            json.dumps({**held, "versions": {**versions(), **installed()}, "found": found}, indent=1) + "\n"
-        )
+        opts.json.write_text(json.dumps({**held, "versions": versions(*KERNELS), "found": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

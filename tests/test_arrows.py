@@ -48,7 +48,8 @@ INSIDE = {
     ],
     "kernels": ["convolve early", "linear norms attend ssd_step delta_step"],
     "decode": [
-        "limits request report text draft_length feed processors compiled",
+        "limits request report text draft_length feed processors",
+        "compiled",
         "compiling",
         "noise",
         "sampling",

@@ -1,6 +1,7 @@
 """`statecache demo`: a story, and what the cache did for it, measured on the spot."""
 
 from dataclasses import replace
+from typing import Any
 
 from statecache.cli.generate import generate_command
 from statecache.cli.model import Loaded, Settings, load, new_cache, options, tokens_held
@@ -38,10 +39,10 @@ def demo_command(settings: Settings) -> bool:
     return stop.requested
 
 
-def _write(loaded: Loaded, settings: Settings, stop: Stop) -> Written:
-    """A text of likeliest tokens, onto nothing."""
-    ids, cache = loaded.tokenizer(PROMPT)["input_ids"], new_cache(loaded, settings)
-    return write_on(loaded, ids, cache, options(loaded.model.generation_config, settings), stop, len)
+def _write(loaded: Loaded, settings: Settings, stop: Stop, cache: Any = None) -> Written:
+    """A text of likeliest tokens, onto nothing: a new cache, if none is given."""
+    ids, how = loaded.tokenizer(PROMPT)["input_ids"], options(loaded.model.generation_config, settings)
+    return write_on(loaded, ids, new_cache(loaded, settings) if cache is None else cache, how, stop, len)
 
 
 def _same(one: Written, other: Written) -> str:
@@ -52,11 +53,11 @@ def _compiled(loaded: Loaded, settings: Settings, stop: Stop) -> Written | None:
     """The same by code that was compiled before; None where there is none."""
     if being_made():
         return None
-    ids = loaded.tokenizer(PROMPT)["input_ids"]
-    cache = fixed_cache(loaded.model, 1, len(ids), settings.max_new_tokens)
+    longest = len(loaded.tokenizer(PROMPT)["input_ids"])
+    cache = fixed_cache(loaded.model, 1, longest, settings.max_new_tokens)
     if cache is None:
         return None
-    written = write_on(loaded, ids, cache, options(loaded.model.generation_config, settings), stop, len)
+    written = _write(loaded, settings, stop, cache)
     return written if written.report.compiled else None
 
 

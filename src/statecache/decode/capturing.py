@@ -64,11 +64,6 @@ def fixed_cache(model: Any, rows: int, longest: int, new: int) -> StateCache | N
     return cache if takes(cache) else None
 
 
-def _free(device: torch.device) -> int:
-    free: int = torch.cuda.mem_get_info(device)[0]
-    return free
-
-
 def _among_few(tokens: int) -> int:
     """The capacity for so many: of four between a power of two and the next."""
     step = max(1 << max(tokens.bit_length() - 3, 0), SHORTEST)

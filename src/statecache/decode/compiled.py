@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import transformers
 from torch import Tensor, nn
 
 import statecache
+from statecache.decode.feed import step
 from statecache.models.cache import StateCache
 from statecache.storage.table import Stores
 
@@ -49,8 +50,6 @@ _ordered: set[Path] = set()  # files that this process has had made
 _waiting: dict[Path, bytes] = {}  # of these, what has yet to be compiled
 _making: list[subprocess.Popen[bytes]] = []  # what makes them
 _right: set[Path] = set()  # whose code this process has seen to do what the plain step does
-
-Forward = Callable[[StateCache], Tensor]
 
 
 def folder() -> Path | None:
@@ -86,13 +85,10 @@ class Ahead:
         self._code: Any = None
         self._inputs: list[Tensor] = []
 
-    def step(self, ids: Tensor, count: Tensor, plain: Forward) -> Tensor | None:
-        """Run a step over ids (B, 1), of which rows take in `count` (B,): its logits (B, V), or None without code.
-
-        `plain` runs the same step over a cache, which is what the code is held against before it is first used.
-        """
+    def step(self, ids: Tensor, count: Tensor) -> Tensor | None:
+        """Run a step over ids (B, 1), of which rows take in `count` (B,): its logits (B, V), or None without code."""
         if self._code is None and self._folder is not None:
-            self._look(self._folder, ids, count, plain)
+            self._look(self._folder, ids, count)
         if self._code is None:
             return None
         logits: Tensor = self._code.run([*self._inputs, ids, count])[0]
@@ -110,17 +106,17 @@ class Ahead:
         if spent > AFTER and self._file in _waiting:
             _start(self._file)
 
-    def _look(self, folder: Path, ids: Tensor, count: Tensor, plain: Forward) -> None:
+    def _look(self, folder: Path, ids: Tensor, count: Tensor) -> None:
         """Take the code, if it is there and right."""
         file = self._file = self._file or folder / f"{name_of(self.model, self.cache)}.pt2"
         if not _there(file):
-            if _there(_note(file)):
+            if _there(note_of(file)):
                 self._folder = None
             return
         _making[:] = [each for each in _making if each.poll() is None]
         try:
             code = load_code(file)
-            if file not in _right and not self._agrees(code, ids, count, plain):
+            if file not in _right and not self._agrees(code, ids, count):
                 raise RuntimeError("its logits are not those of the plain step")
         except (RuntimeError, OSError) as error:
             self._folder = None
@@ -131,12 +127,12 @@ class Ahead:
             os.utime(file)
         self._code, self._inputs = code, inputs(self.model, self.cache)
 
-    def _agrees(self, code: Any, ids: Tensor, count: Tensor, plain: Forward) -> bool:
+    def _agrees(self, code: Any, ids: Tensor, count: Tensor) -> bool:
         """Whether two steps by the code give what two plain ones do. On copies: the cache stays as it is."""
         twins = self.cache.fork(), self.cache.fork()
         held = inputs(self.model, twins[1])
         for _ in range(2):
-            want, got = plain(twins[0]), code.run([*held, ids, count])[0]
+            want, got = step(self.model, twins[0], ids, count), code.run([*held, ids, count])[0]
             if not bool((got - want).abs().max() <= TOLERANCE * want.abs().max()):
                 return False
         return True
@@ -144,12 +140,12 @@ class Ahead:
 
 def inputs(model: nn.Module, cache: StateCache) -> list[Tensor]:
     """What code takes before ids (B, 1) and count (B,): the tensors of a model and of a cache."""
-    return [*(t.detach() for _, t in _tensors(model)), *cache.states.buffers()]
+    return [*(t.detach() for _, t in tensors_of(model)), *cache.states.buffers()]
 
 
 def being_made() -> bool:
     """Whether this process has code made, now or when it ends, that is not there yet."""
-    return any(not _there(file) and not _there(_note(file)) for file in _ordered)
+    return any(not _there(file) and not _there(note_of(file)) for file in _ordered)
 
 
 # ---- what code is good for
@@ -190,10 +186,8 @@ def _source() -> str:
 def _structure(model: nn.Module) -> Iterator[str]:
     """What a model is but for its weights: modules, what they are told, and shapes."""
     config: Any = model.config
-    told = {
-        key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
-    }
-    yield repr(sorted(told.items()))
+    told = config.to_dict().items()
+    yield repr(sorted((key, value) for key, value in told if key not in OF_FILES))
     yield repr(config._attn_implementation)
     first: dict[int, str] = {}
     for place, module in model.named_modules(remove_duplicate=False):
@@ -205,7 +199,7 @@ def _structure(model: nn.Module) -> Iterator[str]:
                 yield f"{key} {value.dtype} {_digest(value)}"
             elif inspect.isroutine(value) or isinstance(value, type):
                 yield f"{key} {_called(value)}"
-    for place, tensor in _tensors(model):
+    for place, tensor in tensors_of(model):
         yield f"{place} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
     written = _written(type(model))
     yield hashlib.sha256(written.read_bytes() if written else b"").hexdigest()
@@ -217,7 +211,7 @@ def _shapes(cache: StateCache) -> Iterator[str]:
     yield from (f"{tuple(t.shape)} {t.stride()} {t.dtype}" for t in states.buffers())
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, each once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
@@ -256,9 +250,14 @@ def _there(file: Path) -> bool:
         return False
 
 
-def _note(file: Path) -> Path:
+def note_of(file: Path) -> Path:
     """Where it says why there is no such file."""
     return file.with_suffix(".why")
+
+
+def lock_of(file: Path) -> Path:
+    """Where it says which process compiles it."""
+    return file.with_suffix(".lock")
 
 
 def _dense(cache: StateCache) -> bool:
@@ -288,12 +287,12 @@ def _say(file: Path, why: str) -> None:
     """Note why there is no such file, if that can be written."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _note(file).write_text(f"{why}\n")
+        note_of(file).write_text(f"{why}\n")
 
 
 def _start(file: Path) -> None:
     """Have what waits for it compiled, unless another process is at it."""
-    packed, lock = _waiting.pop(file), file.with_suffix(".lock")
+    packed, lock = _waiting.pop(file), lock_of(file)
     if _there(lock):
         if not _alive(lock):
             _say(file, "the process that compiled it ended without a word")

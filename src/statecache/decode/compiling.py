@@ -20,8 +20,8 @@ import torch._inductor
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from statecache.decode.compiled import KEPT, SMALL, inputs
-from statecache.decode.feed import advance
+from statecache.decode.compiled import KEPT, SMALL, inputs, lock_of, note_of, tensors_of
+from statecache.decode.feed import step
 from statecache.models.cache import StateCache
 from statecache.models.fingerprint import Weights
 
@@ -35,8 +35,7 @@ class Advance(nn.Module):
 
     def forward(self, cache: StateCache, ids: Tensor, count: Tensor) -> Tensor:
         """The logits (B, V) after ids (B, 1), of which rows take in `count` (B,)."""
-        cache.expect(count)
-        return advance(self.model, cache, ids, None)[:, -1]
+        return step(self.model, cache, ids, count)
 
 
 class Step(nn.Module):
@@ -44,13 +43,13 @@ class Step(nn.Module):
 
     def __init__(self, model: nn.Module, cache: StateCache) -> None:
         super().__init__()
-        step, own = Advance(model), cache.states.buffers()
-        names = [name for name, _ in (*step.named_parameters(), *step.named_buffers())]
+        part, own = Advance(model), cache.states.buffers()
+        names = [name for name, _ in tensors_of(part)]
 
         def run(tensors: Sequence[Tensor], ids: Tensor, count: Tensor) -> Tensor:
             weights, held = tensors[: len(names)], tensors[len(names) :]
             there = copy.deepcopy(cache, {id(old): new for old, new in zip(own, held, strict=True)})
-            logits: Tensor = functional_call(step, dict(zip(names, weights, strict=True)), (there, ids, count))
+            logits: Tensor = functional_call(part, dict(zip(names, weights, strict=True)), (there, ids, count))
             return logits
 
         self.run = run
@@ -93,10 +92,10 @@ def main() -> None:
         torch.set_num_threads(threads)
         compile_step(model, options, file)
     except BaseException:
-        file.with_suffix(".why").write_text(traceback.format_exc())
+        note_of(file).write_text(traceback.format_exc())
         raise
     finally:
-        file.with_suffix(".lock").unlink(missing_ok=True)
+        lock_of(file).unlink(missing_ok=True)
     kept = sorted(file.parent.glob("*.pt2"), key=lambda each: each.stat().st_mtime)
     for old in kept[:-KEPT]:
         old.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from statecache import kernels
 from statecache.decode.compiled import Ahead
-from statecache.decode.feed import advance, feed, input_device
+from statecache.decode.feed import feed, input_device, step
 from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
 from statecache.decode.sampling import Columns, Sampler, Uses
@@ -236,25 +236,19 @@ class Decoder:
 
     def _uncaptured(self) -> Tensor:
         """The logits (B, V) after the last tokens of all rows, by compiled code where there is some."""
-        logits = self._ahead.step(self._ids, self._count, self._plain)
+        logits = self._ahead.step(self._ids, self._count)
         if logits is not None:
             self.counts.compiled += 1
             return logits
         start = time.perf_counter()
-        logits = self._plain(self.cache)
+        logits = self._forward(len(self._lengths))
         self._ahead.spent(time.perf_counter() - start)
         self.counts.plain += 1
         return logits
 
-    def _plain(self, cache: StateCache) -> Tensor:
-        """The same over a cache by the model's own code."""
-        cache.expect(self._count)
-        return advance(self.model, cache, self._ids, None)[:, -1]
-
     def _forward(self, bucket: int) -> Tensor:
         """The logits (b, V) after the last tokens of the first b rows, of which idle ones take nothing in."""
-        self.cache.expect(self._count[:bucket])
-        return advance(self.model, self.cache, self._ids[:bucket], None)[:, -1]
+        return step(self.model, self.cache, self._ids[:bucket], self._count[:bucket])
 
     def _choose(self, bucket: int, logits: Tensor) -> None:
         """Put the next tokens in place of the last ones, in the rows that write."""

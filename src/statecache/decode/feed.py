@@ -55,6 +55,12 @@ def advance(
     return logits
 
 
+def step(model: Any, cache: Any, ids: Tensor, count: Tensor) -> Tensor:
+    """Take in ids (B, 1) in the rows whose `count` (B,), on the cache's device, is 1; the logits (B, V) after them."""
+    cache.expect(count)
+    return advance(model, cache, ids, None)[:, -1]
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model takes its ids: where its embedding is, or where accelerate brings it from elsewhere."""
     embedding = model.get_input_embeddings()
