@@ -46,7 +46,11 @@ INSIDE = {
         "prepare",
         "fused",
     ],
-    "kernels": ["convolve early", "linear norms attend ssd_step delta_step"],
+    "kernels": [
+        "convolve early tokens",
+        "linear norms attend ssd_step delta_step delta_chunk ssd_chunk conv_chunk",
+        "lightning_chunk",
+    ],
     "decode": [
         "limits request report text draft_length feed processors",
         "compiled",

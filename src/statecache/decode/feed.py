@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from statecache import kernels
+from statecache.models.fused import norms_by_kernels
 from statecache.models.names import cache_name
+
+MANY = 128  # tokens of a prompt for which it pays to go through a model's norms
 
 
 def feed(model: Any, cache: Any, tokens: Sequence[list[int]] | Tensor, rows: Sequence[int] | None = None) -> Tensor:
@@ -32,7 +37,9 @@ def feed(model: Any, cache: Any, tokens: Sequence[list[int]] | Tensor, rows: Seq
     if min(widths) < ids.shape[1]:
         assert rows is None
         options["attention_mask"] = left_padding(widths, ids.shape[1], device)
-    return advance(model, cache, ids, None, rows, **options)[:, -1]
+    many = ids.shape[1] >= MANY and kernels.available(device) and not torch.is_grad_enabled()
+    with norms_by_kernels(model) if many else nullcontext():
+        return advance(model, cache, ids, None, rows, **options)[:, -1]
 
 
 def advance(

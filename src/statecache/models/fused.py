@@ -122,15 +122,32 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
                 if kernel is not None and isinstance(mixer, Recurrent):
                     mixer.kernel = kernel
                     stack.callback(setattr, mixer, "kernel", None)
-        for module in decoder.modules():
-            name = type(module).__name__
-            if "forward" in vars(module) or _hooked(module) or _unavailable(module):
-                continue
-            if name in NORMS:
-                stand_in(module, "forward", _norm(module))
-            elif name in GATED:
-                stand_in(module, "forward", _gated(module))
+        for module, forward in _norms(decoder):
+            stand_in(module, "forward", forward)
         yield
+
+
+@contextmanager
+def norms_by_kernels(model: nn.Module) -> Iterator[None]:
+    """Have the norms of a model run by kernels within: what is worth it for the many tokens of a prompt."""
+    put = [(module, forward) for module, forward in _norms(model)]
+    for module, forward in put:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in put:
+            del module.forward
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
+    """The norms that a kernel can run, and what runs each."""
+    for module in model.modules():
+        name = type(module).__name__
+        if name not in NORMS and name not in GATED:
+            continue
+        if not ("forward" in vars(module) or _hooked(module) or _unavailable(module)):
+            yield module, _norm(module) if name in NORMS else _gated(module)
 
 
 def _take_away(put: list[tuple[nn.Module, str, Any]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statecache import kernels
 from statecache.clock import capturing
 from statecache.errors import LayerError, RaggedError, ShapeError, StepError
 from statecache.lease import Lease
@@ -304,7 +305,7 @@ class LayerState:
         if step.tokens == 1:
             y, wide = conv.step(x, weight, bias, past, silu, heads)
         else:
-            y, wide = conv.chunk(x, weight, bias, past, silu, heads), None
+            y, wide = _convolve(x, weight, bias, past, silu, heads), None
         if isinstance(held, Ring):
             held.put(x.mT if x.dtype == held.dtype else x.mT.to(held.dtype), step)
         elif wide is not None and step.count is None:
@@ -438,7 +439,7 @@ class Stateless:
         heads: conv.Heads | None = None,
     ) -> Tensor:
         """See `LayerState.convolve`."""
-        return conv.chunk(x, weight, bias, None, silu, heads)
+        return _convolve(x, weight, bias, None, silu, heads)
 
     def recur(self, recurrence: Recurrence, taken: Parts, query: Tensor) -> Tensor:
         """See `LayerState.recur`."""
@@ -453,6 +454,17 @@ class Stateless:
 
 
 STATELESS = Stateless()
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool, heads: conv.Heads | None
+) -> Tensor:
+    """See `statecache.ops.conv.chunk`; by the kernel where it can."""
+    if heads is None and weight.dim() == 2 and x.shape[1] and kernels.serves(x, weight, bias, past):
+        from statecache.kernels import conv_chunk
+
+        return conv_chunk.chunk(x, weight, bias, past, silu)
+    return conv.chunk(x, weight, bias, past, silu, heads)
 
 
 def _newest(wide: Tensor, held: int, count: Tensor | None) -> Tensor:

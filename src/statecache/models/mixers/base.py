@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from statecache import kernels
 from statecache.models.given import layer_states
 from statecache.models.prepared import LayerState, Lent, Stateless
 
@@ -116,7 +118,7 @@ class Recurrent(Mixer):
         """
         with self.weights():
             arguments = self._arguments(taken, query, anew=True)
-            return self.operator.module.chunk(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
+            return self.operator.chunk_for(arguments, state)(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
 
     def step(self, taken: tuple[Tensor, ...], query: Tensor, state: Tensor) -> Tensor:
         """Take one token into `state` (B, *D) in place: `taken` (B, *shape), `query` (B, ...); the output (B, ...).
@@ -151,13 +153,22 @@ class Operator:
     """A module of `statecache.ops` with chunk, step and fold, and what these call their arguments.
 
     `taken`: the inputs and gates of a token, in the order of the log; `query`: what it asks of the state, or "";
-    `constant`: what all tokens share, or "".
+    `constant`: what all tokens share, or ""; `kernel`: a module of `statecache.kernels` with the same chunk, or "".
     """
 
     module: ModuleType
     taken: tuple[str, ...]
     query: str = ""
     constant: str = ""
+    kernel: str = ""
+
+    def chunk_for(self, arguments: dict[str, Tensor], state: Tensor | None) -> Callable[..., Any]:
+        """The chunk that takes these: the kernel's where it can, else the plain one."""
+        taken = tuple(arguments.values())
+        kept = state is None or state.dtype is torch.float32
+        if self.kernel and kept and taken[0].shape[1] and kernels.serves(*taken, state):
+            return import_module(f"statecache.kernels.{self.kernel}").chunk  # type: ignore[no-any-return]
+        return self.module.chunk  # type: ignore[no-any-return]
 
 
 class Derived:

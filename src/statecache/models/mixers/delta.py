@@ -44,7 +44,7 @@ class Delta(Recurrent):
     says whether tokens are written at twice the strength, "" for no.
     """
 
-    operator = Operator(gated_delta, taken=("k", "v", "g", "beta"), query="q")
+    operator = Operator(gated_delta, taken=("k", "v", "g", "beta"), query="q", kernel="delta_chunk")
 
     def __init__(
         self,

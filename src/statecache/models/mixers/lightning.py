@@ -19,7 +19,7 @@ from statecache.ops import lightning
 class Lightning(Recurrent):
     """Lightning attention; its layer expects the output and the weights, of which there are none."""
 
-    operator = Operator(lightning, taken=("k", "v", "alive"), query="q", constant="slope")
+    operator = Operator(lightning, taken=("k", "v", "alive"), query="q", constant="slope", kernel="lightning_chunk")
     convolutions = ()
 
     def __init__(self, module: nn.Module, unmodified: Any) -> None:
