@@ -144,7 +144,7 @@ def _through(
         token = (first + chunk) * Q + here
         place = (row * H + head) * chunks + chunk
         inside = (token < T)[:, None] & (k_at < K)[None, :]
-        k_raw = tl.load(k + token[:, None] * k_token + k_at[None, :], mask=inside, other=0.0)
+        k_raw = tl.load(k + token[:, None] * k_token + k_at[None, :], mask=inside, other=0.0).to(tl.float32)
         erases = tl.load(W + place * (Q * BK) + here[:, None] * BK + k_at[None, :])
         at = U + place * (Q * BV) + here[:, None] * BV + v_at[None, :]
         new = tl.load(at) - tl.dot(erases, held, input_precision="tf32x3")
@@ -158,11 +158,11 @@ def _through(
                 whole = tl.sum(tl.where(upto, log, 0.0), 0)
                 until = (whole - tl.cumsum(log, 0)).to(tl.float32)
                 until = tl.exp(tl.where(upto, until, -float("inf"))) * _unit(k_raw)
-                then = product(tl.trans(k_raw), new * until[:, None])
+                then = tl.dot(tl.trans(k_raw), new * until[:, None], input_precision="tf32x3")
                 then += held * tl.exp(whole.to(tl.float32))
                 tl.store(kept + ((row * N + n) * H + head) * (K * V) + cell, then, mask=some)
         new *= tl.load(writes + place * Q + here)[:, None]
-        held = held * tl.load(decays + place) + product(tl.trans(k_raw), new)
+        held = held * tl.load(decays + place) + tl.dot(tl.trans(k_raw), new, input_precision="tf32x3")
     tl.store(after + (row * H + head) * (K * V) + cell, held, mask=some)
 
 
