@@ -22,6 +22,7 @@ from command_line import TEMPLATE, program, save_checkpoint
 from statecache.cli import chat, session
 from statecache.cli.model import Settings, load
 from statecache.cli.writing import Stop
+from statecache.decode import capturing
 from statecache.models import file, layout
 
 LINES = "Once upon a time|there was a fox|/retry\nand it ran|/undo|/undo\na hen|/fork\n/retry|/retry\n/reset|Once|again"
@@ -83,6 +84,36 @@ def test_a_conversation_that_is_left_after_each_line_is_the_one_that_never_was(
         parts, notes = parts + out, notes + NOTE.findall(err)
     assert parts == whole
     assert notes == NOTE.findall(told)  # so nothing was read once more, either
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2"])
+def test_a_conversation_on_caches_for_captured_steps_is_the_same(statecache, tmp_path, monkeypatch, family):
+    lines = "Once\n/fork\nupon\na time\n/undo\n/retry\nthere\nwas\n/back\na hen\n/undo\n/undo\n/reset\nanew\n"
+    model = save_checkpoint(family, tmp_path / "model", TEMPLATE)
+    args = ["chat", "-m", model, "-n", "9", "--temperature", "0.8", "--seed", "4"]
+    _, want, told = statecache(*args, stdin=lines)
+    made = []
+
+    def fixed_cache(*given):
+        made.append(capturing.fixed_cache(*given))
+        return made[-1] if len(made) != 4 else None  # for the fourth there is no memory
+
+    monkeypatch.setattr(capturing, "worth_capturing", lambda *_: True)
+    monkeypatch.setattr(chat, "fixed_cache", fixed_cache)
+    monkeypatch.setattr(chat, "ROOM", 16)
+    monkeypatch.setattr(capturing, "SHORTEST", 16)
+    kept = str(tmp_path / "kept")
+    code, got, notes = statecache(*args, "--session", kept, stdin=lines)
+    assert code == 0, notes
+    assert got == want
+    assert NOTE.findall(notes) == NOTE.findall(told)
+    assert len(made) > 4
+    assert len({cache.capacity for cache in made}) > 2
+    made.clear()
+    goes_on = statecache(*args, "--session", kept, stdin="more\n")[1]
+    assert made[0].lengths.tolist()[0] > 9
+    monkeypatch.setattr(chat, "fixed_cache", lambda *_: None)
+    assert statecache(*args, stdin=f"{lines}more\n")[1] == want + goes_on
 
 
 def test_processors_see_what_was_said_before_the_conversation_was_left(statecache, tmp_path):

@@ -9,10 +9,11 @@ from typing import Any
 
 from statecache.cli import session as sessions
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, new_cache, options, tokens_held
+from statecache.cli.model import Loaded, Settings, drafts, load, new_cache, options, tokens_held
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.session import Session, Turn
 from statecache.cli.writing import Stop, Written, write_on
+from statecache.decode.capturing import fixed_cache
 from statecache.decode.generate import remember
 from statecache.decode.prompt import templated, tokens_of
 from statecache.errors import RotaryError, StaleMarkError
@@ -21,6 +22,7 @@ COMMANDS = (
     "/undo takes the last turn back, /retry answers it anew, /fork keeps a copy to which /back returns, "
     "/stats shows what the cache holds, /reset starts anew, /exit or Ctrl-D leaves"
 )
+ROOM = 1024  # tokens that a cache for a captured step has room for at least
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -206,6 +208,7 @@ class Conversation:
 
         `how`: options of `sc.generate`.
         """
+        self._settle(how["max_new_tokens"])
         mark = self.cache.checkpoint()
         remember(self.cache, [self.ids[: self.held()]])
         try:
@@ -218,6 +221,24 @@ class Conversation:
             return None
         self.ids += written.tokens
         return written
+
+    def _settle(self, new: int) -> None:
+        """Have the cache be one that a decoder takes, with room for so many new tokens, where that is quicker.
+
+        Its capacities are powers of two: a conversation outgrows few, and on a CPU code is good for one.
+        """
+        needed = len(self.ids) + new
+        if drafts(self.loaded, self.settings) or (self.cache.capacity or 0) >= needed:
+            return
+        room = max(ROOM, 1 << (needed - 1).bit_length())
+        settled = fixed_cache(self.loaded.model, 1, room - new, new)
+        if settled is None and self.cache.capacity is not None:  # there is no more memory for one
+            settled = new_cache(self.loaded, self.settings)
+            settled.states.clock_for(1, self.loaded.model.device)
+        if settled is not None:
+            if self.held():
+                settled.admit(0, self.cache.snapshot(0))
+            self.cache = settled
 
 
 def _next_line() -> str | None:
