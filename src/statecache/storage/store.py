@@ -84,7 +84,7 @@ class Store(Protocol):
         ...
 
     def buffers(self) -> list[Tensor]:
-        """The tensors that hold it."""
+        """The tensors that hold it. One with as many slots at `axis` as there are has them there."""
         ...
 
 
