@@ -35,7 +35,7 @@ WHAT = [
     *["step"] * 5,
     *["ragged", "rows", "speculate", "rollback"] * 3,
     *["checkpoint", "restore", "restore", "admit"] * 2,
-    *["save", "gather", "reset", "reset rows", "copy"],
+    *["copy", "copy", "save", "gather", "reset", "reset rows"],
 ]
 
 
@@ -426,9 +426,12 @@ def _reset_rows(lossy: Lossy, s: Subject, rnd: random.Random) -> None:
 
 
 def _copy(lossy: Lossy, s: Subject, rnd: random.Random) -> Subject:
-    """Another cache that holds the same, and goes on by itself; only a fork knows what steps its states."""
+    """Another cache that holds the same, and goes on by itself, or back; only a fork knows what steps its states."""
     make = rnd.choice([lambda of: of.fork(), copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))])
-    return Subject(make(s.states), list(s.rows), s.form, s.operators, behind=s.behind)
+    made = Subject(make(s.states), list(s.rows), s.form, s.operators, behind=s.behind)
+    if rnd.random() < 0.7:
+        _rollback(lossy, made, rnd)
+    return made
 
 
 def _admit(lossy: Lossy, s: Subject, rnd: random.Random) -> Subject | None:

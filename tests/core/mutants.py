@@ -1095,6 +1095,11 @@ LOSSY: dict[str, tuple[str, ...]] = {
         "after = base.entry.clone()",
         "after = self.state.entry.clone()",
     ),
+    "a copy that went back does not follow": (
+        "logs",
+        "if self.behind and clock is not None:",
+        "if False:",
+    ),
     "a round goes on from a state that is its own": (
         "replay",
         "held = held.clone() if step.tentative else held\n",
