@@ -3,17 +3,21 @@
     python benchmarks/files.py                  # 8,192 tokens in one row
     python benchmarks/files.py --tokens 512     # every code path, in seconds
 
-Each round does all of them, in turn, on the same file system; a figure is the median over rounds, a ratio the median of
-the ratios within a round: safetensors' time divided by that of statecache, 0.8 or more being the target. `save_file`
-syncs nothing and `load_file` maps the file without reading it, so each also stands with what makes it comparable: syncs
-and a rename, and a copy of every tensor. What is loaded was just written, so that its pages are in memory.
+Each round does all of them, in an order drawn anew, on the same file system; a figure is the median over rounds, and a
+ratio the median of the ratios within a round: safetensors' time divided by that of statecache, 0.8 or more being the
+target. Before each, what nobody holds any more is freed, since a cache, unlike a tensor, is freed when Python collects
+it; what comes first after something large was freed gets memory that is warm. `save_file` syncs nothing and `load_file`
+maps the file without reading it, so each also stands with what makes it comparable: syncs and a rename, and a copy of
+every tensor. What is loaded was just written, so that its pages are in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -91,7 +95,8 @@ def main() -> None:
         }
         seconds: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(given.rounds):
-            for name, run in timed.items():
+            for name, run in random.sample([*timed.items()], len(timed)):
+                gc.collect()
                 begin = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - begin)

@@ -1071,3 +1071,38 @@ ROUNDS: dict[str, tuple[str, ...]] = {
     "rows in use stay as many as they were": ("self.dense.use(rows)", "pass"),
     "it says that it has as many slots as at first": ("        self.slots = slots\n", ""),
 }
+
+# of what no store that rounds nothing shows: what is wrong, the module, and the line that makes it so
+LOSSY: dict[str, tuple[str, ...]] = {
+    "what int8 reads it would write otherwise": ("storage.coded", "exponent - 6)).nan", "exponent - 5)).nan"),
+    "an index is coded": ("storage.table", 'or spec.name == "index" ', ""),
+    "few numbers are coded": ("storage.table", "spec.shape[-1] >= kind.least", "True"),
+    "recurrent states are kept as they are": ("storage.table", "and self.recurrent is not None", "and False"),
+    "convolutions are at rest in codes": ("storage.at_rest", 'spec.kind == "recurrent"', 'spec.kind != "log"'),
+    "nothing is at rest in codes": ("storage.at_rest", 'name if spec.kind == "recurrent" else None', "None"),
+    "a mark forgets in which code it is": (
+        "states",
+        "            recurrent_store,\n        )",
+        "            None,\n        )",
+    ),
+    "a base that moves inside a pass is that of the row's end": (
+        "replay",
+        "new = states[:, 0]\n",
+        "new = self.state.read(step)\n",
+    ),
+    "a rollback starts where the row stands": (
+        "replay",
+        "after = base.entry.clone()",
+        "after = self.state.entry.clone()",
+    ),
+    "a copy that went back does not follow": (
+        "logs",
+        "if self.behind and clock is not None:",
+        "if False:",
+    ),
+    "a round goes on from a state that is its own": (
+        "replay",
+        "held = held.clone() if step.tentative else held\n",
+        "state.write(held, here)\n",
+    ),
+}

@@ -43,11 +43,13 @@ def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
     names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
     names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded", "storage.store", "storage.changes")
+    names += ("storage.table", "storage.at_rest")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     found["dense"] = found.pop("storage.dense")
     stores = {"dense": found["dense"].Dense, "paged": found.pop("storage.paged").Paged}
     coded, rounded = found.pop("storage.coded"), found.pop("storage.rounded")
-    found["store"], found["changes"] = found.pop("storage.store"), found.pop("storage.changes")
+    for name in ("store", "changes", "table", "at_rest"):
+        found[name] = found.pop(f"storage.{name}")
     stores |= {"coded": partial(coded.Coded, Exact()), "rounded": partial(rounded.Rounded, torch.float64)}
     return SimpleNamespace(**found, coded=coded, stores=stores)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from statecache import errors, offload
+from statecache import errors, offload, ring
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
 
@@ -86,6 +86,25 @@ def test_passes_of_any_length_are_the_same(pair: list[States]) -> None:
     for seed, tokens in enumerate([7, 1, 1, 80, 1, 3, 1, 1, 1, 200, 1]):  # grows twice, and goes round the windows
         for states in pair:
             feed(states, tokens, seed=seed)
+    same(pair)
+
+
+@pytest.mark.parametrize(("store", "bytes_"), [("int8", 8), ("fp8", 9)])
+def test_codes_in_as_many_slots_as_they_have_bytes_come_back(
+    store: str, bytes_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "FIRST_SLOTS", bytes_)
+    turned = StateSpec("key", "attention", (8,), axis=1)  # positions stand behind the numbers
+    spec = ModelSpec(tuple(LayerSpec(n, "test", (turned,)) for n in range(2)))
+    pair = [States(spec, rows=1, dtype=torch.float32, device="cpu", store=store, offload=on) for on in (True, False)]
+    entries = torch.randn(1, 8, bytes_, generator=torch.Generator().manual_seed(0))
+    for states in pair:
+        for one in entries.split(1, -1):
+            step = states.open(1)
+            seen = [states[name].extend(one, step, exact=True) for name in ("0.key", "1.key")]
+            states.close(step)
+        assert states["0.key"].capacity == bytes_
+        assert torch.equal(*seen) and bool((seen[0] - entries).abs().max() < 1 / 8)
     same(pair)
 
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import draw
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import statecache as sc
 from statecache import errors
@@ -253,6 +254,27 @@ def test_a_file_is_read_into_the_rings_that_have_its_entries_in_one_piece(tmp_pa
     rings = {buffer.untyped_storage().data_ptr() for buffer in made.buffers()}
     assert {n.partition(".")[2] for n in places} >= {"key", "value", "recurrent"}
     assert all(to.untyped_storage().data_ptr() in rings for to in places.values())
+
+
+class Operations(TorchDispatchMode):
+    """What torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not LARGE, reason="this system maps no memory")
+def test_large_buffers_are_not_written_to_be_zero() -> None:
+    with Operations() as seen:
+        for size in (LARGE // 4 - 1, LARGE // 4):
+            seen.names.clear()
+            assert not zeros(size, dtype=torch.float32, device=torch.device("cpu"), static=False).any()
+            assert any("zero" in name for name in seen.names) is (size < LARGE // 4)
 
 
 def test_large_buffers_are_zero_and_as_large_as_they_say() -> None:

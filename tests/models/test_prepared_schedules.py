@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import prepared_oracle as oracle
 import pytest
 from hypothesis import given, settings
@@ -50,6 +52,28 @@ def test_any_schedule_of_states_kept_elsewhere_equals_full_forwards(
     name: str, room: str, slack: int, schedule: list[oracle.Op]
 ) -> None:
     oracle.run(oracle.build(name), schedule, slack=slack, room=room)
+
+
+ROUNDING = ["feed"] * 6 + ["ragged", "speculate", "rollback", "checkpoint", "fork"] * 2 + ["restore", "saved"] * 4
+ROUNDING += ["gather", "moved"] * 2 + ["reset", "given up"]
+rounding = st.lists(st.tuples(st.sampled_from(ROUNDING), number, each), min_size=8, max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [
+        *itertools.product(["qwen3_5"], oracle.LOSSY),
+        ("falcon_h1", "both"),
+        ("gemma3_text", "fp8"),
+        *itertools.product(["mamba2", "recurrent_gemma"], ["bfloat16"]),
+    ],
+)
+@settings(max_examples=15, deadline=None)
+@given(slack=slacks, schedule=rounding)
+def test_any_schedule_with_stores_that_round_stays_near_full_forwards(
+    name: str, room: str, slack: int, schedule: list[oracle.Op]
+) -> None:
+    oracle.run(oracle.build_rounding(name), schedule, slack=slack, room=room)
 
 
 @pytest.mark.long

@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-PART = 1 << 18  # numbers copied, summed and written at a time
+PART = 1 << 19  # bytes copied, summed and written at a time
 LARGE = 1 << 24  # bytes of a tensor that is brought to the disk while others are put in order
 ALONE = (1 << 15) - 1  # numbers that torch copies without threads of its own, which would be in each other's way
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, as which numpy knows any number
+CPU = torch.device("cpu")
 ALIGNED = 8  # bytes: where tensors begin
 DTYPES = {
     torch.float64: "F64",
@@ -113,7 +115,7 @@ def _take(handle: int, at: int, to: Tensor, dtype: torch.dtype) -> str:
     if not to.numel():
         return f"{found:08x}"
     direct = to.is_contiguous() and to.dtype == dtype and to.device.type == "cpu"
-    n = max(1, PART // to[0].numel())
+    n = max(1, PART // (to[0].numel() * dtype.itemsize))
     buffer = torch.empty(0 if direct else min(n, len(to)), *to.shape[1:], dtype=dtype)
     with torch.no_grad():
         for part in torch.split(to, n):
@@ -133,10 +135,9 @@ def _parts(tensor: Tensor) -> Iterator[memoryview]:
     with torch.no_grad():
         if tensor.is_contiguous():
             flat = tensor.detach().view(-1).view(torch.uint8)
-            step = PART * tensor.itemsize
-            yield from (_bytes(flat[at : at + step]) for at in range(0, len(flat), step))
+            yield from (_bytes(flat[at : at + PART]) for at in range(0, len(flat), PART))
             return
-        n = max(1, PART // tensor[0].numel())
+        n = max(1, PART // tensor[0].nbytes)
         buffer = torch.empty(min(n, len(tensor)), *tensor.shape[1:], dtype=tensor.dtype)
         for part in torch.split(tensor, n):
             came = buffer[: len(part)]
@@ -145,7 +146,12 @@ def _parts(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _copy(to: Tensor, what: Tensor) -> None:
-    n = max(1, ALONE // to[0].numel()) if to.device.type == "cpu" else len(to)
+    """Copy on this thread alone."""
+    if to.dtype == what.dtype and to.device == what.device == CPU:
+        there, came = (each.detach().view(WHOLE[each.itemsize]).numpy() for each in (to, what))
+        there[...] = came  # numpy starts no threads
+        return
+    n = max(1, ALONE // to[0].numel()) if to.device == CPU else len(to)
     for part, place in zip(torch.split(what, n), torch.split(to, n), strict=True):
         place.copy_(part)
 

@@ -113,15 +113,18 @@ class Coded:
         self.code, self.slots, self.dtype, self.numbers = code, slots, dtype, shape[-1]
         coded = (*shape[:-1], code.width(shape[-1]))
         self.last = axis == len(shape) + 1  # slots stand behind a run's numbers
-        self.dense = Dense(rows, slots, coded, axis=axis - self.last, dtype=torch.int8, device=device, static=static)
+        self.dense = Dense(rows, slots, coded, axis=axis, dtype=torch.int8, device=device, static=static)
 
     def read(self, at: Slots) -> Tensor:
-        entries = within(self.code.decode(self.dense.read(at), self.numbers), self.dtype)
-        return entries.transpose(-1, -2) if self.last else entries
+        codes = self._turned(self.dense.read(at))
+        return self._turned(within(self.code.decode(codes, self.numbers), self.dtype))
 
     def write(self, at: Slots, entries: Tensor) -> None:
-        entries = entries.detach()
-        self.dense.write(at, self.code.encode(entries.transpose(-1, -2) if self.last else entries))
+        self.dense.write(at, self._turned(self.code.encode(self._turned(entries.detach()))))
+
+    def _turned(self, entries: Tensor) -> Tensor:
+        """Entries, or codes, with slots before a run's numbers, if they stand behind; and back."""
+        return entries.transpose(-1, -2) if self.last else entries
 
     def clear(self, rows: Sequence[int] | None, changes: Changes) -> None:
         self.dense.clear(rows, changes)

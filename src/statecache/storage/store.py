@@ -20,8 +20,9 @@ from statecache.storage.changes import Changes
 if sys.platform == "linux":
     from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-# bytes of a buffer in host memory that is zero without being written, 0 for none
-LARGE = 1 << 22 if sys.platform == "linux" else 0
+# bytes of a buffer in host memory that is zero without being written, 0 for none: those that malloc would map as well.
+# torch's zeros wake its threads, which spin for a while on cores that others need then, as those that read a file
+LARGE = 1 << 17 if sys.platform == "linux" else 0
 
 Span = tuple[int, list[slice]]  # a row, and slots of it in runs
 
@@ -84,7 +85,7 @@ class Store(Protocol):
         ...
 
     def buffers(self) -> list[Tensor]:
-        """The tensors that hold it."""
+        """The tensors that hold it. One with as many slots at `axis` as there are has them there."""
         ...
 
 
