@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 
+import one_pass_oracle
 import oracle
 import paged_oracle
 import pytest
-from mutants import MUTANTS
+import rotary_oracle
+from mutants import BESIDE, MUTANTS
 from oracle import Form, Op
 
 import statecache
@@ -187,9 +189,22 @@ def pages_survive(core: SimpleNamespace) -> bool:
     return True
 
 
+def passes_survive(core: SimpleNamespace) -> bool:
+    try:
+        for kind in rotary_oracle.KINDS:
+            rotary_oracle.run(core, kind)
+        for seed in range(60):
+            one_pass_oracle.run(core, seed)
+    except Exception:
+        return False
+    except pytest.fail.Exception:  # nothing was raised where something had to be
+        return False
+    return True
+
+
 def test_the_core_itself_survives() -> None:
     core = load()
-    assert survives(core, 200) and pages_survive(core)
+    assert survives(core, 200) and pages_survive(core) and passes_survive(core)
 
 
 @pytest.mark.parametrize(
@@ -198,3 +213,10 @@ def test_the_core_itself_survives() -> None:
 def test_mutant_is_killed(module: str, what: str) -> None:
     core = load(module, MUTANTS[module][what])
     assert not (pages_survive(core) if module in PAGES else survives(core, 400))
+
+
+@pytest.mark.parametrize(
+    ("module", "what"), [pytest.param(m, what, id=f"{m}: {what}") for m in BESIDE for what in BESIDE[m]]
+)
+def test_mutant_of_what_schedules_do_not_come_by_is_killed(module: str, what: str) -> None:
+    assert not passes_survive(load(module, BESIDE[module][what]))
