@@ -30,7 +30,7 @@ import statecache as sc
 from command_line import TEMPLATE, program, save_checkpoint
 from statecache.cli import chat
 from statecache.cli.measure import measure, ratio
-from statecache.cli.model import Settings, drawing, load, load_model
+from statecache.cli.model import EMBEDDED, Settings, drawing, load, load_model
 from statecache.cli.plot import curves
 from statecache.cli.writing import Stop, write_on
 from statecache.decode.processors import APPLIED, REFUSED, REFUSED_DRAWN
@@ -57,6 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         ["demo", "-h"],
         ["bench", "-h"],
         ["plan", "-h"],
+        ["--version"],
     ],
 )
 def test_help_answers_without_torch(args):
@@ -67,8 +68,28 @@ def test_help_answers_without_torch(args):
     start = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 5  # 0.3 s on an idle machine
-    assert "Example: statecache" in run.stdout
+    assert ("Example: statecache" if args != ["--version"] else sc.__version__) in run.stdout
     assert run.stdout.endswith("[]\n")
+
+
+# compilers, what runs models, tokenizers: seconds of importing that a configuration does not need
+SLOW = ("torch._dynamo", "torch._inductor", "sympy", "triton", "tokenizers", "transformers.modeling_utils")
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(
+    "args", [["inspect"], ["plan", "--store", "paged", "--checkpoints", "2"]], ids=["inspect", "plan"]
+)
+def test_a_configuration_is_looked_at_without_what_runs_models(args: list[str], tmp_path: Path) -> None:
+    file = shutil.copy(EMBEDDED / "config.json", tmp_path)
+    code = (
+        "import sys; from statecache.cli import main; sys.argv[0] = 'statecache'\n"
+        "try: main()\n"
+        f"finally: print([m for m in {SLOW} if m in sys.modules], file=sys.stderr)"
+    )
+    given = ["--model", file] if args[0] == "inspect" else [file]
+    run = subprocess.run([sys.executable, "-c", code, *args, *given], capture_output=True, text=True, check=True)
+    assert run.stderr.splitlines()[-1] == "[]" and "attention state" in run.stdout
 
 
 def test_version_is_that_of_the_package(statecache):

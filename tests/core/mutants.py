@@ -1106,3 +1106,127 @@ LOSSY: dict[str, tuple[str, ...]] = {
         "state.write(held, here)\n",
     ),
 }
+
+# of what schedules do not come by, in the same form: how rows are rotated, passes of a model of one's own, fewer rows
+BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
+    "rotary": {
+        "a row of the length of a change is rotated as beyond it": (
+            "if n < length), default=0)",
+            "if n <= length), default=0)",
+        ),
+        "the first change is the last": ("return max((n + 1 for n", "return min((n + 1 for n"),
+        "the row before the change is the shortest": ("max((n + 1 for n in", "max((n for n in"),
+        "no row ends where it is": ("is not None and n >= length]", "is not None and n > length]"),
+        "rows end where factors change last": ("return min(ends, default=None)", "return max(ends, default=None)"),
+        "rows beyond the last change go on": (
+            "            return length\n        ends = ",
+            "            return None\n        ends = ",
+        ),
+        "dynamic factors are all alike": (
+            "            return length\n        return max",
+            "            return self.always + 1\n        return max",
+        ),
+        "dynamic factors do not change at first": (
+            "(*self.once, self.always) if n is not None)",
+            "self.once or (99,))",
+        ),
+        "a capacity that reaches the change is refused": ("limit > self.first:", "limit >= self.first:"),
+        "no limit is a short one": ("if limit is None or limit >", "if limit is not None and limit >"),
+        "rows that take in nothing are looked at": ("            if end == length:\n                continue\n", ""),
+        "rows are those of the pass": ("b if chosen is None else chosen[b], self", "b, self"),
+        "rows are rotated as before the pass": (
+            "self.shortest(end)\n            if length",
+            "self.shortest(length)\n            if length",
+        ),
+        "empty rows keep what they were": ("if length and rotated[row] != wanted", "if rotated[row] != wanted"),
+        "what a row holds is not looked at": ("if length and rotated[row] != wanted", "if False"),
+        "rows of a pass may differ": ("if first is not None and wanted", "if False and wanted"),
+        "rows are compared to the first of all": ("wanted != after[first[0]]", "wanted != after[0]"),
+        "nothing is noted": ("            after[row] = wanted\n", ""),
+        "what is noted is the caller's": ("after, first = list(rotated), None", "after, first = rotated, None"),
+    },
+    "one_pass": {
+        "all tokens are real": ("        if real is None:\n", "        if True:\n"),
+        "a window shows one entry less": (
+            "ring.past(ring.spec.window, self._step)",
+            "ring.past(ring.spec.window, self._step)[:, 1:]",
+        ),
+        "a window shows the tokens before the past": (
+            "[ring.past(ring.spec.window, self._step), new]",
+            "[new, ring.past(ring.spec.window, self._step)]",
+        ),
+        "a window stands along the first axis": ("self._step), new], ring.axis)", "self._step), new], 1)"),
+        "a window is shown and not kept": ("        ring.put(new, self._step)\n", ""),
+        "a window is kept and then shown": (
+            "        seen = torch.cat([ring.past",
+            "        ring.put(new, self._step)\n        seen = torch.cat([ring.past",
+        ),
+        "a state with every entry has a window": ("if ring.spec.window is None:\n", "if False:\n"),
+        "attention is shown all slots": ("self._step, exact=True)", "self._step, exact=False)"),
+        "keys are counted from the first slot": ("if ring.spec.window is not None and ring.wraps:", "if False:"),
+        "keys of rings that hold all are counted from the window": (" and ring.wraps:", ":"),
+        "keys outside the window are visible": ("keys, ring.spec.window)", "keys, None)"),
+        "what is visible is asked before it is there": ("if name not in self._written:\n", "if False:\n"),
+        "what is visible is of the tokens alone": (
+            "self._written[name] = seen.shape[ring.axis]\n        return seen\n\n    def visible",
+            "self._written[name] = new.shape[ring.axis]\n        return seen\n\n    def visible",
+        ),
+        "what is read is a view": ("lease.read(self._step).clone()", "lease.read(self._step)"),
+        "nothing is kept for a rollback": ("        lease.keep(self._step)\n", ""),
+        "what is kept for a rollback is the new state": (
+            "        lease.keep(self._step)\n        lease.write(state, self._step)\n",
+            "        lease.write(state, self._step)\n        lease.keep(self._step)\n",
+        ),
+        "nothing is written": ("        lease.write(state, self._step)\n", ""),
+        "a pass that is over goes on": ("        if self.over:\n", "        if False:\n"),
+        "a state is written twice": ("if name in self._written and not again:", "if False:"),
+        "no state is left out": ("if name not in self._written]", "if False]"),
+        "a state without a name is made up": ("        if name not in self._held:\n", "        if False:\n"),
+        "a state that is overwritten has entries": ("        if isinstance(state, Lease):\n", "        if False:\n"),
+        "entries are overwritten": ("        if isinstance(state, Ring):\n", "        if False:\n"),
+        "time stands first": ("shape.insert(ring.axis - 1, self.tokens)", "shape.insert(0, self.tokens)"),
+        "any shape will do": ("if tuple(new.shape[1:]) != expected:", "if False:"),
+        "any number of rows will do": ("        if len(new) != self._rows:\n", "        if False:\n"),
+        "any dtype will do": ("        if new.dtype != state.dtype:\n", "        if False:\n"),
+        "any device will do": ("        if new.device != state.device:\n", "        if False:\n"),
+        "a gradient is kept": ("if new.requires_grad and torch.is_grad_enabled():", "if False:"),
+    },
+    "states": {
+        "a pass is over the rows of the cache, chosen or not": (
+            "self.clock.rows if rows is None else len(rows), device)",
+            "self.clock.rows, device)",
+        ),
+        "a pass that is over is not told so": ("self._inside, now.over = None, True", "self._inside = None"),
+        "a pass ends though states are left out": ("        if left := now.left():\n", "        if left := None:\n"),
+        "a pass ends and no row moves": ("        self.close(step)\n\n    def moved", "\n    def moved"),
+        "fewer rows leave marks good": (
+            '        self.marks.invalidate("a graph over fewer rows was captured since")\n',
+            "",
+        ),
+        "fewer rows are those of the clock alone": (
+            "            for state in self.held.values():\n                state.use(n)\n",
+            "",
+        ),
+        "fewer rows are those of the states alone": ("            clock.use(n)\n", "            pass\n"),
+        "fewer rows are all": ("        use(rows)\n        try:", "        try:"),
+        "fewer rows stay": ("            use(before)\n", "            pass\n"),
+    },
+    "clock": {
+        "rows in use stay as many as they were": (
+            "        self.rows = rows\n        self._look()\n        self.read()\n        self.unseen",
+            "        self._look()\n        self.read()\n        self.unseen",
+        ),
+        "the rows that were in use are looked at": (
+            "        self.rows = rows\n        self._look()\n        self.read()",
+            "        self.rows = rows\n        self.read()",
+        ),
+        "what is known is of the rows that were in use": (
+            "        self._look()\n        self.read()\n        self.unseen",
+            "        self._look()\n        self.unseen",
+        ),
+        "what is unseen is of the rows that were in use": (
+            "        self.read()\n        self.unseen = None\n\n    @property\n    def allocated",
+            "        self.read()\n\n    @property\n    def allocated",
+        ),
+    },
+}

@@ -41,7 +41,7 @@ ALL = [*WHAT, "point"]  # a row goes back, after a pass, to what it was
 
 def core(package: str) -> SimpleNamespace:
     """The core, of statecache itself or of a mutant that was loaded under another name."""
-    names = ("clock", "errors", "offload", "replay", "ring", "round", "spec", "states", "step")
+    names = ("clock", "errors", "offload", "replay", "ring", "rotary", "round", "spec", "states", "step")
     names += ("storage.dense", "storage.paged", "storage.coded", "storage.rounded", "storage.store", "storage.changes")
     names += ("storage.table", "storage.at_rest")
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}

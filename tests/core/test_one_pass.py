@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import one_pass_oracle
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -366,3 +368,8 @@ def test_attention_is_shown_what_is_there_and_no_more(capacity: int | None) -> N
                 assert torch.equal(now.attend(f"1.{name}", x[:, start:end]), x[:, :end])
                 near = x[:, max(0, start - WINDOW + 1) : end]
                 assert torch.equal(now.attend(f"2.{name}", x[:, start:end].transpose(1, 2)), near.transpose(1, 2))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_passes_by_chance_show_what_rows_were_given(seed: int) -> None:
+    one_pass_oracle.run(oracle.core("statecache"), seed)

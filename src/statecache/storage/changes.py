@@ -42,7 +42,8 @@ class Changes:
 
     def clone(self, what: Tensor) -> Tensor:
         """A tensor that is a copy of `what` once it is made."""
-        new = torch.empty_like(what)
+        # laid out alike; on the meta device, where a plan is made, that imports sympy, which takes half a second
+        new = what.new_empty(what.shape) if what.is_meta else torch.empty_like(what)
         self.copy(new, what)
         return new
 

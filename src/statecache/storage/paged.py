@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,23 @@ from statecache.storage.pool import NONE, Pool, Table
 from statecache.storage.store import Move, Slots, Span
 
 PAGE = 16  # slots of a page, at most
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def untraced(run: Callable[P, T]) -> Callable[P, T]:
+    """Keep `torch.compile` out of it. `torch.compiler.disable` alone imports the compiler, which takes two seconds."""
+    made: list[Callable[P, T]] = []
+
+    @wraps(run)
+    def plainly(*args: P.args, **kwargs: P.kwargs) -> T:
+        if "torch._dynamo" not in sys.modules:  # there is nothing yet to keep out
+            return run(*args, **kwargs)
+        if not made:
+            made.append(torch.compiler.disable(run))  # type: ignore[no-untyped-call]
+        return made[0](*args, **kwargs)
+
+    return plainly
 
 
 class Paged:
@@ -214,11 +234,11 @@ class Paged:
 
     # ---- where pages are counted
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is counted on the host is for no graph
+    @untraced  # what is counted on the host is for no graph
     def _read(self, at: Slots) -> Tensor:
         return self._gathered(self._spans(at))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _write(self, at: Slots, entries: Tensor) -> None:
         if self._shared():
             spans = self._spans(at)
