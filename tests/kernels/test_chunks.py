@@ -246,11 +246,43 @@ def test_norms_of_a_prompt_go_through_kernels_and_are_given_back(name: str, monk
 
 def test_what_kernels_do_not_serve() -> None:
     x = draw(2, 3)
-    assert kernels.serves(x, None, torch.nn.Parameter(x).detach())
-    assert not kernels.serves(x.double())
-    assert not kernels.serves(x, x.as_subclass(torch.nn.Buffer))
     weight = torch.nn.Parameter(x)
-    assert not kernels.serves(x, weight)
+
+    def serves(*tensors: Tensor | None) -> bool:
+        return kernels.serves("ssd_chunk", *tensors)
+
+    assert serves(x, None, weight.detach())
+    assert not serves(x.double())
+    assert not serves(x, x.as_subclass(torch.nn.Buffer))
+    assert not serves(x, weight)
     with torch.no_grad():
-        assert kernels.serves(x, weight)
-    assert not kernels.serves(x.to("meta"))
+        assert serves(x, weight)
+    assert not serves(x.to("meta"))
+
+
+def test_a_device_that_is_too_small_runs_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = families.build("mamba2")
+    sc.prepare(model.to(DEVICE))
+    ids, calls = torch.randint(1, 90, (1, 9)).to(DEVICE), []
+
+    def too_large(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise kernels.too_large()(300_000, 100_000, "shared memory")
+
+    monkeypatch.setattr(kernels, "_refused", set())
+    monkeypatch.setattr(ssd_chunk, "chunk", too_large)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="the kernel ssd_chunk does not fit .* shared memory"):
+            got = model(ids, **{families.cache_arg(model): sc.StateCache(model.config)}).logits
+        assert calls == [1]  # and is not tried again
+        monkeypatch.setattr(kernels, "serves", lambda *_: False)
+        want = model(ids, **{families.cache_arg(model): sc.StateCache(model.config)}).logits
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize("own", [99 << 10, 227 << 10])
+def test_chunks_are_as_long_as_a_device_has_room_for(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_own", lambda _: own)
+    device, small = torch.device("cuda"), own < tokens.AMPLE
+    assert [tokens.block(n, device, 128) for n in (1, 17, 4096)] == [16, 32, 32 if small else 64]
+    assert tokens.block(4096, device, 256) == (16 if small else 32)

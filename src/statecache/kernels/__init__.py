@@ -6,6 +6,8 @@ written.
 """
 
 import os
+import warnings
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_refused: set[tuple[str, torch.device]] = set()
 
 
 def available(device: torch.device) -> bool:
@@ -21,13 +24,35 @@ def available(device: torch.device) -> bool:
     return (device.type == "cuda" or interpreted) and find_spec("triton") is not None
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether a kernel can take these tensors in: plain ones where kernels run, none that a gradient is asked of.
+def serves(kernel: str, *tensors: Tensor | None) -> bool:
+    """Whether a kernel of many tokens can take these: plain tensors where it runs, none that a gradient is asked of.
 
     Not while something traces.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.compiler.is_compiling() or not available(given[0].device):
+    device = given[0].device
+    if torch.compiler.is_compiling() or not available(device) or (kernel, device) in _refused or not _able(device):
         return False
     wanted = torch.is_grad_enabled()
     return all(type(x) in (Tensor, Parameter) and x.dtype in DTYPES and not (wanted and x.requires_grad) for x in given)
+
+
+def too_large() -> type[Exception]:
+    """What Triton raises where a kernel needs more of a device than this has."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources  # type: ignore[no-any-return]
+
+
+def refuse(kernel: str, device: torch.device, error: Exception) -> None:
+    """Have this kernel serve no more there, and say so."""
+    _refused.add((kernel, device))
+    warnings.warn(f"the kernel {kernel} does not fit {device}, and its plain form runs: {error}", stacklevel=2)
+
+
+@lru_cache
+def _able(device: torch.device) -> bool:
+    """Whether tensor cores take the products that these kernels ask for."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -14,7 +14,7 @@ from statecache.kernels.tokens import along
 TOKENS, CHANNELS = 16, 128  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T",))
 def _chunk(
     x,
     weight,

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.tokens import MOST, along, block, gates, limit, padded, product, room, width
+from statecache.kernels.tokens import along, block, gates, limit, padded, product, room, width
+
+CHANGING = ("T", "first", "chunks")  # from one prompt to the next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _within(
     q,
     k,
@@ -57,7 +59,7 @@ def _within(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    chunk, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    chunk, row, head = tl.program_id(1), (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     key = head // (H // J)
     here, k_at, v_at = tl.arange(0, Q), tl.arange(0, BK), tl.arange(0, BV)
     token = (first + chunk) * Q + here
@@ -70,7 +72,7 @@ def _within(
     log = gates(g + row * g_row + head, token, g_token, end).to(tl.float64)
     total, whole = tl.cumsum(log, 0), tl.sum(log, 0)
     since = tl.exp(total.to(tl.float32))
-    place = (row * H + head) * tl.num_programs(0) + chunk
+    place = (row * H + head) * tl.num_programs(1) + chunk
     tl.store(reads + place * Q + here, since * q_unit)
     tl.store(writes + place * Q + here, tl.exp((whole - total).to(tl.float32)) * k_unit)
     tl.store(decays + place, tl.exp(whole.to(tl.float32)))
@@ -96,7 +98,7 @@ def _within(
     tl.store(U + place * (Q * BV) + here[:, None] * BV + v_at[None, :], value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _through(
     k,
     g,
@@ -166,7 +168,7 @@ def _through(
     tl.store(after + (row * H + head) * (K * V) + cell, held, mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _read(
     q,
     scores,
@@ -188,10 +190,10 @@ def _read(
     BV: tl.constexpr,
     PART: tl.constexpr,
 ):
-    chunk, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    chunk, row, head = tl.program_id(1), (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     here, k_at, v_at = tl.arange(0, Q), tl.arange(0, BK), tl.program_id(2) * PART + tl.arange(0, PART)
     token = (first + chunk) * Q + here
-    place = (row * H + head) * tl.num_programs(0) + chunk
+    place = (row * H + head) * tl.num_programs(1) + chunk
     inside = (token < T)[:, None] & (k_at < K)[None, :]
     q += row * q_row + (head // (H // J)) * q_head
     q_raw = tl.load(q + token[:, None] * q_token + k_at[None, :], mask=inside, other=0.0)
@@ -234,7 +236,7 @@ def chunk(
     state = None if state is None else state.contiguous()
     at = None if at is None else at.contiguous()
     marks = 0 if at is None else at.shape[1]
-    Q, BK, BV = block(tokens, MOST if K <= 128 else MOST // 2), padded(K), padded(V)
+    Q, BK, BV = block(tokens, v.device, K), padded(K), padded(V)
     total, lanes = triton.cdiv(tokens, Q), rows * heads
     band = min(total, room(lanes * max(BK * BV, Q * (Q + BK + BV))))
 
@@ -252,7 +254,7 @@ def chunk(
     for first in range(0, total, band):
         chunks = min(band, total - first)
         with torch.cuda.device_of(v):
-            _within[(chunks, lanes)](
+            _within[(lanes, chunks)](
                 *(q, k, v, g, beta, counted, scores, W, U, reads, writes, decays),
                 *(*by_query, *by_key, *by_value, *g.stride()[:2], *beta.stride()[:2], tokens, first, K**-0.5),
                 COUNTED=count is not None,
@@ -268,7 +270,7 @@ def chunk(
                 num_stages=1,
                 **sizes,
             )
-            _read[(chunks, lanes, triton.cdiv(V, read))](
+            _read[(lanes, chunks, triton.cdiv(V, read))](
                 *(q, scores, U, reads, states, y, *by_query, tokens, first),
                 PART=read,
                 **sizes,

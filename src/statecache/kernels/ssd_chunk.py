@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.tokens import MOST, along, block, cut, gates, limit, padded, product, room, width
+from statecache.kernels.tokens import along, block, cut, gates, limit, padded, product, room, width
+
+CHANGING = ("T", "first", "chunks", "each", "runs")  # from one prompt to the next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _within(
     B,
     C,
@@ -35,17 +37,17 @@ def _within(
     Q: tl.constexpr,
     BN: tl.constexpr,
 ):
-    chunk, row, group = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    chunk, row, group = tl.program_id(1), (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     here, at = tl.arange(0, Q), tl.arange(0, BN)
     token = (first + chunk) * Q + here
     inside = (token < T)[:, None] & (at < N)[None, :]
     b = tl.load(B + row * B_row + token[:, None] * B_token + group * B_group + at[None, :], mask=inside, other=0.0)
     c = tl.load(C + row * C_row + token[:, None] * C_token + group * C_group + at[None, :], mask=inside, other=0.0)
-    out = ((row * G + group) * tl.num_programs(0) + chunk) * (Q * Q) + here[:, None] * Q + here[None, :]
+    out = ((row * G + group) * tl.num_programs(1) + chunk) * (Q * Q) + here[:, None] * Q + here[None, :]
     tl.store(scores + out, tl.dot(c, tl.trans(b), input_precision="tf32x3"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _through(
     x,
     dt,
@@ -152,7 +154,7 @@ def _through(
             tl.store(decays + lane * runs + run + tl.arange(0, 1), tl.exp(passed.to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _join(state, sums, decays, runs, SIZE: tl.constexpr, BEGUN: tl.constexpr, BLOCK: tl.constexpr):
     """The states after each run of chunks, in place of what each adds."""
     lane, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -189,7 +191,7 @@ def chunk(
     state = None if state is None else state.contiguous()
     at = None if at is None else at.contiguous()
     marks = 0 if at is None else at.shape[1]
-    Q, BN = block(tokens, MOST if N <= 128 else MOST // 2), padded(N)
+    Q, BN = block(tokens, x.device, N), padded(N)
     total, lanes = triton.cdiv(tokens, Q), rows * heads
     band = min(total, room(rows * G * Q * Q))
     part = part or (min(64, padded(P)) if total >= 16 else width(P, lanes, 64))
@@ -215,7 +217,7 @@ def chunk(
         )
         kind: dict[str, Any] = {**sizes, "num_warps": 4, "num_stages": 1}
         with torch.cuda.device_of(x):
-            _within[(chunks, rows * G)](B, C, scores, *among, tokens, first, G=G, N=N, Q=Q, BN=BN, num_warps=4)
+            _within[(rows * G, chunks)](B, C, scores, *among, tokens, first, G=G, N=N, Q=Q, BN=BN, num_warps=4)
             if later:
                 _through[(lanes, parts, later)](*given, READS=False, BEGUN=False, MARKS=0, **kind)
                 cells = (lanes, triton.cdiv(P * N, 1024))

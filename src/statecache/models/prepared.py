@@ -460,7 +460,7 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool, heads: conv.Heads | None
 ) -> Tensor:
     """See `statecache.ops.conv.chunk`; by the kernel where it can."""
-    if heads is None and weight.dim() == 2 and x.shape[1] and kernels.serves(x, weight, bias, past):
+    if heads is None and weight.dim() == 2 and x.shape[1] and kernels.serves("conv_chunk", x, weight, bias, past):
         from statecache.kernels import conv_chunk
 
         return conv_chunk.chunk(x, weight, bias, past, silu)

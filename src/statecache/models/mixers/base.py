@@ -24,6 +24,7 @@ from statecache.models.given import layer_states
 from statecache.models.prepared import LayerState, Lent, Stateless
 
 Shapes = tuple[tuple[int, ...], ...]
+Chunked = tuple[Tensor, Tensor, Tensor | None]
 # from a mixer, what its projections made of one token (B, 1, ...), and both states to what the gate takes (B, 1, W)
 Kernel = Callable[[Any, tuple[Tensor, ...], Lent], Tensor]
 
@@ -118,7 +119,7 @@ class Recurrent(Mixer):
         """
         with self.weights():
             arguments = self._arguments(taken, query, anew=True)
-            return self.operator.chunk_for(arguments, state)(**arguments, state=state, count=count, at=at)  # type: ignore[no-any-return]
+            return self.operator.chunk(arguments, state, count=count, at=at)
 
     def step(self, taken: tuple[Tensor, ...], query: Tensor, state: Tensor) -> Tensor:
         """Take one token into `state` (B, *D) in place: `taken` (B, *shape), `query` (B, ...); the output (B, ...).
@@ -162,13 +163,17 @@ class Operator:
     constant: str = ""
     kernel: str = ""
 
-    def chunk_for(self, arguments: dict[str, Tensor], state: Tensor | None) -> Callable[..., Any]:
-        """The chunk that takes these: the kernel's where it can, else the plain one."""
+    def chunk(self, arguments: dict[str, Tensor], state: Tensor | None, **more: Tensor | None) -> Chunked:
+        """The operator's chunk of these arguments: by the kernel where it can, else the plain one."""
         taken = tuple(arguments.values())
         kept = state is None or state.dtype is torch.float32
-        if self.kernel and kept and taken[0].shape[1] and kernels.serves(*taken, state):
-            return import_module(f"statecache.kernels.{self.kernel}").chunk  # type: ignore[no-any-return]
-        return self.module.chunk  # type: ignore[no-any-return]
+        if self.kernel and kept and taken[0].shape[1] and kernels.serves(self.kernel, *taken, state):
+            run = import_module(f"statecache.kernels.{self.kernel}").chunk
+            try:
+                return run(**arguments, state=state, **more)  # type: ignore[no-any-return]
+            except kernels.too_large() as error:
+                kernels.refuse(self.kernel, taken[0].device, error)
+        return self.module.chunk(**arguments, state=state, **more)  # type: ignore[no-any-return]
 
 
 class Derived:
