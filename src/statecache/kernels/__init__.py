@@ -21,7 +21,12 @@ _refused: set[tuple[str, torch.device]] = set()
 def available(device: torch.device) -> bool:
     """Whether kernels can run there: with Triton, on a CUDA device, or on a CPU in its interpreter, for tests."""
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and find_spec("triton") is not None
+    return (device.type == "cuda" or interpreted) and _installed()
+
+
+@lru_cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def serves(kernel: str, *tensors: Tensor | None) -> bool:
