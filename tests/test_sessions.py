@@ -86,7 +86,7 @@ def test_a_conversation_that_is_left_after_each_line_is_the_one_that_never_was(
     assert notes == NOTE.findall(told)  # so nothing was read once more, either
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "mamba2"])
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("mamba2", marks=pytest.mark.long)])
 def test_a_conversation_on_caches_for_captured_steps_is_the_same(statecache, tmp_path, monkeypatch, family):
     lines = "Once\n/fork\nupon\na time\n/undo\n/retry\nthere\nwas\n/back\na hen\n/undo\n/undo\n/reset\nanew\n"
     model = save_checkpoint(family, tmp_path / "model", TEMPLATE)

@@ -371,7 +371,12 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
-@pytest.mark.parametrize("name", [*families.FAMILIES, "llama"])
+def every_family() -> list[Any]:
+    """By name; another configuration of a family, as "zamba2+clamp", is for `make check-long`."""
+    return [pytest.param(name, marks=pytest.mark.long) if "+" in name else name for name in families.FAMILIES]
+
+
+@pytest.mark.parametrize("name", [*every_family(), "llama"])
 def test_rows_that_differ_and_wait_step_by_code_as_plainly(name: str, code: Path) -> None:
     model = sc.prepare(llama() if name == "llama" else short(name)[0])
     shape = {"rows": 3, "capacity": 32, "slack": 1, "back": False}

@@ -189,6 +189,8 @@ def test_the_convolution_is_the_plain_operator(
 
 # ---- through whole models
 
+SMALLER = {"qwen3_5": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}}
+
 
 def course(model: Any) -> Tensor:
     """Logits of a prompt, of one behind it for rows that differ, of a round and after a rollback."""
@@ -214,7 +216,7 @@ def course(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["qwen3_5", *(pytest.param(name, marks=SLOW) for name in ("mamba2", "minimax"))])
 def test_prompts_through_kernels_give_what_plain_ones_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = families.build(name)
+    model, _ = families.build(name, **SMALLER.get(name, {}))
     sc.prepare(model.to(DEVICE))
     got = course(model)
     monkeypatch.setattr(kernels, "serves", lambda *_: False)
@@ -223,7 +225,7 @@ def test_prompts_through_kernels_give_what_plain_ones_give(name: str, monkeypatc
     assert not torch.equal(got, want)  # kernels did run
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "mamba2"])
+@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("mamba2", marks=SLOW)])
 def test_norms_of_a_prompt_go_through_kernels_and_are_given_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = families.build(name)
     sc.prepare(model.to(DEVICE))
