@@ -35,7 +35,6 @@ from statecache.decode.compiling import compile_step
 
 NEW, TURNS = 128, 3  # tokens of a text, and texts
 TYPES = ("F32", "F16", "Q8_0")
-LAYERS = {"mamba": "backbone.layers", "mamba2": "backbone.layers"}
 
 # what tensors of a layer are called there, and how they lie; the others lie as they do here
 MAMBA = {

@@ -130,14 +130,14 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def norms_by_kernels(model: nn.Module) -> Iterator[None]:
     """Have the norms of a model run by kernels within: what is worth it for the many tokens of a prompt."""
-    put = [(module, forward) for module, forward in _norms(model)]
-    for module, forward in put:
-        module.forward = forward
+    put: list[tuple[nn.Module, str, Any]] = []
     try:
+        for module, forward in _norms(model):
+            put.append((module, "forward", None))
+            module.forward = forward
         yield
     finally:
-        for module, _ in put:
-            del module.forward
+        _take_away(put)
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
