@@ -47,8 +47,8 @@ INSIDE = {
         "fused",
     ],
     "kernels": [
-        "convolve early tokens",
-        "linear norms attend ssd_step delta_step delta_chunk ssd_chunk conv_chunk",
+        "convolve early tokens pointers",
+        "linear norms attend ssd_step delta_step ssd_round delta_round delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",
     ],
     "decode": [

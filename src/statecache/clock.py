@@ -190,11 +190,12 @@ class Clock:
         rows: Sequence[int] | None = None,
         counted: Tensor | None = None,
         tentative: bool = False,
+        unseen: bool = False,
     ) -> tuple[Step, Known | None]:
         """Begin a pass of T `tokens` over some `rows`, the b-th of which takes in its first `count[b]`.
 
         `counted`: the count on the device, where it is there already. Returns the step, and what the host knows once
-        it is closed; None in compiled or captured code, where it knows nothing.
+        it is closed; None in compiled or captured code, or an `unseen` step, where it knows nothing.
         Raises CapacityError where a row would become longer than the limit, RotaryError where keys would not be
         rotated alike, RowsError, StepError for other numbers.
         """
@@ -204,12 +205,14 @@ class Clock:
                 "a growing cache cannot be part of a CUDA graph, which would write one slot for ever: make it with "
                 "capacity="
             )
-        if self.static and (captured or torch.compiler.is_compiling()):
+        if self.static and (captured or unseen or torch.compiler.is_compiling()):
             if self.rotary is not None:
                 self.rotary.check_unseen(self.limit)
             if captured:
                 self.captured = True
-            return self._open_unseen(tokens, count, rows, captured, tentative), None
+            elif unseen:
+                self.sync()
+            return self._open_unseen(tokens, count, rows, captured or unseen, tentative), None
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
             raise StepError(f"a pass of {tokens!r} tokens: give how many it brings, as an integer from 0 on")
         known = self.sync()
@@ -288,7 +291,7 @@ class Clock:
         if after is not None:
             self.know(after)
 
-    def _take_in(self, step: Step, count: Tensor | None, columns: int) -> None:
+    def _take_in(self, step: Step, count: Tensor | None, columns: int | Tensor) -> None:
         used = self._used
         if step.end is None and self.limit is not None and step.tokens:  # nobody has checked
             self._clamp(step, count)
@@ -358,6 +361,15 @@ class Clock:
         self._take_in(Step(max(accepted), step.start, count, 0, step.rows), count, max(accepted))
         self.know(after)
         return count
+
+    def accept_unseen(self, step: Step, accepted: Tensor) -> Tensor:
+        """The same where only the device knows the numbers (R,); as many of them as the pass brought."""
+        most = step.tokens if step.count is None else step.count
+        accepted = torch.minimum(accepted.clamp(min=0), torch.as_tensor(most, device=accepted.device))
+        end = None if self.limit is not None else 0
+        self._take_in(Step(step.tokens, step.start, accepted, end, step.rows), accepted, accepted.amax())
+        self.moved()
+        return accepted
 
     def stand(self, base: Tensor | int, rows: Tensor | None, bases: list[int] | None) -> None:
         """The states that logs go on from stand at `base`: an int, or (R,) of some rows. `bases`: as the host knows."""

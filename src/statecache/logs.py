@@ -11,7 +11,7 @@ from torch import Tensor
 from statecache.clock import Clock
 from statecache.errors import StepError
 from statecache.lease import Lease
-from statecache.replay import Log, Operators, Recurrence, make_room, make_room_unseen
+from statecache.replay import Gathering, Log, Operators, Recurrence, Together, make_room, make_room_unseen
 from statecache.ring import Ring
 from statecache.step import Step
 
@@ -75,8 +75,15 @@ class Logs:
 
     def accept(self, step: Step, most: int, count: Tensor | None) -> None:
         """Take in what a round keeps of its pass: the first `count` (R,) tokens, at most `most`; None: all of these."""
+        together: dict[Together, list[tuple[Recurrence, Log]]] = {}
         for recurrence, log in self._each():
-            log.accept(recurrence, step, most, count)
+            run = recurrence.together(log) if isinstance(recurrence, Gathering) else None
+            if run is None:
+                log.accept(recurrence, step, most, count)
+            else:
+                together.setdefault(run, []).append((recurrence, log))
+        for run, some in together.items():
+            run(some, step, most, count)
 
     def replay(self, clock: Clock, moved: Sequence[bool] | None = None) -> None:
         """Bring states to the ends of the rows that moved, None: all; later, where nobody knows what steps them."""

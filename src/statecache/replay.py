@@ -13,9 +13,9 @@ B rows, R of them in a step, T new tokens, W the width of a flat entry, *D a rec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from statecache.step import Shift, Step
 FEW = 8  # tokens that are quicker stepped over one by one than as a chunk
 
 Parts = tuple[Tensor, ...]
+# accepts a round's tokens, see `Log.accept`, in all of these
+Together = Callable[["Sequence[tuple[Recurrence, Log]]", Step, int, Tensor | None], None]
 
 
 class Recurrence(Protocol):
@@ -51,6 +53,15 @@ class Recurrence(Protocol):
 
     def fold(self, taken: Parts, state: Tensor, count: Tensor | None) -> None:
         """Take tokens (B, n, *shape), of each row the first `count` (B,), into `state` (B, *D) in place."""
+        ...
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A recurrence that may take a round's tokens into the states of several layers at once."""
+
+    def together(self, log: Log) -> Together | None:
+        """What does it, the same for all that go together; None where this state goes by itself."""
         ...
 
 

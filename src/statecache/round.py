@@ -21,20 +21,28 @@ class Round:
     So leaving the block without a commit, by an exception too, leaves the rows as they were.
     """
 
-    def __init__(self, states: States, max_tokens: int, committed: Callable[[], object] | None = None) -> None:
-        """`committed`: called when tokens have become part of the rows.
+    def __init__(
+        self,
+        states: States,
+        max_tokens: int,
+        committed: Callable[[], object] | None = None,
+        *,
+        unseen: bool = False,
+    ) -> None:
+        """`committed`: called when tokens have become part of the rows. `unseen`: see `StateCache.speculate`.
 
         Raises SlackError for more tokens than the slack, StepError in another round.
         """
-        states.check_round(max_tokens)
-        self.states, self.max_tokens = states, max_tokens
+        if not unseen:
+            states.check_round(max_tokens)
+        self.states, self.max_tokens, self.unseen = states, max_tokens, unseen
         self._committed = committed
         self._entered = self._over = False
 
     def __enter__(self) -> Self:
         if self._entered or self.states.tentative is not None:
             raise StepError("a speculative round cannot be entered twice, nor inside another: begin a new one after it")
-        self.states.begin_round(self.max_tokens)
+        self.states.begin_round(self.max_tokens, self.unseen)
         self._entered = True
         return self
 
@@ -55,5 +63,5 @@ class Round:
             self.states.end_round(accepted)
         finally:
             self._over = self.states.tentative is None
-        if self._committed is not None:
+        if self._committed is not None and not self.unseen:
             self._committed()

@@ -126,6 +126,7 @@ class States:
         self.clock: Clock | None = None
         self.marks = Marks()
         self.tentative: int | None = None  # the most tokens of the speculative round that is open
+        self.unseen = False  # whether that looks at no number
         self._pass: Pass | None = None
         self._inside: OnePass | None = None  # whose `with` block is being run
         self.broken: str | None = None  # what was interrupted half-way, until a reset or a restore
@@ -325,7 +326,7 @@ class States:
         self.check_pass(tokens)
         if self.tentative is not None:
             allow(self._refuse_overwritten())
-        step, after = clock.open(tokens, count, rows, counted, self.tentative is not None)
+        step, after = clock.open(tokens, count, rows, counted, self.tentative is not None, self.unseen)
         chosen = None if rows is None else [int(row) for row in rows]
         self._pass = Pass(step, after, chosen, operators)
         return step.starts(self._begin)
@@ -449,18 +450,26 @@ class States:
         self.settle()
         allow(self._refuse_round(max_tokens))
 
-    def begin_round(self, max_tokens: int) -> None:
-        """What the next pass writes becomes part of the rows by `end_round` alone, as far as it says."""
-        self.check_round(max_tokens)
+    def begin_round(self, max_tokens: int, unseen: bool = False) -> None:
+        """What the next pass writes becomes part of the rows by `end_round` alone, as far as it says.
+
+        unseen: no number is looked at, neither what the pass brings nor what is accepted, as in a captured round.
+        """
+        if unseen:
+            allow(self._refuse_round(max_tokens))
+        else:
+            self.check_round(max_tokens)
         self.logs.catch_up(self.clock)
-        self.tentative = max_tokens
+        self.tentative, self.unseen = max_tokens, unseen
 
     def end_round(self, accepted: Tensor | Sequence[int] | int | None = None) -> None:
         """Keep the first `accepted` tokens of the round's pass in each of its rows, an int for all; None keeps nothing.
 
+        Of an unseen round they are a tensor on the clock's device, and as many as the pass brought at most.
         Raises StepError without a pass, RowsError for counts that do not fit it; nothing is changed then.
         """
         now, clock = self._pass, self.clock
+        unseen, self.unseen = self.unseen, False
         if accepted is None:
             self.tentative = None
             with self._changing("a speculative round"):
@@ -472,6 +481,15 @@ class States:
             raise StepError("nothing to commit: the round had no whole forward pass")
         step = now.step
         rows = clock.rows if now.rows is None else len(now.rows)
+        if unseen:
+            if not isinstance(accepted, Tensor) or accepted.shape != (rows,):
+                self.unseen = True
+                raise RowsError(f"an unseen round commits a tensor ({rows},) on the cache's device")
+            self.tentative = None
+            with self._changing("a commit"):
+                self._drop()
+                self.logs.accept(step, step.tokens, clock.accept_unseen(step, accepted))
+            return
         keep = whole_numbers(accepted, rows, "accepted tokens")
         if now.after is not None:
             most = now.taken(clock.known)

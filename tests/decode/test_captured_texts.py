@@ -47,8 +47,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
         make(decoder, *args, **options)
         seen.made.append(decoder)
 
-    def fixed(model: Any, rows: int, longest: int, new: int) -> sc.StateCache:
-        return cache_for(model, rows, longest + new)
+    def fixed(model: Any, rows: int, longest: int, new: int, drafts: int) -> sc.StateCache:
+        return cache_for(model, rows, longest + new + drafts, slack=1 + drafts)
 
     monkeypatch.setattr(Decoder, "__init__", noted)
     monkeypatch.setattr(generating, "worth_capturing", lambda model, new: True)
@@ -79,6 +79,36 @@ def test_it_writes_what_it_writes_elsewhere(story: Any, tokenizer: Any, prompt: 
     assert equal(got, want)
     assert len(taken.made) == 1
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+@pytest.mark.parametrize(("prompt", "way"), WAYS)
+def test_drafts_are_checked_by_rounds_of_the_decoder(
+    story: Any, draft: Any, tokenizer: Any, prompt: Any, way: Any, drafts: str, taken: Taken, always_drafts: None
+) -> None:
+    reports: list[sc.Report] = []
+    given: dict[str, Any] = {"lookup": 2} if drafts == "lookup" else {"assistant": draft}
+
+    def write(**more: Any) -> Any:
+        return sc.generate(story, prompt, tokenizer, max_new_tokens=24, report=reports.append, **given, **way, **more)
+
+    got = write()
+    if drafts == "assistant" and "temperature" in way:  # whose drafts are drawn, and accepted by their probabilities
+        assert not taken.made
+        return
+    (decoder,) = taken.made
+    assert decoder.counts.plain == reports[0].forwards - 1
+    assert equal(got, write(processors=[lambda ids, logits: logits]))  # which no decoder applies
+    assert len(taken.made) == 1
+    assert reports[0] == reports[1] and reports[0].drafted
+
+
+def test_a_row_that_ends_within_a_round_is_cut_there(story: Any, taken: Taken, always_drafts: None) -> None:
+    ids = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9, 33, 5, 9]])
+    whole = sc.generate(story, ids, max_new_tokens=24, processors=[], lookup=2, stop=[])[0, 11:].tolist()
+    for end in set(whole[3:12]):
+        got = sc.generate(story, ids, max_new_tokens=24, lookup=2, stop=[end])[0, 11:].tolist()
+        assert got == whole[: whole.index(end) + 1]
 
 
 def test_it_goes_on_with_a_cache_that_is_given(story: Any, tokenizer: Any, taken: Taken) -> None:

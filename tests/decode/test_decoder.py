@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import statecache as sc
-from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, StepError
+from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, ShapeError, SlackError, StepError
 
 PROMPTS = [[5, 9, 33, 70], [8, 8, 90], [41, 7, 7, 2, 61]]
 NEW = 9
@@ -105,6 +105,76 @@ def test_another_cache_is_copied_in(story: Any) -> None:
         tokens = write(decoder, decoder.prefill([[12], [13]], [2, 0])[[1, 1, 0]], 4)
         assert [tokens[2], tokens[0]] == want[:, 1:].tolist()
         assert other.lengths.tolist() == [7, 7]
+
+
+def drafts_of(texts: list[list[int]], lengths: list[int], most: int, wrong: torch.Generator) -> torch.Tensor:
+    """What follows the last token in these texts, of which a third is replaced."""
+    rows = [[*text[n : n + most], *[0] * most][:most] for text, n in zip(texts, lengths, strict=True)]
+    right = torch.rand(len(texts), most, generator=wrong) < 2 / 3
+    return torch.where(right, torch.tensor(rows), torch.tensor(7))
+
+
+@pytest.mark.parametrize(("way", "slack", "back"), [(0, 5, False), (0, 5, True), (1, 4, False), (2, 8, False)])
+def test_rounds_write_what_steps_write(story: Any, way: int, slack: int, back: bool) -> None:
+    new, most = 24, slack - 1
+    with sc.Decoder(story, cache_for(story, slack=slack, back=back)) as decoder:
+        want = write(decoder, decoder.prefill(PROMPTS, **WAYS[way]), new + 2 * slack)
+    wrong, kept = torch.Generator().manual_seed(slack), set()
+    with sc.Decoder(story, cache_for(story, slack=slack, back=back)) as decoder:
+        got = [[n] for n in decoder.prefill(PROMPTS, **WAYS[way]).tolist()]
+
+        def step() -> None:
+            for row, token in enumerate(decoder.step().tolist()):
+                got[row].append(token)
+
+        while max(map(len, got)) < new:
+            drafts = drafts_of(want, list(map(len, got)), most, wrong)
+            counts = torch.randint(0, most + 1, (3,), generator=wrong)
+            agreed = decoder.check(drafts, counts if len(got[0]) % 2 else None).tolist()
+            kept |= set(agreed)
+            for row, (n, token) in enumerate(zip(agreed, decoder.tokens.tolist(), strict=True)):
+                got[row] += [*drafts[row, :n].tolist(), token]
+            assert decoder.lengths == [len(p) + len(g) - 1 for p, g in zip(PROMPTS, got, strict=True)]
+            if len(got[0]) % 3 == 0:
+                step()
+        step()
+        step()
+        assert decoder.lengths == decoder.cache.lengths.tolist()
+    assert got == [text[: len(written)] for text, written in zip(want, got, strict=True)]
+    assert len(kept) > 2
+
+
+def test_idle_rows_take_no_part_in_rounds(story: Any) -> None:
+    with sc.Decoder(story, cache_for(story, slack=4)) as decoder:
+        want = write(decoder, decoder.prefill(PROMPTS), 6)
+    with sc.Decoder(story, cache_for(story, slack=4)) as decoder:
+        decoder.prefill(PROMPTS)
+        decoder.leave([1])
+        held = decoder.cache.snapshot(1)
+        kept = decoder.check(torch.tensor([text[1:4] for text in want]))
+        assert kept.tolist() == [3, 0, 3]
+        assert decoder.tokens.tolist() == [want[0][4], want[1][0], want[2][4]]
+        assert decoder.lengths == [len(PROMPTS[0]) + 4, len(PROMPTS[1]), len(PROMPTS[2]) + 4]
+        after = decoder.cache.snapshot(1)
+        assert all(torch.equal(held.entries[name], after.entries[name]) for name in held.entries)
+        assert decoder.step().tolist() == [want[0][5], want[1][0], want[2][5]]
+
+
+def test_a_round_that_cannot_be_is_refused_and_changes_nothing(story: Any) -> None:
+    drafts = torch.tensor([[1, 2, 3]] * 3)
+    with sc.Decoder(story, cache_for(story, slack=4, capacity=9)) as decoder:
+        with pytest.raises(StepError, match="no row writes"):
+            decoder.check(drafts)
+        decoder.prefill(PROMPTS)
+        with pytest.raises(SlackError, match=r"a token and 4 drafts.*slack=4; make it with slack=5"):
+            decoder.check(torch.ones(3, 4, dtype=torch.long))
+        with pytest.raises(ShapeError, match=r"drafts \(2, 3\): give \(3, K\), at least one for each row"):
+            decoder.check(drafts[:2])
+        decoder.check(drafts, torch.tensor([0, 0, 0]))
+        with pytest.raises(CapacityError, match="row 2 has room for 3 tokens of 4, at capacity=9"):
+            decoder.check(drafts)
+        assert decoder.lengths == decoder.cache.lengths.tolist() == [5, 4, 6]
+        assert decoder.check(drafts[:, :2], torch.tensor([0, 0, 0])).tolist() == [0, 0, 0]
 
 
 def test_what_is_wrong_is_refused_and_changes_nothing(story: Any, draft: Any) -> None:

@@ -26,9 +26,9 @@ NEW = 200
 PLAIN = [lambda ids, logits: logits]  # which no captured step applies
 
 
-def decoder_for(name: str, rows: int, **options: Any) -> sc.Decoder:
+def decoder_for(name: str, rows: int, slack: int = 1, **options: Any) -> sc.Decoder:
     model, config, _ = build(name, **DENSE.get(name, {}))
-    cache = sc.StateCache(config, capacity=256, rows=rows, dtype=torch.float32, device="cuda", slack=1, back=False)
+    cache = sc.StateCache(config, capacity=256, rows=rows, dtype=torch.float32, device="cuda", slack=slack, back=False)
     return sc.Decoder(model, cache, **options)
 
 
@@ -96,6 +96,41 @@ def test_no_step_waits_and_rows_come_and_go(name: str) -> None:
             assert got[place] == want[0, len(given[n]) :].tolist(), (n, place)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_of_rounds_are_those_of_steps(name: str) -> None:
+    new, most = 60, 4
+    with decoder_for(name, 2, slack=1 + most) as decoder:
+        given = prompts(2)
+        out = [decoder.prefill(given).clone()]
+        out += [decoder.step().clone() for _ in range(new + 2 * most)]
+        want = torch.stack(out, 1).tolist()
+        decoder.reset([0, 1])
+        got = [[n] for n in decoder.prefill(given).tolist()]
+        wrong, kept, rounds = torch.Generator().manual_seed(1), set(), 0
+        while max(map(len, got)) < new:
+            ahead = [text[len(seen) : len(seen) + most] for text, seen in zip(want, got, strict=True)]
+            right = torch.rand(2, most, generator=wrong) < 0.7
+            drafts = torch.where(right, torch.tensor(ahead), torch.tensor(1)).cuda()
+            if rounds == 1:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                agreed = decoder.check(drafts)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for row, (n, token) in enumerate(zip(agreed.tolist(), decoder.tokens.tolist(), strict=True)):
+                got[row] += [*drafts[row, :n].tolist(), token]
+                kept.add(n)
+            rounds += 1
+        for row, token in enumerate(decoder.step().tolist()):
+            got[row].append(token)
+        assert decoder.lengths == [len(text) + len(new) - 1 for text, new in zip(given, got, strict=True)]
+        assert got == [text[: len(seen)] for text, seen in zip(want, got, strict=True)]
+        assert len(kept) > 2
+        assert decoder.counts.graphs == 3
+        assert decoder.counts.plain == 0
+
+
 def test_kernels_ran() -> None:
     found = {}
     for fused in (True, False):
@@ -131,6 +166,18 @@ def test_generate_captures_by_itself_and_writes_the_same(name: str, monkeypatch:
     got = sc.generate(model, ids, **way)
     assert steps or "qwen4" in name
     assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, **way))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "granitemoehybrid", "lfm2"])
+def test_generate_checks_drafts_by_captured_rounds(name: str) -> None:
+    model, _, _ = build(name, **DENSE.get(name, {}))
+    ids, reports = torch.tensor([[5, 9, 33, 7] * 4, [8, 3, 90, 61] * 4], device="cuda"), []
+    for way in ({}, {"temperature": [0.0, 0.7], "seed": 3}):
+        given = {"max_new_tokens": 90, "lookup": 2, **way}
+        got = sc.generate(model, ids, report=reports.append, **given)
+        assert reports[-1].compiled == reports[-1].forwards - 1 and reports[-1].drafted
+        assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, **given))
+        assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, max_new_tokens=90, **way))
 
 
 def test_a_step_that_cannot_be_captured_is_run_plainly() -> None:

@@ -1,4 +1,4 @@
-"""Attention of one token against plain attention in float64: any lengths, splits, norms, rotation, gates, idle rows."""
+"""Attention of few tokens against plain attention in float64: any length, splits, norms, rotation, gates, idle rows."""
 
 from __future__ import annotations
 
@@ -86,3 +86,39 @@ def test_attend_is_plain_attention(shape: Any, dtype: torch.dtype, form: str) ->
                 assert error(held[row, :, start], new[row]) < (1e-6 if exact else 5e-3)
                 old[row, :, start] = held[row, :, start]
         assert torch.equal(held.nan_to_num(nan=7.0), old.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_of_a_round_see_each_other(shape: Any, dtype: torch.dtype) -> None:
+    J, G, D, R, slots, splits, rows = shape
+    T, whole, starts = 3, G != 1, torch.tensor(STARTS[:rows], device=DEVICE)
+    counts = [n % (T + 1) for n in range(3, 3 + rows)]
+    query = strided(draw(rows * T, J * G * D * (2 if whole else 1), dtype=dtype))
+    key, value = strided(draw(rows * T, J * D, dtype=dtype)), strided(draw(rows * T, J * D, dtype=dtype))
+    keys, values = draw(rows, J, slots, D, dtype=dtype), draw(rows, J, slots, D, dtype=dtype)
+    for row, start in enumerate(STARTS[:rows]):
+        keys[row, :, start:] = values[row, :, start:] = NAN
+    norms = Norms(draw(D, dtype=dtype), draw(D, dtype=dtype), 1e-6, 1.0) if whole else None
+    angle = draw(rows * T, R)
+    angles = (angle.cos(), angle.sin()) if R else None
+    options = {"scale": 0.3, "norms": norms, "gated": whole, "splits": splits}
+
+    want, held = [], (keys.clone(), values.clone())
+    for t in range(T):  # token by token
+        at, one = [row * T + t for row in range(rows)], None if angles is None else tuple(x[t::T] for x in angles)
+        there = torch.tensor([int(n > t) for n in counts], device=DEVICE)
+        want.append(attend(query[at], key[at], value[at], *held, starts + t, there, angles=one, **options))
+    before = keys.clone(), values.clone()
+    count = torch.tensor(counts, device=DEVICE)
+    got = attend(query, key, value, keys, values, starts, count, angles=angles, **options).unflatten(0, (rows, T))
+    for row, n in enumerate(counts):
+        if n:
+            expected = torch.stack(want, 1)[row, :n]
+            assert error(got[row, :n], expected.double()) < (2e-6 if dtype == torch.float32 else 5e-3)
+        else:
+            assert not got[row].any()
+        for new, old, first in zip((keys, values), held, before, strict=True):
+            start = STARTS[row]
+            assert error(new[row, :, : start + n], old[row, :, : start + n].double()) < 1e-6 if start + n else True
+            assert torch.equal(new[row, :, start + n :].nan_to_num(7.0), first[row, :, start + n :].nan_to_num(7.0))

@@ -73,8 +73,9 @@ class Batch:
     After every round the cache holds each row's tokens but the last. Rows that have ended leave it; or with `keep_rows`
     they stay where they are, taking nothing in, until a request joins in their place.
 
-    captured: steps are those of a `Decoder`, captured or compiled, on a cache that one takes; with `keep_rows`, without
-    a drafter and without processors. Until `close` it has the model prepared.
+    captured: steps and rounds are those of a `Decoder`, captured or compiled, on a cache that one takes; with
+    `keep_rows` and without processors. Where there are drafts, which then are certain, a row that ends within them
+    leaves more in the cache than it has written. Until `close` it has the model prepared.
     """
 
     def __init__(
@@ -215,11 +216,10 @@ class Batch:
         rows, drafts = self.live, None
         if self.captured and self._decoder is None:
             self._capture()
-        if self._decoder is not None:
-            written = self._decoder.step().tolist()
-            return {row: row.write([written[row.place]]) for row in rows}
         if self._sampler is None:
             self._sampler = Sampler([row.request for row in rows], self.device)
+        if self._decoder is not None:
+            return self._by_decoder(self._decoder, self._sampler)
         parts = self.cache.alike([1] * len(rows), [row.place for row in rows])
         if self.drafter is not None and len(parts) == 1:  # a round is one pass
             # k drafts and the token that follows them are within the limit
@@ -246,6 +246,39 @@ class Batch:
             warnings.warn(f"this model's step could not be captured, and is run plainly: {error}", stacklevel=2)
             return
         self._decoder = decoder
+
+    def _by_decoder(self, decoder: Decoder, sampler: Sampler) -> dict[Row, list[int]]:
+        """The same, by a step of the decoder or by a round of it."""
+        rows, drafts = self.live, None
+        if self.drafter is not None:
+            drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], sampler)
+        if drafts is None:
+            written = decoder.step().tolist()
+            return {row: row.write([written[row.place]]) for row in rows}
+        assert drafts.probabilities is None and self.drafter is not None
+        lists = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
+        most = _width(max(drafts.counts), self.cache.slack - 1)
+        packed = [[0] * (1 + most) for _ in range(len(decoder.tokens))]
+        for row, n, tokens in zip(rows, drafts.counts, lists, strict=True):
+            packed[row.place] = [n, *tokens[:n], *[0] * (most - n)]
+        given = torch.tensor(packed, device=self.device)
+        kept = decoder.check(given[:, 1:], given[:, 0])
+        told = torch.stack([kept, decoder.tokens], 1).tolist()
+        agreed = [told[row.place][0] for row in rows]
+        new = {
+            row: row.write([*tokens[:n], told[row.place][1]])
+            for row, n, tokens in zip(rows, agreed, lists, strict=True)
+        }
+        self._count_round(drafts, agreed, new)
+        return new
+
+    def _count_round(self, drafts: Drafts, agreed: list[int], new: dict[Row, list[int]]) -> None:
+        """Take note of what a round made of its drafts."""
+        assert self.drafter is not None
+        self._with_drafts += sum(n > 0 for n in drafts.counts)
+        self._drafted += sum(drafts.counts)
+        self._accepted += sum(min(n, len(each)) for n, each in zip(agreed, new.values(), strict=True))
+        self.drafter.learn(agreed)
 
     def _begin(self, decoder: Decoder, rows: Sequence[Row], tokens: Tensor) -> None:
         """Have rows write with a decoder, behind these last tokens (n,), which their cache does not hold."""
@@ -279,10 +312,7 @@ class Batch:
             new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
             # of what was fed, the token before the drafts, and the new ones but the last: as many as are new
             draft.commit([len(each) for each in new.values()])
-        self._with_drafts += sum(n > 0 for n in drafts.counts)
-        self._drafted += sum(drafts.counts)
-        self._accepted += sum(min(n, len(each)) for n, each in zip(agreed, new.values(), strict=True))
-        self.drafter.learn(agreed)
+        self._count_round(drafts, agreed, new)
         return new
 
     def _upload(self, drafts: Drafts, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -376,6 +406,11 @@ class Batch:
         if free:
             self.cache.reset(free)
         return free
+
+
+def _width(drafts: int, most: int) -> int:
+    """For how many drafts a round is captured that has so many: few sizes, so that there are few graphs."""
+    return min(1 << (drafts - 1).bit_length(), most)
 
 
 def _processed(logits: Tensor, rows: Sequence[Row], drafts: Drafts | None = None) -> Tensor:

@@ -37,8 +37,8 @@ def takes(cache: StateCache) -> bool:
     return cache.capacity is not None and cache.rows is not None and cache.spec.rotary is None
 
 
-def fixed_cache(model: Any, rows: int, longest: int, new: int) -> StateCache | None:
-    """A cache for prompts of at most `longest` tokens and `new` ones behind, that a decoder takes.
+def fixed_cache(model: Any, rows: int, longest: int, new: int, drafts: int = 0) -> StateCache | None:
+    """A cache for prompts of at most `longest` tokens, `new` ones and a round's `drafts`, that a decoder takes.
 
     None where that does not pay, takes too much memory, or cannot be. On a CPU capacities are few, since code is good
     for one.
@@ -47,10 +47,10 @@ def fixed_cache(model: Any, rows: int, longest: int, new: int) -> StateCache | N
         return None
     device, dtype = input_device(model), model.get_input_embeddings().weight.dtype
     host = device.type == "cpu"
-    if host and rows > SIDE_BY_SIDE:
+    if host and (rows > SIDE_BY_SIDE or drafts):  # no round is compiled
         return None
-    capacity = _among_few(longest + new) if host else longest + new
-    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "slack": 1, "back": False, "dtype": dtype}
+    capacity = _among_few(longest + new) if host else longest + new + drafts
+    options: dict[str, Any] = {"rows": rows, "capacity": capacity, "slack": 1 + drafts, "back": False, "dtype": dtype}
     try:
         with promised():
             if (

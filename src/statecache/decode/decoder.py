@@ -1,10 +1,11 @@
 """Decoder: a model's step captured once, for all lengths and for any rows of one cache.
 
 On a CUDA device a step is two graphs: the forward pass of a prepared model, with kernels where there are some, and the
-choice of the next tokens. On a CPU the pass is code that torch compiled ahead of time, as soon as there is some, see
-`compiled`. Elsewhere, and until then, the same steps run plainly.
+choice of the next tokens. A round, which checks drafted tokens, is one graph: pass, verdict and commit. On a CPU the
+pass of a step is code that torch compiled ahead of time, as soon as there is some, see `compiled`. Elsewhere, and until
+then, the same steps and rounds run plainly.
 
-B rows of the cache, b of them in a bucket, V tokens of the model.
+B rows of the cache, b of them in a bucket, K drafted tokens, V tokens of the model.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from statecache import kernels
 from statecache.decode.compiled import Ahead
-from statecache.decode.feed import feed, input_device, step
+from statecache.decode.feed import advance, feed, input_device, step
 from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
-from statecache.decode.sampling import Columns, Sampler, Uses
-from statecache.errors import CapacityError, OptionError, RowsError, StepError
+from statecache.decode.sampling import Columns, Drafts, Sampler, Uses
+from statecache.errors import CapacityError, OptionError, RowsError, ShapeError, SlackError, StepError
 from statecache.models.cache import StateCache
 from statecache.models.fused import by_kernels
 from statecache.models.prepare import lend
@@ -35,7 +36,7 @@ GREEDY = Request([0])
 
 @dataclass
 class Counts:
-    """What a decoder has done: `graphs` captured; steps that were `replayed`, ran `compiled`, and ran `plain`ly."""
+    """What a decoder has done: `graphs` captured; steps and rounds `replayed`, run `compiled`, and run `plain`ly."""
 
     graphs: int = 0
     replayed: int = 0
@@ -43,12 +44,28 @@ class Counts:
     plain: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """What a round checks and finds: `tokens` (B, K) and `counts` (B,) of them, and how many are `kept` (B,)."""
+
+    tokens: Tensor
+    counts: Tensor
+    kept: Tensor
+
+    @staticmethod
+    def empty(rows: int, most: int, device: torch.device) -> Draft:
+        """None yet."""
+        tokens, counts, kept = (torch.zeros(rows, *n, dtype=torch.long, device=device) for n in ((most,), (), ()))
+        return Draft(tokens, counts, kept)
+
+
 class Decoder:
     """Writes with a model on the rows of one cache, a captured step at a time.
 
     cache: with `capacity=`, `rows=`, `dtype=` and `device=`; the decoder owns it from then on. Kernels need one with
-    `slack=1, back=False`. buckets: a step is captured for the first so many rows each, and runs in the smallest that
-    has all that write; powers of two up to all rows, if left out. fused: with kernels where there are some.
+    `slack=1, back=False`; rounds of K drafts a slack of 1 + K. buckets: a step is captured for the first so many rows
+    each, and runs in the smallest that has all that write; powers of two up to all rows, if left out. fused: with
+    kernels where there are some.
 
     The model is prepared and in eval mode until `close`. Raises OptionError, ConfigError or UnknownLayerError.
     """
@@ -84,6 +101,9 @@ class Decoder:
         self._ahead = Ahead(model, cache)
         self._passes: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
+        self._rounds: dict[tuple[int, int, Uses], torch.cuda.CUDAGraph] = {}
+        self._drafted: dict[int, Draft] = {}  # by the number of drafts
+        self._ahead_of = False  # whether the device may hold less of rows than `_lengths` says, after a round
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     # ---- what there is
@@ -100,7 +120,8 @@ class Decoder:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that the cache holds of each row, as the host knows without asking the device."""
+        """Tokens that the cache holds of each row: as the host knows, and after a round as the device says."""
+        self._catch_up()
         return list(self._lengths)
 
     # ---- rows that come and go
@@ -130,6 +151,7 @@ class Decoder:
         requests = [Request(text, **{name: v[n] for name, v in given.items()}) for n, text in enumerate(texts)]
         requests = [replace(r, seed=s) for r, s in zip(requests, seeds_of(seed, requests), strict=True)]
         limit = self.cache.get_max_length()
+        self._catch_up()
         for place, text in zip(places, texts, strict=True):
             if 0 <= limit < self._lengths[place] + len(text):
                 raise CapacityError(
@@ -214,14 +236,7 @@ class Decoder:
         Idle rows keep theirs. The host waits for nothing once a step over as many rows, with as many options, was
         captured. Raises StepError where no row writes, CapacityError where one is full; nothing is changed then.
         """
-        rows, limit = self.writing, self.cache.get_max_length()
-        if self._loan.model is None:
-            raise StepError("the decoder was closed: make another")
-        if not rows:
-            raise StepError("no row writes: prefill() one")
-        full = next((row for row in rows if 0 <= limit <= self._lengths[row]), None)
-        if full is not None:
-            raise CapacityError(f"row {full} is full, at capacity={self.cache.capacity}: leave() or reset() it")
+        rows = self._ready(1)
         if self._captures:
             forward, choice = self._graphs(rows)
             forward.replay()
@@ -233,6 +248,66 @@ class Decoder:
         for row in rows:
             self._lengths[row] += 1
         return self.tokens
+
+    @torch.no_grad()
+    def check(self, drafts: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Take in the last token of every row that writes and those of its drafts that it would have written as well.
+
+        drafts: (B, K) long, what is proposed to follow the last tokens; counts: (B,) long, how many of them are, None
+        for all. Gives how many each row keeps, (B,) long on the device, 0 where rows are idle; they become part of it,
+        and `tokens` are what follows them: together the tokens that as many steps would have given, but for ties in
+        narrow dtypes. The host waits for nothing once a round of as many drafts was captured.
+
+        Raises ShapeError, SlackError for more drafts than the cache's slack takes back, CapacityError where a row has
+        no room for all K, StepError where no row writes; nothing is changed then.
+        """
+        total = len(self._lengths)
+        if drafts.dim() != 2 or len(drafts) != total or not drafts.shape[1]:
+            raise ShapeError(f"drafts {tuple(drafts.shape)}: give ({total}, K), at least one for each row of the cache")
+        most = drafts.shape[1]
+        if most >= self.cache.slack:
+            raise SlackError(
+                f"a round feeds a token and {most} drafts, and takes back what is refused: the cache was made with "
+                f"slack={self.cache.slack}; make it with slack={1 + most}"
+            )
+        rows = self._ready(1 + most)
+        draft = self._drafted.get(most)
+        if draft is None:
+            with torch.inference_mode(False):
+                draft = self._drafted[most] = Draft.empty(total, most, self.device)
+        draft.tokens.copy_(drafts)
+        if counts is None:
+            draft.counts.fill_(most)
+        else:
+            draft.counts.copy_(counts).clamp_(0, most)
+        if self._captures:
+            self._round_graph(self._bucket(rows), draft).replay()
+            self.counts.replayed += 1
+        else:
+            with self._kernels():
+                self._round(total, draft)
+            self.counts.plain += 1
+        for row in rows:
+            self._lengths[row] += 1 + most
+        self._ahead_of = True
+        return draft.kept
+
+    def _round(self, bucket: int, draft: Draft) -> None:
+        """Check the drafts of the first b rows, of which idle ones take nothing in."""
+        clock = self.cache.states.clock
+        assert clock is not None
+        last, tokens, counts = self._ids[:bucket, 0], draft.tokens[:bucket], draft.counts[:bucket]
+        writes = self._count[:bucket]
+        with self.cache.speculate(1 + tokens.shape[1], unseen=True) as ahead:
+            self.cache.expect(writes * (1 + counts))
+            logits = advance(self.model, self.cache, torch.cat([last[:, None], tokens], 1), None)
+            sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
+            lengths = clock.lengths[:bucket].to(self.device) + 1
+            kept, token = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
+            ahead.commit((writes * (1 + kept)).to(clock.lengths.device))
+        draft.kept.zero_()
+        draft.kept[:bucket].copy_(writes * kept)
+        last.copy_(torch.where(writes > 0, token, last))
 
     def _uncaptured(self) -> Tensor:
         """The logits (B, V) after the last tokens of all rows, by compiled code where there is some."""
@@ -263,8 +338,23 @@ class Decoder:
 
     def _graphs(self, rows: list[int]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
         """The pass and the choice of a step in which these rows write, captured if they were not yet."""
-        bucket = next(n for n in self.buckets if n > rows[-1])
+        bucket = self._bucket(rows)
         return self._pass(bucket), self._choice(bucket)
+
+    def _bucket(self, rows: list[int]) -> int:
+        """Of how many rows there are graphs in which these take part."""
+        return next(n for n in self.buckets if n > rows[-1])
+
+    def _round_graph(self, bucket: int, draft: Draft) -> torch.cuda.CUDAGraph:
+        key = bucket, draft.tokens.shape[1], self._uses
+        made = self._rounds.get(key)
+        if made is None:
+            taken = self._count.clone()
+            self._count.zero_()
+            with self.cache.narrowed(bucket), self._kernels():
+                made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft))[0]
+            self._count.copy_(taken)
+        return made
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
         made = self._passes.get(bucket)
@@ -305,6 +395,29 @@ class Decoder:
 
     # ---- inside
 
+    def _ready(self, tokens: int) -> list[int]:
+        """The rows that write, each of which has room for so many tokens."""
+        rows, limit = self.writing, self.cache.get_max_length()
+        if self._loan.model is None:
+            raise StepError("the decoder was closed: make another")
+        if not rows:
+            raise StepError("no row writes: prefill() one")
+        if limit < 0:
+            return rows
+        if max(self._lengths[row] for row in rows) + tokens > limit:
+            self._catch_up()
+        full = next((row for row in rows if self._lengths[row] + tokens > limit), None)
+        if full is not None:
+            left = limit - self._lengths[full]
+            why = f"has room for {left} tokens of {tokens}" if left else "is full"
+            raise CapacityError(f"row {full} {why}, at capacity={self.cache.capacity}: leave() or reset() it")
+        return rows
+
+    def _catch_up(self) -> None:
+        """Know the lengths again, after rounds. Waits for the device then."""
+        if self._ahead_of:
+            self._lengths, self._ahead_of = self.cache.lengths.tolist(), False
+
     def _changed(self) -> None:
         """Other rows write, or in another way."""
         requests = [request for request in self._requests if request is not None]
@@ -337,6 +450,7 @@ class Decoder:
         self._loan.end()
         self._passes.clear()
         self._choices.clear()
+        self._rounds.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,9 @@
-"""One token of attention over a cache's keys: norms and rotation of query and key, their entry, and attention itself.
+"""Attention over a cache's keys for one token of each row, or the few of a round: norms, rotation, entries, attention.
 
 It reads keys up to each row's length, not to the capacity, split over programs so that one long row fills the device;
 a second launch joins the splits and applies the output's gate.
 
-B rows, H heads of size D, G of them on each of J keys' heads, C slots of a row, N splits.
+B rows, T tokens, H heads of size D, G of them on each of J keys' heads, C slots of a row, N splits.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,11 @@ MOST_SPLITS = 64
 
 
 @triton.jit
-def _turned(x, by, cos, sin, head, d, there, eps, offset, D, R: tl.constexpr, NORMED: tl.constexpr):
-    """Heads (BG, BD) of a query or key at x + head + d: their RMS norm, rotated in the first R channels; float32."""
+def _turned(x, by, cos, sin, head, turn, d, there, eps, offset, D, R: tl.constexpr, NORMED: tl.constexpr):
+    """Heads (BG, BD) of a query or key at x + head + d: their RMS norm, rotated in the first R channels; float32.
+
+    turn: where the angles of each lie.
+    """
     seen = tl.load(x + head[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
     if NORMED:
         scale = tl.rsqrt(tl.sum(seen * seen, 1) / D + eps)[:, None]
@@ -36,8 +39,9 @@ def _turned(x, by, cos, sin, head, d, there, eps, offset, D, R: tl.constexpr, NO
             beside = beside * scale
             beside *= (tl.load(by + other, mask=inside, other=0.0).to(tl.float32) + offset)[None, :]
         beside = tl.where((d < R // 2)[None, :], -beside, beside)
-        c = tl.load(cos + d, mask=inside, other=1.0).to(tl.float32)[None, :]
-        s = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        angle, turns = turn[:, None] + d[None, :], there & inside[None, :]
+        c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
         seen = seen * c + beside * s
     return seen
 
@@ -67,6 +71,7 @@ def _attend(
     eps,
     offset,
     scale,
+    T: tl.constexpr,
     J: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -76,6 +81,7 @@ def _attend(
     NORMED: tl.constexpr,
     COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
+    BT: tl.constexpr,
     BG: tl.constexpr,
     BD: tl.constexpr,
     BS: tl.constexpr,
@@ -84,33 +90,56 @@ def _attend(
     if EARLY:
         launch()
         wait()
+    taken = T
     if COUNTED:
-        if tl.load(count + row) == 0:
+        taken = tl.load(count + row)
+        if taken == 0:
             return
     at = tl.load(start + row * start_stride)
-    g, d, s = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BS)
-    there = (g < G)[:, None] & (d < D)[None, :]
-    cos += row * angle_stride
-    sin += row * angle_stride
-    q = _turned(query + row * q_stride, q_by, cos, sin, (j * G + g) * APART, d, there, eps, offset, D, R, NORMED)
+    g, d, s = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BS)  # of g the heads of a token, then those of the next
+    there = (g < T * G)[:, None] & (d < D)[None, :]
+    query += row * T * q_stride
+    key += row * T * k_stride
+    value += row * T * v_stride
+    cos += row * T * angle_stride
+    sin += row * T * angle_stride
+    head, turn = g // G * q_stride + (j * G + g % G) * APART, g // G * angle_stride
+    q = _turned(query, q_by, cos, sin, head, turn, d, there, eps, offset, D, R, NORMED)
     q = (q * scale).to(keys.dtype.element_ty)
     keys += (row * J + j) * C * D
     values += (row * J + j) * C * D
     top = tl.full([BG], -float("inf"), tl.float32)
     weight = tl.zeros([BG], tl.float32)
     total = tl.zeros([BG, BD], tl.float32)
-    if split == 0:  # the token itself
-        head = (g * 0 + j) * D
-        k = _turned(key + row * k_stride, k_by, cos, sin, head, d, there, eps, offset, D, R, NORMED)
-        k = k.to(keys.dtype.element_ty)
-        v = tl.load(value + row * v_stride + head[:, None] + d[None, :], mask=there, other=0.0)
-        v = v.to(values.dtype.element_ty)
-        first = (g == 0)[:, None] & there & (tl.broadcast_to(at, [BG, BD]) < C)
-        tl.store(keys + at * D + (g * 0)[:, None] + d[None, :], k, mask=first)
-        tl.store(values + at * D + (g * 0)[:, None] + d[None, :], v, mask=first)
-        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        weight += 1.0
-        total += v.to(tl.float32)
+    if split == 0:  # the tokens themselves
+        if T == 1:
+            head = (g * 0 + j) * D
+            k = _turned(key, k_by, cos, sin, head, g * 0, d, there, eps, offset, D, R, NORMED)
+            k = k.to(keys.dtype.element_ty)
+            v = tl.load(value + head[:, None] + d[None, :], mask=there, other=0.0)
+            v = v.to(values.dtype.element_ty)
+            first = (g == 0)[:, None] & there & (tl.broadcast_to(at, [BG, BD]) < C)
+            tl.store(keys + at * D + (g * 0)[:, None] + d[None, :], k, mask=first)
+            tl.store(values + at * D + (g * 0)[:, None] + d[None, :], v, mask=first)
+            top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+            weight += 1.0
+            total += v.to(tl.float32)
+        else:
+            t = tl.arange(0, BT)
+            real = (t < taken)[:, None] & (d < D)[None, :]
+            k = _turned(key, k_by, cos, sin, t * k_stride + j * D, t * angle_stride, d, real, eps, offset, D, R, NORMED)
+            k = k.to(keys.dtype.element_ty)
+            v = tl.load(value + (t * v_stride + j * D)[:, None] + d[None, :], mask=real, other=0.0)
+            v = v.to(values.dtype.element_ty)
+            place, fits = (at + t) * D, (at + t < C)[:, None] & real
+            tl.store(keys + place[:, None] + d[None, :], k, mask=fits)
+            tl.store(values + place[:, None] + d[None, :], v, mask=fits)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            score = tl.where(t[None, :] <= (g // G)[:, None], score, -float("inf"))
+            top = tl.max(score, 1)
+            now = tl.exp(score - top[:, None])
+            weight = tl.sum(now, 1)
+            total = tl.dot(now.to(v.dtype), v, input_precision="ieee")
     each = tl.cdiv(tl.cdiv(at, BS), N) * BS
     begin = split * each
     end = tl.minimum(begin + each, at)
@@ -127,9 +156,9 @@ def _attend(
         weight = weight * less + tl.sum(now, 1)
         total = total * less[:, None] + tl.dot(now.to(v.dtype), v, input_precision="ieee")
         top = higher
-    place = ((row * J + j) * N + split) * G + g
-    tl.store(tops + place, top, mask=g < G)
-    tl.store(weights + place, weight, mask=g < G)
+    place = ((row * J + j) * N + split) * T * G + g
+    tl.store(tops + place, top, mask=g < T * G)
+    tl.store(weights + place, weight, mask=g < T * G)
     tl.store(sums + place[:, None] * D + d[None, :], total, mask=there)
 
 
@@ -142,6 +171,7 @@ def _join(
     count,
     out,
     gate_stride,
+    T: tl.constexpr,
     J: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -153,18 +183,19 @@ def _join(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = token // T
     if EARLY:
         launch()
         wait()
     n, d = tl.arange(0, BN), tl.arange(0, BD)
     some, inside = n < N, d < D
-    out += (row * J * G + head) * D + d
+    out += (token * J * G + head) * D + d
     if COUNTED:
         if tl.load(count + row) == 0:
             tl.store(out, tl.zeros([BD], tl.float32).to(out.dtype.element_ty), mask=inside)
             return
-    place = ((row * J + head // G) * N + n) * G + head % G
+    place = (((row * J + head // G) * N + n) * T + token % T) * G + head % G
     top = tl.load(tops + place, mask=some, other=-float("inf"))
     share = tl.exp(top - tl.max(top, 0))
     share = tl.where(some, share, 0.0)
@@ -173,7 +204,9 @@ def _join(
     total = tl.sum(share[:, None] * tl.load(sums + place[:, None] * D + d[None, :], mask=both, other=0.0), 0)
     y = total / weight
     if GATED:
-        y /= 1.0 + tl.exp(-tl.load(gate + row * gate_stride + head * APART + d, mask=inside, other=0.0).to(tl.float32))
+        y /= 1.0 + tl.exp(
+            -tl.load(gate + token * gate_stride + head * APART + d, mask=inside, other=0.0).to(tl.float32)
+        )
     tl.store(out, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -202,25 +235,26 @@ def attend(
     gated: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """Attend with one token of each row, whose key and value go into `keys` and `values` (B, J, C, D): (B, H D).
+    """Attend with T tokens of each row, whose keys and values go into `keys` and `values` (B, J, C, D): (B T, H D).
 
-    query (B, H D), key and value (B, J D), of any stride between rows. `gated`: query is (B, H 2 D), each head's query
-    and then its output's gate, of which the logistic function is taken. angles: cosines and sines (B, R) of the first R
-    channels, R even. start: (B,) or (1,), where rows stand; count: (B,), 0 or 1, None for all. Attends to all keys
-    before `start`, and to its own.
+    query (B T, H D), key and value (B T, J D), of any stride between tokens. `gated`: query is (B T, H 2 D), each
+    head's query and then its output's gate, of which the logistic function is taken. angles: cosines and sines (B T, R)
+    of the first R channels, R even. start: (B,) or (1,), where rows stand; count: (B,), 0..T, None for all. Each token
+    attends to all keys before `start`, and to its row's new ones up to its own. Outputs beyond a row's count are junk.
     """
     rows, J, C, D = keys.shape
     apart = 2 * D if gated else D
     heads = query.shape[1] // apart
-    G = heads // J
+    G, T = heads // J, len(query) // rows
+    assert len(query) == rows * T == len(key) == len(value)
     assert keys.is_contiguous() and values.is_contiguous() and values.shape == keys.shape
     assert query.stride(1) == key.stride(1) == value.stride(1) == 1 and key.shape[1] == J * D
     cos, sin = (query, query) if angles is None else angles
     if splits is None:
         splits = max(1, min(MOST_SPLITS, triton.cdiv(C, BLOCK), PROGRAMS // (rows * J)))
-    sums = torch.empty(rows, J, splits, G, D, dtype=torch.float32, device=query.device)
-    tops, weights = (torch.empty(rows, J, splits, G, dtype=torch.float32, device=query.device) for _ in range(2))
-    out = torch.empty(rows, heads * D, dtype=query.dtype, device=query.device)
+    sums = torch.empty(rows, J, splits, T * G, D, dtype=torch.float32, device=query.device)
+    tops, weights = (torch.empty(rows, J, splits, T * G, dtype=torch.float32, device=query.device) for _ in range(2))
+    out = torch.empty(rows * T, heads * D, dtype=query.dtype, device=query.device)
     by = (query, query, 0.0, 0.0) if norms is None else (norms.query, norms.key, norms.eps, norms.offset)
     counted, width = start if count is None else count, triton.next_power_of_2(D)
     options = early(query.device)
@@ -248,6 +282,7 @@ def attend(
         by[2],
         by[3],
         scale,
+        T=T,
         J=J,
         G=G,
         D=D,
@@ -256,13 +291,14 @@ def attend(
         N=splits,
         NORMED=norms is not None,
         COUNTED=count is not None,
-        BG=max(16, triton.next_power_of_2(G)),
+        BT=max(16, triton.next_power_of_2(T)),
+        BG=max(16, triton.next_power_of_2(T * G)),
         BD=max(16, width),
         BS=BLOCK,
         num_warps=4,
         **options,
     )
-    _join[(rows, heads)](
+    _join[(rows * T, heads)](
         sums,
         tops,
         weights,
@@ -270,6 +306,7 @@ def attend(
         counted,
         out,
         query.stride(0),
+        T=T,
         J=J,
         G=G,
         D=D,

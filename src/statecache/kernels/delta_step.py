@@ -71,9 +71,9 @@ def _step(
         wait()
     cq = key * K + k_at
     ck, cv = cq + J * K, 2 * J * K + head * V + v_at
-    q, q_in = convolve(new, ring, weight, bias, cq, whole, at, T, S, BIAS)
-    k, k_in = convolve(new, ring, weight, bias, ck, whole, at, T, S, BIAS)
-    v, v_in = convolve(new, ring, weight, bias, cv, some, at, T, S, BIAS)
+    q, q_in = convolve(new, 0, ring, weight, bias, cq, whole, at, 0, T, S, BIAS)
+    k, k_in = convolve(new, 0, ring, weight, bias, ck, whole, at, 0, T, S, BIAS)
+    v, v_in = convolve(new, 0, ring, weight, bias, cv, some, at, 0, T, S, BIAS)
     if SILU:
         q, k, v = silu(q), silu(k), silu(v)
     q, k = tl.where(whole, q, 0.0), tl.where(whole, k, 0.0)

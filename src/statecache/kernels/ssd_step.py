@@ -71,9 +71,9 @@ def _step(
         wait()
     cx, cB = head * P + p, H * P + group * N + n
     cC = cB + G * N
-    x, x_in = convolve(new, ring, weight, bias, cx, some, at, K, S, BIAS)
-    B, B_in = convolve(new, ring, weight, bias, cB, whole, at, K, S, BIAS)
-    C, C_in = convolve(new, ring, weight, bias, cC, whole, at, K, S, BIAS)
+    x, x_in = convolve(new, 0, ring, weight, bias, cx, some, at, 0, K, S, BIAS)
+    B, B_in = convolve(new, 0, ring, weight, bias, cB, whole, at, 0, K, S, BIAS)
+    C, C_in = convolve(new, 0, ring, weight, bias, cC, whole, at, 0, K, S, BIAS)
     if SILU:
         x, B, C = silu(x), silu(B), silu(C)
     step = softplus(tl.load(dt + row * dt_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))

@@ -296,13 +296,16 @@ class StateCache(Cache):
         with self._between(dropped=rows is None):
             self.states.reset(rows)
 
-    def speculate(self, max_tokens: int) -> Round:
+    def speculate(self, max_tokens: int, *, unseen: bool = False) -> Round:
         """Begin a speculative round, as a context: one forward pass of T <= `max_tokens`, of which `commit` keeps some.
 
-        Nothing is kept without a commit. Raises SlackError for more tokens than the slack, StepError in another round.
+        Nothing is kept without a commit. `unseen`, at a fixed capacity: the host looks at no number, so that a CUDA
+        graph can hold the round. What `expect` and `commit` are given are tensors (B,) on the cache's device then; a
+        row takes no more than there is room for, and where that was too little the next pass raises CapacityError.
+        Raises SlackError for more tokens than the slack, StepError in another round.
         """
         self.writer.finish()
-        return Round(self.states, max_tokens, self._committed)
+        return Round(self.states, max_tokens, self._committed, unseen=unseen)
 
     def _committed(self) -> None:
         self.writer.moved()

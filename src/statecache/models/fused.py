@@ -7,7 +7,7 @@ its own way inside the captured step.
 
 Nothing of a model changes for good: `by_kernels` sets functions on instances, and takes them away again.
 
-B rows, E the model's width, W what a mixer hands to its gate.
+B rows, T tokens of each, E the model's width.
 """
 
 from __future__ import annotations
@@ -162,51 +162,27 @@ def _take_away(put: list[tuple[nn.Module, str, Any]]) -> None:
 
 
 def _ssd(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
-    """See `Recurrent.advance`."""
-    from statecache.kernels import ssd_step
+    """See `Kernel`."""
+    from statecache.kernels import ssd_round, ssd_step
 
     m: Any = mixer.module
-    new, dt = (part[:, 0] for part in projected)
-    return ssd_step.step(
-        new,
-        dt,
-        m.conv1d.weight,
-        m.conv1d.bias,
-        m.A_log,
-        m.dt_bias,
-        m.D,
-        lent.ring,
-        lent.state,
-        lent.start,
-        lent.count,
-        groups=mixer.query[0],
-        silu=True,
-        limits=(mixer.low, mixer.high),
-    )[:, None]
+    run: Any = ssd_step.step if lent.log is None else ssd_round.ahead
+    weights = m.conv1d.weight, m.conv1d.bias, m.A_log, m.dt_bias, m.D
+    states = lent.ring, lent.state, *(lent.log or ()), lent.start, lent.count
+    options = {"groups": mixer.query[0], "silu": True, "limits": (mixer.low, mixer.high)}
+    return run(*projected, *weights, *states, **options)  # type: ignore[no-any-return]
 
 
 def _delta(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
-    """See `Recurrent.advance`."""
-    from statecache.kernels import delta_step
+    """See `Kernel`."""
+    from statecache.kernels import delta_round, delta_step
 
     m: Any = mixer.module
-    new, b, a = (part[:, 0] for part in projected)
-    return delta_step.step(
-        new,
-        b,
-        a,
-        m.conv1d.weight,
-        m.conv1d.bias,
-        m.A_log,
-        m.dt_bias,
-        lent.ring,
-        lent.state,
-        lent.start,
-        lent.count,
-        key_heads=mixer.query[0],
-        silu=True,
-        doubled=mixer.doubled,
-    )[:, None]
+    run: Any = delta_step.step if lent.log is None else delta_round.ahead
+    weights = m.conv1d.weight, m.conv1d.bias, m.A_log, m.dt_bias
+    states = lent.ring, lent.state, *(lent.log or ()), lent.start, lent.count
+    options = {"key_heads": mixer.query[0], "silu": True, "doubled": mixer.doubled}
+    return run(*projected, *weights, *states, **options)  # type: ignore[no-any-return]
 
 
 def _kernel(mixer: Mixer) -> Callable[..., Tensor] | None:
@@ -290,11 +266,11 @@ def _product(
     return y if residual is None else torch.add(residual, y, alpha=scale)
 
 
-def _mix_ssd(mixer: SSD, by: Any, x: Tensor, states: LayerState, lent: Lent, scale: float = 1.0) -> Tensor:
-    """A Mamba-2 mixer with the norm before it and the residual sum behind: x (B, E) to (B, E)."""
+def _mix_ssd(mixer: SSD, by: Any, x: Tensor, lent: Lent, scale: float = 1.0) -> Tensor:
+    """A Mamba-2 mixer with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
     m: Any = mixer.module
     z, new, dt = _product(x, m.in_proj.weight, by=by).split_with_sizes(mixer.projected, -1)
-    y = _ssd(mixer, (new[:, None], dt[:, None]), lent)[:, 0]
+    y = _ssd(mixer, (new, dt), lent)
     if getattr(m.norm, "group_size", y.shape[-1]) == y.shape[-1]:
         return _product(y, m.out_proj.weight, by=m.norm, gate=z, residual=x, scale=scale)
     y = _gated(m.norm)(y, z)
@@ -306,12 +282,12 @@ def _mamba2(layer: Any) -> Callable[..., Any]:
     assert isinstance(mixer, SSD)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        lent = _lent(mixer, hidden_states, args, kwargs)
+        lent = _lent(mixer, args, kwargs)
         if lent is None:
             return own(hidden_states, *args, **kwargs)
-        x = hidden_states[:, 0]
+        x = hidden_states.flatten(0, 1)
         x = x.float() if layer.residual_in_fp32 else x
-        return _mix_ssd(mixer, layer.norm, x, *lent)[:, None]
+        return _mix_ssd(mixer, layer.norm, x, lent).view(hidden_states.shape)
 
     return forward
 
@@ -321,22 +297,23 @@ def _granite(layer: Any) -> Callable[..., Any]:
     mixer = next(iter(_mixers(layer)), None)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.shape[1] != 1 or args:
+        if args:
             return own(hidden_states, *args, **kwargs)
-        x = hidden_states[:, 0]
+        x = hidden_states.flatten(0, 1)
         if mixer is not None:
             assert isinstance(mixer, SSD)
-            lent = _lent(mixer, hidden_states, args, kwargs)
+            lent = _lent(mixer, args, kwargs)
             if lent is None:
                 return own(hidden_states, *args, **kwargs)
-            x = _mix_ssd(mixer, layer.input_layernorm, x, *lent, scale=scale)
+            x = _mix_ssd(mixer, layer.input_layernorm, x, lent, scale=scale)
         else:
-            keys = _lent_keys(layer.self_attn, hidden_states, kwargs)
+            keys = _lent_keys(layer.self_attn, kwargs)
             if keys is None:
                 return own(hidden_states, **kwargs)
             x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, scale=scale)
         inside = _product(x, mlp.input_linear.weight, by=layer.post_attention_layernorm)
-        return _product(inside, mlp.output_linear.weight, gated=True, residual=x, scale=scale)[:, None]
+        x = _product(inside, mlp.output_linear.weight, gated=True, residual=x, scale=scale)
+        return x.view(hidden_states.shape)
 
     return forward
 
@@ -346,32 +323,32 @@ def _qwen(layer: Any) -> Callable[..., Any]:
     mixer = next(iter(_mixers(layer)), None)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.shape[1] != 1 or args:
+        if args:
             return own(hidden_states, *args, **kwargs)
-        x = hidden_states[:, 0]
+        x = hidden_states.flatten(0, 1)
         if mixer is not None:
-            lent = _lent(mixer, hidden_states, args, kwargs)
+            lent = _lent(mixer, args, kwargs)
             if lent is None:
                 return own(hidden_states, *args, **kwargs)
-            x = _mix_delta(mixer, layer.input_layernorm, x, lent[1])
+            x = _mix_delta(mixer, layer.input_layernorm, x, lent)
         else:
-            keys = _lent_keys(layer.self_attn, hidden_states, kwargs)
+            keys = _lent_keys(layer.self_attn, kwargs)
             if keys is None:
                 return own(hidden_states, **kwargs)
             x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, gated=True)
         both = (mlp.gate_proj.weight, mlp.up_proj.weight)
         inside = _product(x, both, by=layer.post_attention_layernorm)
-        return _product(inside, mlp.down_proj.weight, gated=True, residual=x)[:, None]
+        return _product(inside, mlp.down_proj.weight, gated=True, residual=x).view(hidden_states.shape)
 
     return forward
 
 
 def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent) -> Tensor:
-    """A gated delta net with the norm before it and the residual sum behind: x (B, E) to (B, E)."""
+    """A gated delta net with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
     m: Any = mixer.module
     four = (m.in_proj_qkv.weight, m.in_proj_z.weight, m.in_proj_b.weight, m.in_proj_a.weight)
     qkv, z, b, a = _product(x, four, by=by).split_with_sizes([len(each) for each in four], -1)
-    y = _delta(mixer, (qkv[:, None], b[:, None], a[:, None]), lent)[:, 0]
+    y = _delta(mixer, (qkv, b, a), lent)
     y = _by_head(m.norm, y, z, mixer.inputs[1][1])
     return _product(y, m.out_proj.weight, residual=x)
 
@@ -379,7 +356,7 @@ def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent) -> Tensor:
 def _attend(
     m: Any, by: Any, x: Tensor, lent: LentKeys, kwargs: Any, *, scale: float = 1.0, gated: bool = False
 ) -> Tensor:
-    """Attention with the norm before it and the residual sum behind: x (B, E) to (B, E). `m`: its module."""
+    """Attention with the norm before it and the residual sum behind: x (B T, E) to (B T, E). `m`: its module."""
     from statecache.kernels.attend import Norms, attend
 
     three = (m.q_proj.weight, m.k_proj.weight, m.v_proj.weight)
@@ -388,7 +365,7 @@ def _attend(
     if hasattr(m, "q_norm"):
         norms = Norms(m.q_norm.weight, m.k_norm.weight, _eps(m.q_norm), NORMS[type(m.q_norm).__name__])
     turns = kwargs.get("position_embeddings")
-    angles = None if turns is None else tuple(each[:, 0].expand(len(x), -1) for each in turns)
+    angles = None if turns is None else tuple(each.expand(len(lent.keys), -1, -1).flatten(0, 1) for each in turns)
     y = attend(
         q,
         k,
@@ -480,17 +457,16 @@ def _whole(layer: nn.Module) -> Callable[..., Any] | str:
     return form.make(layer)
 
 
-def _lent(mixer: Mixer, x: Tensor, args: tuple[Any, ...], kwargs: Any) -> tuple[LayerState, Lent] | None:
+def _lent(mixer: Mixer, args: tuple[Any, ...], kwargs: Any) -> Lent | None:
     """The states of a layer's mixer for a kernel; None in a pass that is none for it."""
     states = layer_states(mixer.layer, args, kwargs)
-    lent = states.lend() if isinstance(states, LayerState) and x.shape[1] == 1 else None
-    return None if lent is None else (states, lent)  # type: ignore[return-value]
+    return states.lend() if isinstance(states, LayerState) else None
 
 
-def _lent_keys(module: Any, x: Tensor, kwargs: Any) -> LentKeys | None:
+def _lent_keys(module: Any, kwargs: Any) -> LentKeys | None:
     """The keys and values of an attention layer for a kernel; None in a pass that is none for it."""
     states = layer_states(module.layer_idx, (), kwargs)
-    return states.lend_keys() if isinstance(states, LayerState) and x.shape[1] == 1 else None
+    return states.lend_keys() if isinstance(states, LayerState) else None
 
 
 def _mixers(layer: nn.Module) -> list[Mixer]:

@@ -26,6 +26,8 @@ from statecache.ring import Ring
 from statecache.states import States
 from statecache.step import Step
 
+AHEAD = 16  # tokens of a round that a kernel runs over one by one
+
 
 class Prepared:
     """Opens and closes the passes of a prepared model, and takes in the keys and values of its attention."""
@@ -233,17 +235,19 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Lent:
-    """What a kernel needs to take in one token of each row by itself, and to keep its states in place.
+    """What a kernel needs to take in tokens of each row by itself, and to keep its states in place.
 
     ring: (B, C, S), the inputs of the convolution, that of position p in slot p % S. state: (B, *D), the recurrence's,
     in the dtype that it is kept in.
-    start: (B,) or (1,) long, where rows stand. count: (B,) long, 0 or 1; None for all.
+    start: (B,) or (1,) long, where rows stand. count: (B,) long, how many of the tokens are theirs; None for all.
+    log: of a round, which leaves the state as it is, and the inputs and gates (B, L, W) of position p in slot p % L.
     """
 
     ring: Tensor
     state: Tensor
     start: Tensor
     count: Tensor | None
+    log: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +258,14 @@ class LentKeys:
     values: Tensor
     start: Tensor
     count: Tensor | None
+
+
+def lent_log(log: Log) -> tuple[Tensor, Tensor] | None:
+    """A log's inputs and gates (B, L, W) for a kernel; None where their store cannot show them."""
+    if not log.inputs.store.shows or not log.gates.store.shows or log.inputs.capacity != log.gates.capacity:
+        return None
+    inputs, gates = (ring.store.read(slice(0, ring.capacity)) for ring in (log.inputs, log.gates))
+    return inputs, gates
 
 
 class LayerState:
@@ -344,11 +356,11 @@ class LayerState:
     def lend(self) -> Lent | None:
         """Both states for a kernel, which then updates them; None where the pass is none for it.
 
-        That is a pass of one token of all rows in order, outside of rounds, with nothing to log, on states that lie in
-        one tensor, the convolution's in a ring with a slot to spare.
+        That is a pass of one token of all rows in order, or a round over few, with nothing to log, on states that lie
+        in one tensor, the convolution's in a ring with a slot to spare for each.
         """
-        step, states = self.writer.step, self.writer.states
-        if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():
+        step, states = self._lending(), self.writer.states
+        if step is None:
             return None
         conv, state = (states.held.get(f"{self.index}.{name}") for name in ("conv", "recurrent"))
         if not isinstance(conv, Ring) or not isinstance(state, Lease):
@@ -357,20 +369,26 @@ class LayerState:
         window, held = conv.spec.window, state.store.plain
         if logs or state.copies is not None or held is None or not conv.store.shows or not conv.wraps:
             return None
-        if window is None or conv.capacity <= window:
+        if window is None or conv.capacity < window + step.tokens:
             return None
         step.write()
         here = step.on(conv.device)
         start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=conv.device)
-        return Lent(conv.store.read(slice(0, conv.capacity)), held.squeeze(1), start, here.count)
+        ring, log = conv.store.read(slice(0, conv.capacity)), None
+        if step.tentative:
+            rings = states.logs[f"{self.index}.recurrent"]
+            log = None if rings is None else lent_log(rings)
+            if log is None:
+                return None
+        return Lent(ring, held.squeeze(1), start, here.count, log)
 
     def lend_keys(self) -> LentKeys | None:
         """The keys and values for a kernel, which then writes them; None where the pass is none for it, as above.
 
         They are without a window, so that a position is its slot.
         """
-        step, held = self.writer.step, self.writer.states.held
-        if step is None or step.tokens != 1 or step.rows is not None or step.tentative or torch.is_grad_enabled():
+        step, held = self._lending(), self.writer.states.held
+        if step is None:
             return None
         key, value = (held.get(f"{self.index}.{name}") for name in ("key", "value"))
         if not isinstance(key, Ring) or not isinstance(value, Ring) or key.wraps or value.wraps:
@@ -389,6 +407,13 @@ class LayerState:
         if step is None:
             raise _alone(self.index)
         return step.places(x.device)
+
+    def _lending(self) -> Step | None:
+        """The pass, if it may be one for a kernel."""
+        step = self.writer.step
+        if step is None or step.rows is not None or torch.is_grad_enabled():
+            return None
+        return step if step.tokens <= (AHEAD if step.tentative else 1) else None
 
     @property
     def _remembers(self) -> bool:

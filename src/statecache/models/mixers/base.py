@@ -9,7 +9,7 @@ B rows, T new tokens, n entries of a log, E the model's width, *D a recurrence's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from statecache import kernels
 from statecache.models.given import layer_states
-from statecache.models.prepared import LayerState, Lent, Stateless
+from statecache.models.prepared import LayerState, Lent, Stateless, lent_log
+from statecache.replay import Log, Together
+from statecache.step import Step
 
 Shapes = tuple[tuple[int, ...], ...]
 Chunked = tuple[Tensor, Tensor, Tensor | None]
-# from a mixer, what its projections made of one token (B, 1, ...), and both states to what the gate takes (B, 1, W)
+# from a mixer, what its projections made of few tokens (B T, ...), and both states to what the gate takes (B T, W)
 Kernel = Callable[[Any, tuple[Tensor, ...], Lent], Tensor]
 
 
@@ -89,12 +91,17 @@ class Recurrent(Mixer):
     query: tuple[int, ...]  # what it asks of the state
     gates: Shapes  # the last of these: where all gates are 0 there is no token
     constant: Derived | None = None  # what the operator needs of the weights
+    folded: ClassVar[tuple[str, ...]] = ()  # weights that `operator.folding` reads
+    sizes: tuple[tuple[str, int], ...] = ()  # and what it is told besides
     kernel: Kernel | None = None  # what `advance` leaves one token to, while a step is captured
 
     def by_kernel(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor | None:
         """What `advance` returns, by the kernel; None in a pass that it is not for."""
         lent = states.lend()
-        return None if self.kernel is None or lent is None else self.kernel(self, projected, lent)
+        if self.kernel is None or lent is None:
+            return None
+        flat = tuple([part.flatten(0, 1) for part in projected])
+        return self.kernel(self, flat, lent).view(*projected[0].shape[:2], -1)
 
     def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
         """Take in T tokens: from what the projections made of them, (B, T, ...) each, to what the gate takes (B, T, W).
@@ -140,6 +147,17 @@ class Recurrent(Mixer):
         with torch.no_grad(), self.weights():
             self.operator.module.fold(**self._arguments(taken, None), state=state, count=count)
 
+    def together(self, log: Log) -> Together | None:
+        """See `replay.Gathering`: one launch for all layers that are alike, where a kernel can."""
+        kernel, state, kept = self.operator.folding, log.state.store.plain, lent_log(log)
+        weights = [getattr(self.module, name) for name in self.folded]
+        if not kernel or state is None or kept is None or "_hf_hook" in vars(self.module):
+            return None
+        if not kernels.serves(kernel, state, *kept, *weights) or not all(w.is_contiguous() for w in weights):
+            return None
+        alike = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (state, *kept, *weights))
+        return Folding(kernel, self.sizes, alike)
+
     def _arguments(self, taken: tuple[Tensor, ...], query: Tensor | None, anew: bool = False) -> dict[str, Tensor]:
         arguments = dict(zip(self.operator.taken, taken, strict=True))
         if query is not None and self.operator.query:
@@ -154,7 +172,8 @@ class Operator:
     """A module of `statecache.ops` with chunk, step and fold, and what these call their arguments.
 
     `taken`: the inputs and gates of a token, in the order of the log; `query`: what it asks of the state, or "";
-    `constant`: what all tokens share, or ""; `kernel`: a module of `statecache.kernels` with the same chunk, or "".
+    `constant`: what all tokens share, or ""; `kernel`: a module of `statecache.kernels` with the same chunk, or "";
+    `folding`: one that folds the states of several layers, or "".
     """
 
     module: ModuleType
@@ -162,6 +181,7 @@ class Operator:
     query: str = ""
     constant: str = ""
     kernel: str = ""
+    folding: str = ""
 
     def chunk(self, arguments: dict[str, Tensor], state: Tensor | None, **more: Tensor | None) -> Chunked:
         """The operator's chunk of these arguments: by the kernel where it can, else the plain one."""
@@ -174,6 +194,32 @@ class Operator:
             except kernels.too_large() as error:
                 kernels.refuse(self.kernel, taken[0].device, error)
         return self.module.chunk(**arguments, state=state, **more)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Takes a round's tokens into the states of layers that are `alike`, by a module of `statecache.kernels`."""
+
+    kernel: str
+    sizes: tuple[tuple[str, int], ...]
+    alike: tuple[Any, ...]
+
+    def __call__(self, layers: Sequence[tuple[Any, Log]], step: Step, most: int, count: Tensor | None) -> None:
+        """See `replay.Log.accept`."""
+        states, inputs, gates = [], [], []
+        for _, log in layers:
+            held, kept = log.state.store.plain, lent_log(log)
+            assert held is not None and kept is not None
+            states.append(held.squeeze(1))
+            inputs.append(kept[0])
+            gates.append(kept[1])
+        device = states[0].device
+        here = step.on(device)
+        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=device)
+        weights = zip(*([getattr(mixer.module, name) for name in mixer.folded] for mixer, _ in layers), strict=True)
+        fold = import_module(f"statecache.kernels.{self.kernel}").fold
+        count = None if count is None else count.to(device)
+        fold(states, inputs, gates, *map(list, weights), start, count, most, here.rows, **dict(self.sizes))
 
 
 class Derived:

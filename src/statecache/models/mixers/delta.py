@@ -44,7 +44,9 @@ class Delta(Recurrent):
     says whether tokens are written at twice the strength, "" for no.
     """
 
-    operator = Operator(gated_delta, taken=("k", "v", "g", "beta"), query="q", kernel="delta_chunk")
+    operator = Operator(
+        gated_delta, taken=("k", "v", "g", "beta"), query="q", kernel="delta_chunk", folding="delta_round"
+    )
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Delta(Recurrent):
         self.convolved = (m.key_dim, m.key_dim, m.value_dim)
         self.inputs = ((m.num_k_heads, m.head_k_dim), (m.num_v_heads, m.head_v_dim))
         self.gates, self.query = ((m.num_v_heads,), (m.num_v_heads,)), self.inputs[0]
-        self.decay = Derived("A_log", decay)
+        self.decay, self.sizes = Derived("A_log", decay), (("key_heads", m.num_k_heads),)
 
     def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Tensor:
         m: Any = self.module

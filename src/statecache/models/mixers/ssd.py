@@ -22,7 +22,8 @@ class SSD(Recurrent):
     `scaled`: projections pass multipliers; `normed`: the attribute that says whether the output has a norm, "" for yes.
     """
 
-    operator = Operator(ssd, taken=("x", "B", "dt"), query="C", constant="A", kernel="ssd_chunk")
+    operator = Operator(ssd, taken=("x", "B", "dt"), query="C", constant="A", kernel="ssd_chunk", folding="ssd_round")
+    folded = ("A_log",)
 
     def __init__(self, module: nn.Module, unmodified: Any, *, scaled: bool = False, normed: str = "") -> None:
         super().__init__(module, unmodified)
@@ -36,7 +37,7 @@ class SSD(Recurrent):
         self.convolved = (width, shared, shared)
         self.inputs = ((m.num_heads, width // m.num_heads), (m.n_groups, m.ssm_state_size))
         self.gates, self.query = ((m.num_heads,),), self.inputs[1]
-        self.constant = Derived("A_log", decay)
+        self.constant, self.sizes = Derived("A_log", decay), (("groups", m.n_groups),)
 
     def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Tensor:
         m: Any = self.module

@@ -1,0 +1,138 @@
+"""A speculative round on a GPU beside a plain step of the same decoder, and what drafts gain.
+
+    python benchmarks/gpu_rounds.py --model mamba2 --rows 1
+    python benchmarks/gpu_rounds.py --model qwen3_5 --rows 4 --drafts 4 --accepted 0.7 --json result.json
+
+A round takes in a token and its drafts, decides which stay, and commits them: one graph. Drafts cost nothing here, and
+each stays with a probability, by a seeded coin in place of the model, whose weights are random: it decides too, in the
+same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import statecache as sc
+import statecache.decode.decoder as of_decoder
+from gpu_decode import DEVICE, profiled, seconds, versions
+from gpu_shapes import SHAPES
+from statecache.decode.sampling import Drafts, Sampler, Verdict, agree
+
+
+def decoder(model: Any, rows: int, capacity: int, slack: int) -> sc.Decoder:
+    cache = sc.StateCache(
+        model.config, capacity=capacity, rows=rows, dtype=model.dtype, device=DEVICE, slack=slack, back=False
+    )
+    return sc.Decoder(model, cache, buckets=[rows])
+
+
+class Coins(Sampler):
+    """Decides as the model does, and then keeps the drafts before the first even one, whatever the model said."""
+
+    def verify(self, logits: Tensor, drafts: Drafts, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Verdict:
+        own, _ = super().verify(logits, drafts, tokens, counts, lengths)
+        return agree(torch.cat([tokens | 1, own[:, None]], 1), tokens, counts)
+
+
+def rounds(made: sc.Decoder, coins: Tensor) -> Tensor:
+    """Tokens that each round added, (n, B), where a draft stays if its coin (n, B, K) is 1."""
+    return torch.stack([made.check(coin) + 1 for coin in coins])
+
+
+@torch.no_grad()
+def measure(opts: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    of_decoder.Sampler = Coins
+    config = SHAPES[opts.model](opts.small)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, opts.dtype)).eval()
+    most, n = opts.drafts, opts.rounds
+    prompt = torch.randint(1, config.vocab_size, (opts.rows, opts.context), device=DEVICE).tolist()
+    capacity = opts.context + 12 * n * (1 + most)
+    with decoder(model, opts.rows, capacity, 1) as made:
+        made.prefill(prompt)
+        made.step()
+        plain = seconds(made.step, n)
+    with decoder(model, opts.rows, capacity, 1 + most) as made:
+        made.prefill(prompt)
+        step = seconds(made.step, n)
+        coins = (torch.rand(n, opts.rows, most, device=DEVICE) < opts.accepted).long()
+        began = time.perf_counter()
+        rounds(made, coins[:1])
+        torch.cuda.synchronize()
+        warm = time.perf_counter() - began
+        runs = []
+        for _ in range(5):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            added = rounds(made, coins)
+            end.record()
+            end.synchronize()
+            runs.append(begin.elapsed_time(end) / 1e3 / n)
+        took, gained = statistics.median(runs), added.double().mean().item()
+        kernels = profiled(lambda: made.check(coins[0]), 16) if opts.profile else []
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": opts.commit,
+        "machine": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "model": opts.model,
+        "dtype": opts.dtype,
+        "rows": opts.rows,
+        "context": opts.context,
+        "drafts": most,
+        "step_ms": plain * 1e3,
+        "step_with_slack_ms": step * 1e3,
+        "round_ms": took * 1e3,
+        "first_round_s": warm,
+        "tokens_a_round": gained,
+        "round_in_steps": took / plain,
+        "tokens_in_plain": gained * plain / took,
+        "kernels": kernels,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    print(
+        f"{found['model']}, {found['rows']} rows at {found['context']} tokens, {found['drafts']} drafts, "
+        f"{found['dtype']}, {found['machine']}: a step {found['step_ms']:.3f} ms, {found['step_with_slack_ms']:.3f} "
+        f"with slack, a round {found['round_ms']:.3f} ms = {found['round_in_steps']:.3f} steps; "
+        f"{found['tokens_a_round']:.2f} tokens a round, {found['tokens_in_plain']:.2f} x the tokens of steps; "
+        f"first round {found['first_round_s']:.1f} s"
+    )
+    for kernel in found["kernels"]:
+        print(f"    {kernel['us']:9.1f} us {kernel['calls']:7.1f} x {kernel['name']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, required=True)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--drafts", type=int, default=4)
+    parser.add_argument("--accepted", type=float, default=0.7, help="the probability that a draft is right")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=60, help="of one timing")
+    parser.add_argument("--profile", action="store_true", help="also what kernels a round runs")
+    parser.add_argument("--small", action="store_true", help="a tiny model of the same kind")
+    parser.add_argument("--commit", default="", help="written into the result")
+    parser.add_argument("--json", type=Path)
+    opts = parser.parse_args()
+    result = measure(opts)
+    show(result)
+    if opts.json:
+        opts.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Kernels of a round against the plain operators in float64: the tokens run ahead, and what is kept of them goes in."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import families
+import pytest
+import torch
+from drawn import DEVICE, NAN, draw, error, strided
+from test_steps import STARTS, begun, ring_of
+from torch import Tensor
+from torch.nn import functional as F
+
+import statecache as sc
+from statecache.kernels import delta_round, ssd_round
+from statecache.models.fused import by_kernels
+from statecache.ops import conv, gated_delta, ssd
+
+COUNTS = [4, 0, 2, 3]
+SLOTS = 7  # of a log
+
+
+def convolved(new: Tensor, past: Tensor, starts: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The plain convolution of the new tokens (B, T, C), in float64."""
+    up = [None if t is None else t.double() for t in (new, weight, bias, begun(past, starts))]
+    return conv.chunk(*up, silu)  # type: ignore[arg-type]
+
+
+def logs_of(rows: int, *widths: int) -> list[Tensor]:
+    """A log's inputs and gates, poisoned."""
+    return [torch.full((rows, SLOTS, width), NAN, device=DEVICE) for width in widths]
+
+
+def check_written(ring: Tensor, before: Tensor, new: Tensor, starts: Tensor, counts: list[int]) -> None:
+    """The tokens that rows take in lie in their slots, and nothing else has changed."""
+    want = before.clone()
+    for row, (start, n) in enumerate(zip(starts.tolist(), counts, strict=True)):
+        for t in range(n):
+            want[row, :, (start + t) % ring.shape[-1]] = new[row, t].to(ring.dtype)
+    assert torch.equal(ring.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+
+
+def kept(y: Tensor, counts: list[int]) -> Tensor:
+    """Outputs (B, T, ...) of the tokens that rows take in."""
+    return torch.cat([y[row, :n].flatten(1) for row, n in enumerate(counts)])
+
+
+def folded(fold: Any, state: Tensor, log: list[Tensor], *rest: Any, accepted: list[int], **sizes: int) -> list[Tensor]:
+    """The states of two layers after `fold`, of which the second has another state and the same log."""
+    states = [state.clone(), state * 2]
+    fold(states, [log[0]] * 2, [log[1]] * 2, *rest, torch.tensor(accepted, device=DEVICE), 4, None, **sizes)
+    return states
+
+
+# heads, head size, groups, state size, taps, rows
+SSD = [(2, 16, 1, 16, 4, 3), (4, 24, 2, 20, 4, 2), (3, 64, 1, 128, 2, 1), (2, 5, 2, 3, 3, 4)]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SSD)
+def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, counted: bool) -> None:
+    H, P, G, N, K, rows = shape
+    channels, T = H * P + 2 * G * N, 4
+    new, dt = strided(draw(rows * T, channels, dtype=dtype)), strided(draw(rows * T, H, dtype=dtype))
+    weight, bias = draw(channels, K, dtype=dtype), None if H == 3 else draw(channels, dtype=dtype)
+    A_log, dt_bias, D = (draw(H, dtype=dtype) for _ in range(3))
+    past, state = draw(rows, channels, K - 1, dtype=dtype), draw(rows, H, P, N)
+    limits = (0.1, 0.8) if G == 2 else (0.0, float("inf"))
+    starts = torch.tensor(STARTS[:rows], device=DEVICE)
+    counts = COUNTS[:rows] if counted else [T] * rows
+    ring, silu = ring_of(past, starts, K - 1 + T), H != 4
+
+    by_token = new.unflatten(0, (rows, T))
+    x, B, C = convolved(by_token, past, starts, weight, bias, silu).split([H * P, G * N, G * N], -1)
+    x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+    step = F.softplus(dt.double().unflatten(0, (rows, T)) + dt_bias.double()).clamp(*limits)
+    A = -A_log.double().exp()
+    want, states = [], [state.double()]
+    for t in range(T):
+        states.append(states[-1].clone())
+        want.append(ssd.step(x[:, t], step[:, t], A, B[:, t], C[:, t], states[-1]))
+    y = torch.stack(want, 1) + x * D.double()[:, None]
+
+    before, held = ring.clone(), state.clone()
+    log = logs_of(rows, H * P + G * N, H)
+    count = torch.tensor(counts, device=DEVICE) if counted else None
+    given = (new, dt, weight, bias, A_log, dt_bias, D, ring, held, *log, starts, count)
+    got = ssd_round.ahead(*given, groups=G, silu=silu, limits=limits).unflatten(0, (rows, T))
+    exact = dtype == torch.float32
+    assert error(kept(got, counts), kept(y, counts)) < (1e-5 if exact else 5e-3)
+    assert not any(got[row].any() for row, n in enumerate(counts) if not n)
+    assert torch.equal(held, state)
+    check_written(ring, before, by_token, starts, counts)
+
+    accepted = [max(0, n - row) for row, n in enumerate(counts)]
+    both = folded(ssd_round.fold, state, log, [A_log] * 2, starts, accepted=accepted, groups=G)
+    for scale, after in zip((1, 2), both, strict=True):
+        for row, n in enumerate(accepted):
+            doubled = state[row : row + 1].double() * (scale - 1)  # the recurrence is linear in its state
+            for t in range(n):
+                doubled = doubled * (step[row : row + 1, t] * A).exp()[..., None, None]
+            assert error(after[row], states[n][row] + doubled[0]) < 1e-5
+            assert n or torch.equal(after[row], state[row] * scale)
+
+
+# key heads, key size, value heads, value size, taps, rows
+DELTAS = [(1, 16, 2, 16, 4, 3), (2, 24, 4, 20, 4, 2), (1, 128, 1, 128, 2, 1), (2, 3, 2, 40, 3, 4)]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", DELTAS)
+def test_the_delta_rule_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, counted: bool) -> None:
+    J, K, H, V, taps, rows = shape
+    channels, T = 2 * J * K + H * V, 4
+    new = strided(draw(rows * T, channels, dtype=dtype))
+    b, a = strided(draw(rows * T, H, dtype=dtype)), strided(draw(rows * T, H, dtype=dtype))
+    weight, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype) if H == 4 else None
+    A_log, dt_bias = draw(H, dtype=dtype), draw(H, dtype=dtype)
+    past, state = draw(rows, channels, taps - 1, dtype=dtype), draw(rows, H, K, V)
+    starts = torch.tensor(STARTS[:rows], device=DEVICE)
+    counts = COUNTS[:rows] if counted else [T] * rows
+    ring, silu, doubled = ring_of(past, starts, taps - 1 + T), H != 4, H == 4
+
+    by_token = new.unflatten(0, (rows, T))
+    q, k, v = convolved(by_token, past, starts, weight, bias, silu).split([J * K, J * K, H * V], -1)
+    q, k, v = q.unflatten(-1, (J, K)), k.unflatten(-1, (J, K)), v.unflatten(-1, (H, V))
+    g = -F.softplus(a.double() + dt_bias.double()).unflatten(0, (rows, T)) * A_log.double().exp()
+    beta = b.double().sigmoid().unflatten(0, (rows, T)) * (2 if doubled else 1)
+    want, states = [], [state.double()]
+    for t in range(T):
+        states.append(states[-1].clone())
+        want.append(gated_delta.step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], states[-1]))
+    y = torch.stack(want, 1)
+
+    before, held = ring.clone(), state.clone()
+    log = logs_of(rows, J * K + H * V, 2 * H)
+    count = torch.tensor(counts, device=DEVICE) if counted else None
+    given = (new, b, a, weight, bias, A_log, dt_bias, ring, held, *log, starts, count)
+    got = delta_round.ahead(*given, key_heads=J, silu=silu, doubled=doubled).unflatten(0, (rows, T))
+    exact = dtype == torch.float32
+    assert error(kept(got, counts), kept(y, counts)) < (2e-5 if exact else 5e-3)
+    assert not any(got[row].any() for row, n in enumerate(counts) if not n)
+    assert torch.equal(held, state)
+    check_written(ring, before, by_token, starts, counts)
+
+    accepted = [max(0, n - row) for row, n in enumerate(counts)]
+    first, second = folded(delta_round.fold, state, log, starts, accepted=accepted, key_heads=J)
+    other = state.double() * 2
+    for row, n in enumerate(accepted):
+        one = slice(row, row + 1)
+        for t in range(n):
+            gated_delta.step(q[one, t], k[one, t], v[one, t], g[one, t], beta[one, t], other[one])
+        assert error(first[row], states[n][row]) < 2e-5
+        assert error(second[row], other[row]) < 2e-5
+        assert n or torch.equal(first[row], state[row])
+
+
+@pytest.mark.parametrize("kernel", ["ssd", "delta"])
+def test_a_fold_takes_some_rows_and_one_number_for_all(kernel: str) -> None:
+    state, log = draw(4, 2, 16, 16), [draw(4, SLOTS, 2 * 16 + 16), draw(4, SLOTS, 2 if kernel == "ssd" else 4)]
+    log[1] = log[1].sigmoid() * (1 if kernel == "ssd" else -0.1)
+    weights: list[Any] = [[draw(2)]] if kernel == "ssd" else []
+    fold, sizes = (ssd_round.fold, {"groups": 1}) if kernel == "ssd" else (delta_round.fold, {"key_heads": 1})
+    starts = torch.tensor([5, 3], device=DEVICE)
+    rows, counts = torch.tensor([2, 0], device=DEVICE), torch.tensor([3, 3], device=DEVICE)
+    some, whole = state.clone(), state.clone()
+    fold([some], [log[0]], [log[1]], *weights, starts, None, 3, rows, **sizes)
+    places, every = torch.tensor([3, 0, 5, 0], device=DEVICE), torch.tensor([3, 0, 3, 0], device=DEVICE)
+    fold([whole], [log[0]], [log[1]], *weights, places, every, 4, None, **sizes)
+    assert torch.equal(some, whole)
+    assert not torch.equal(some[[0, 2]], state[[0, 2]])
+    again = state.clone()
+    fold([again], [log[0]], [log[1]], *weights, starts, counts, 4, rows, **sizes)
+    assert torch.equal(some, again)
+
+
+DENSE = {"granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0}}
+SLOW = () if DEVICE == "cuda" else pytest.mark.long  # in the interpreter
+
+
+@pytest.mark.parametrize("unseen", [True, pytest.param(False, marks=SLOW)])
+@pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "qwen3_5", pytest.param("bamba", marks=SLOW)])
+def test_rounds_by_kernels_give_what_modules_give(name: str, unseen: bool) -> None:
+    model, _ = families.build(name, **DENSE.get(name, {}))
+    sc.prepare(model.to(DEVICE))
+    ids = torch.randint(1, 90, (3, 14), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    key, counts, accepted = families.cache_arg(model), [4, 3, 0], [2, 3, 0]
+
+    def run(kernels: bool) -> tuple[Tensor, list[int]]:
+        kept = {"dtype": torch.float32, "device": DEVICE}
+        cache = sc.StateCache(model.config, capacity=32, slack=5, back=False, rows=3, **kept)
+        out = []
+        with torch.no_grad():
+            cache.expect([9, 8, 9])
+            model(ids[:, :9], **{key: cache})
+            for _ in range(2):
+                with by_kernels(model) if kernels else nullcontext(), cache.speculate(4, unseen=unseen) as ahead:
+                    cache.expect(torch.tensor(counts, device=DEVICE) if unseen else counts)
+                    logits = model(ids[:, 9:13], **{key: cache}).logits
+                    ahead.commit(torch.tensor(accepted, device=DEVICE) if unseen else accepted)
+                out += [logits[row, :n] for row, n in enumerate(counts)]
+            out.append(model(ids[:, 13:], **{key: cache}).logits.flatten(0, 1))
+        return torch.cat(out), cache.lengths.tolist()
+
+    (want, lengths), (got, same) = run(kernels=False), run(kernels=True)
+    assert lengths == same == [14, 15, 10]
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+    assert not torch.equal(got, want)  # kernels did run
