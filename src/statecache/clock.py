@@ -241,7 +241,7 @@ class Clock:
         on_device = None
         if not whole:
             given = count if counted is None else counted
-            on_device = torch.as_tensor(given, dtype=torch.long, device=self.data.device)
+            on_device = torch.as_tensor(given, dtype=torch.long, device=self.data.device).contiguous()  # for kernels
         index = None if chosen is None else torch.tensor(chosen, device=self.data.device)
         start = self.lengths.clone() if index is None else self.lengths.index_select(0, index)
         here = Standing(range(n) if chosen is None else chosen, lengths, [tokens] * n if taken is None else taken)
@@ -258,7 +258,7 @@ class Clock:
         """A step whose numbers only the device knows."""
         index = None if rows is None else torch.as_tensor(rows, device=self.data.device)
         if count is not None:
-            count = torch.as_tensor(count, device=self.data.device)
+            count = torch.as_tensor(count, device=self.data.device).contiguous()
         elif captured and index is None:  # a graph is replayed when rows differ, too
             count = torch.full_like(self.lengths, tokens)
         if index is not None:

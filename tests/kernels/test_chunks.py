@@ -51,7 +51,8 @@ def raised(given: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 def extra(rows: int, T: int, counted: bool, marked: bool) -> dict[str, Tensor | None]:
     """Counts of zero and of all tokens, and marks at both ends of a sequence and inside."""
-    count = torch.tensor([n % (T + 1) for n in (0, T, T // 2 + 1, 3)][:rows], device=DEVICE) if counted else None
+    beside = [[n % (T + 1), 99] for n in (0, T, T // 2 + 1, 3)][:rows]  # a column of what was uploaded at once
+    count = torch.tensor(beside, device=DEVICE)[:, 0] if counted else None
     at = torch.tensor([[0, T, T // 2], [T // 3, T, 1], [T, T, 0], [5 % T, 0, T]][:rows], device=DEVICE)
     return {"count": count, "at": at if marked else None}
 

@@ -18,8 +18,8 @@ from statecache.kernels import delta_round, ssd_round
 from statecache.models.fused import by_kernels
 from statecache.ops import conv, gated_delta, ssd
 
-COUNTS = [4, 0, 2, 3]
-SLOTS = 7  # of a log
+COUNTS = [9, 0, 2, 5]
+SLOTS = 11  # of a log
 
 
 def convolved(new: Tensor, past: Tensor, starts: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -50,27 +50,27 @@ def kept(y: Tensor, counts: list[int]) -> Tensor:
 def folded(fold: Any, state: Tensor, log: list[Tensor], *rest: Any, accepted: list[int], **sizes: int) -> list[Tensor]:
     """The states of two layers after `fold`, of which the second has another state and the same log."""
     states = [state.clone(), state * 2]
-    fold(states, [log[0]] * 2, [log[1]] * 2, *rest, torch.tensor(accepted, device=DEVICE), 4, None, **sizes)
+    fold(states, [log[0]] * 2, [log[1]] * 2, *rest, torch.tensor(accepted, device=DEVICE), 9, None, **sizes)
     return states
 
 
-# heads, head size, groups, state size, taps, rows
-SSD = [(2, 16, 1, 16, 4, 3), (4, 24, 2, 20, 4, 2), (3, 64, 1, 128, 2, 1), (2, 5, 2, 3, 3, 4)]
+# heads, head size, groups, state size, taps, rows, tokens
+SSD = [(2, 16, 1, 16, 4, 3, 4), (4, 24, 2, 20, 4, 2, 9), (3, 64, 1, 128, 2, 1, 2), (2, 5, 2, 3, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SSD)
 def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, counted: bool) -> None:
-    H, P, G, N, K, rows = shape
-    channels, T = H * P + 2 * G * N, 4
+    H, P, G, N, K, rows, T = shape
+    channels = H * P + 2 * G * N
     new, dt = strided(draw(rows * T, channels, dtype=dtype)), strided(draw(rows * T, H, dtype=dtype))
     weight, bias = draw(channels, K, dtype=dtype), None if H == 3 else draw(channels, dtype=dtype)
     A_log, dt_bias, D = (draw(H, dtype=dtype) for _ in range(3))
     past, state = draw(rows, channels, K - 1, dtype=dtype), draw(rows, H, P, N)
     limits = (0.1, 0.8) if G == 2 else (0.0, float("inf"))
     starts = torch.tensor(STARTS[:rows], device=DEVICE)
-    counts = COUNTS[:rows] if counted else [T] * rows
+    counts = [min(n, T) for n in COUNTS[:rows]] if counted else [T] * rows
     ring, silu = ring_of(past, starts, K - 1 + T), H != 4
 
     by_token = new.unflatten(0, (rows, T))
@@ -106,23 +106,23 @@ def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, c
             assert n or torch.equal(after[row], state[row] * scale)
 
 
-# key heads, key size, value heads, value size, taps, rows
-DELTAS = [(1, 16, 2, 16, 4, 3), (2, 24, 4, 20, 4, 2), (1, 128, 1, 128, 2, 1), (2, 3, 2, 40, 3, 4)]
+# key heads, key size, value heads, value size, taps, rows, tokens
+DELTAS = [(1, 16, 2, 16, 4, 3, 4), (2, 24, 4, 20, 4, 2, 9), (1, 128, 1, 128, 2, 1, 2), (2, 3, 2, 40, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", DELTAS)
 def test_the_delta_rule_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, counted: bool) -> None:
-    J, K, H, V, taps, rows = shape
-    channels, T = 2 * J * K + H * V, 4
+    J, K, H, V, taps, rows, T = shape
+    channels = 2 * J * K + H * V
     new = strided(draw(rows * T, channels, dtype=dtype))
     b, a = strided(draw(rows * T, H, dtype=dtype)), strided(draw(rows * T, H, dtype=dtype))
     weight, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype) if H == 4 else None
     A_log, dt_bias = draw(H, dtype=dtype), draw(H, dtype=dtype)
     past, state = draw(rows, channels, taps - 1, dtype=dtype), draw(rows, H, K, V)
     starts = torch.tensor(STARTS[:rows], device=DEVICE)
-    counts = COUNTS[:rows] if counted else [T] * rows
+    counts = [min(n, T) for n in COUNTS[:rows]] if counted else [T] * rows
     ring, silu, doubled = ring_of(past, starts, taps - 1 + T), H != 4, H == 4
 
     by_token = new.unflatten(0, (rows, T))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.tokens import along, block, gates, limit, padded, product, room, width
+from statecache.kernels.tokens import along, block, dense, gates, limit, padded, product, room, width
 
 CHANGING = ("T", "first", "chunks")  # from one prompt to the next
 
@@ -233,8 +233,7 @@ def chunk(
     rows, tokens, heads, V = v.shape
     J, K = q.shape[2:]
     q, k, v, g, beta = (along(x) for x in (q, k, v, g, beta))
-    state = None if state is None else state.contiguous()
-    at = None if at is None else at.contiguous()
+    state, count, at = dense(state, count, at)
     marks = 0 if at is None else at.shape[1]
     Q, BK, BV = block(tokens, v.device, K), padded(K), padded(V)
     total, lanes = triton.cdiv(tokens, Q), rows * heads

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.tokens import along, block, cut, gates, limit, padded, product, room, width
+from statecache.kernels.tokens import along, block, cut, dense, gates, limit, padded, product, room, width
 
 CHANGING = ("T", "first", "chunks", "each", "runs")  # from one prompt to the next
 
@@ -188,8 +188,7 @@ def chunk(
     rows, tokens, heads, P = x.shape
     G, N = B.shape[2:]
     x, dt, A, B, C = (along(part) for part in (x, dt, A, B, C))
-    state = None if state is None else state.contiguous()
-    at = None if at is None else at.contiguous()
+    state, count, at = dense(state, count, at)
     marks = 0 if at is None else at.shape[1]
     Q, BN = block(tokens, x.device, N), padded(N)
     total, lanes = triton.cdiv(tokens, Q), rows * heads

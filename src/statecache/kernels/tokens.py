@@ -18,7 +18,7 @@ def limit(count, row, T, COUNTED: tl.constexpr):
     """How many of T tokens the row takes in."""
     end = T
     if COUNTED:
-        end = tl.load(count + row).to(tl.int32)
+        end = tl.minimum(tl.load(count + row).to(tl.int32), T)
     return end
 
 
@@ -68,6 +68,11 @@ def _own(device: torch.device) -> int:
 def room(each: int) -> int:
     """Chunks of which a launch may leave `each` elements."""
     return max(1, ROOM // each)
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same without gaps, for which kernels take them."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def along(x: Tensor) -> Tensor:
