@@ -368,7 +368,6 @@ class Clock:
         accepted = torch.minimum(accepted.clamp(min=0), torch.as_tensor(most, device=accepted.device))
         end = None if self.limit is not None else 0
         self._take_in(Step(step.tokens, step.start, accepted, end, step.rows), accepted, accepted.amax())
-        self.moved()
         return accepted
 
     def stand(self, base: Tensor | int, rows: Tensor | None, bases: list[int] | None) -> None:

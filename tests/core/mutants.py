@@ -487,6 +487,14 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "clock": {
+        "an unseen round keeps more than it brought": (
+            "accepted = torch.minimum(accepted.clamp(min=0), torch.as_tensor(most, device=accepted.device))",
+            "accepted = accepted.clamp(min=0)",
+        ),
+        "an unseen round counts a column": (
+            "accepted, accepted.amax())",
+            "accepted, 1)",
+        ),
         "a pass over some rows is noted for the first": (
             "zip(rows, ends, strict=True)",
             "enumerate(ends)",
@@ -856,6 +864,18 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "states": {
+        "an unseen round takes nothing from its logs": (
+            "self.logs.accept(step, step.tokens, clock.accept_unseen(step, accepted))",
+            "clock.accept_unseen(step, accepted)",
+        ),
+        "an unseen round is asked how many rows it may have": (
+            "or accepted.shape != (rows,):",
+            "or len(accepted) < rows:",
+        ),
+        "an unseen round that was refused becomes a seen one": (
+            "                self.unseen = True\n                raise",
+            "                raise",
+        ),
         "a mark is a view": (
             "    return changes.clone(held) if kept is held else kept\n",
             "    return kept\n",

@@ -188,13 +188,15 @@ class Subject:
 class Feed:
     """A pass: its columns, the rows it is over, how many tokens each takes in, and how many a round keeps of them.
 
-    rows, count: None for all. kept: None outside a round; empty for a round without a commit.
+    rows, count: None for all. kept: None outside a round; empty for a round without a commit. unseen: a round of which
+    the host is to know nothing.
     """
 
     tokens: int
     rows: list[int] | None = None
     count: list[int] | None = None
     kept: list[int] | None = None
+    unseen: bool = False
 
 
 def model(core: SimpleNamespace, form: Form) -> Any:
@@ -355,14 +357,15 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
     chosen = list(range(len(s.rows))) if feed.rows is None else feed.rows
     taken = [tokens] * len(chosen) if feed.count is None else feed.count
     before = [s.rows[b] for b in chosen]
+    over = any(len(row) + n > s.form.longest for row, n in zip(before, taken, strict=True))
+    unseen = feed.unseen and s.form.fixed and not over
     states.clock_for(len(s.rows), torch.device("cpu"))
     round_ = None
     if feed.kept is not None:
-        round_ = core.round.Round(states, tokens)
+        round_ = core.round.Round(states, tokens, unseen=unseen)
         round_.__enter__()
         with_error(core.errors.StepError, states.checkpoint)
     compiled = s.form.on_device and s.form.fixed
-    over = any(len(row) + n > s.form.longest for row, n in zip(before, taken, strict=True))
     given = None if feed.count is None else torch.tensor(feed.count)
     if over and not (compiled and round_ is None):
         with_error(core.errors.CapacityError, states.open, tokens, given, feed.rows)
@@ -377,7 +380,7 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
     states.close(step)
     kept = new
     if round_ is not None:
-        kept = _end(core, states, round_, feed, new)
+        kept = _end(core, states, round_, feed, new, unseen)
     written, entries = [0] * len(s.rows), [[] for _ in s.rows]
     for b, n, each in zip(chosen, taken, kept, strict=True):
         written[b], entries[b] = n, each
@@ -388,7 +391,7 @@ def _step(core: SimpleNamespace, s: Subject, feed: Feed, fresh: Iterator[int]) -
         _way_out(core, s, tokens)
         return
     # a compiled round says nothing of its rows: all of them count as written
-    s.written(lengths, [1] * len(s.rows) if compiled and round_ is not None else written)
+    s.written(lengths, [1] * len(s.rows) if (compiled or unseen) and round_ is not None else written)
     s.lists.step(entries, written)
 
 
@@ -440,14 +443,22 @@ def _layers(
         assert outputs[b, : len(want), 0].tolist() == want, ("recurrent", b)
 
 
-def _end(core: SimpleNamespace, states: Any, round_: Any, feed: Feed, new: list[list[float]]) -> list[list[float]]:
+def _end(
+    core: SimpleNamespace, states: Any, round_: Any, feed: Feed, new: list[list[float]], unseen: bool
+) -> list[list[float]]:
     """End a round, and give what it keeps of the new entries."""
     kept = [[] for _ in new]
     with_error(core.errors.StepError, states.checkpoint)
     with_error(core.errors.StepError, lambda: states.open(1))
-    if feed.kept:
+    if feed.kept and unseen:
+        for wrong in (feed.kept, torch.tensor([1] * (len(new) + 1))):
+            with_error(core.errors.RowsError, round_.commit, wrong)
+        whole = [n == len(entries) for n, entries in zip(feed.kept, new, strict=True)]
+        round_.commit(torch.tensor([n + 3 * all_ for n, all_ in zip(feed.kept, whole, strict=True)]))  # clamped
+    elif feed.kept:
         with_error(core.errors.RowsError, round_.commit, torch.tensor([feed.tokens + 1] * len(new)))
         round_.commit(torch.tensor(feed.kept))
+    if feed.kept:
         kept = [entries[:n] for entries, n in zip(new, feed.kept, strict=True)]
     round_.__exit__(None, None, None)
     return kept
@@ -470,7 +481,7 @@ def _speculate(
     of = len(s.rows) if rows is None else len(rows)
     count = [min(n, tokens) for n in per_row[:of]] if per_row[0] % 2 else None
     kept = [n % (m + 1) for n, m in zip(reversed(per_row[:of]), count or [tokens] * of, strict=True)]
-    _step(core, s, Feed(tokens, rows, count, kept if number % 5 else []), fresh)
+    _step(core, s, Feed(tokens, rows, count, kept if number % 5 else [], unseen=number % 7 > 3), fresh)
 
 
 @contextmanager

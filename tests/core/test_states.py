@@ -273,3 +273,21 @@ def test_a_store_is_called_by_its_name() -> None:
     assert isinstance(of["0.key"].store, Coded)
     with pytest.raises(OptionError, match="store='int9': give one of"):
         states(store="int9")
+
+
+def test_only_an_unseen_round_is_unseen() -> None:
+    of = states(KEY, slack=2, rows=2, capacity=4)
+    with Round(of, 2, unseen=True) as ahead:
+        of.close(of.open(2, torch.tensor([2, 1])))
+        ahead.commit(torch.tensor([2, 0]))
+    assert of.lengths.tolist() == [2, 0]
+    with Round(of, 2, unseen=True):
+        of.close(of.open(2))
+    with pytest.raises(CapacityError, match="row 0 holds 2 tokens and the step brings 3 more"):
+        of.open(3)
+
+
+def test_counts_on_the_device_lie_side_by_side() -> None:
+    of, apart = states(KEY, rows=2), torch.tensor([[2, 9], [1, 9]])[:, 0]  # a column of what was uploaded at once
+    count = of.open(2, [2, 1], counted=apart).count
+    assert count is not None and count.is_contiguous() and count.tolist() == [2, 1]
