@@ -263,23 +263,24 @@ def fold(
     B, H, K, V = states[0].shape
     R = B if rows is None else len(rows)
     block = min(triton.next_power_of_2(V), 32)
-    _fold[(R, H, len(states) * triton.cdiv(V, block))](
-        table(list(zip(states, inputs, gates, strict=True))),
-        states[0],
-        inputs[0],
-        start if rows is None else rows,
-        start,
-        start if count is None else count,
-        most,
-        1 if len(start) == R and R > 1 else 0,
-        J=key_heads,
-        K=K,
-        H=H,
-        V=V,
-        L=inputs[0].shape[1],
-        SOME=rows is not None,
-        COUNTED=count is not None,
-        BK=triton.next_power_of_2(K),
-        BV=block,
-        num_warps=2,
-    )
+    with torch.cuda.device_of(states[0]):
+        _fold[(R, H, len(states) * triton.cdiv(V, block))](
+            table(list(zip(states, inputs, gates, strict=True))),
+            states[0],
+            inputs[0],
+            start if rows is None else rows,
+            start,
+            start if count is None else count,
+            most,
+            1 if len(start) == R and R > 1 else 0,
+            J=key_heads,
+            K=K,
+            H=H,
+            V=V,
+            L=inputs[0].shape[1],
+            SOME=rows is not None,
+            COUNTED=count is not None,
+            BK=triton.next_power_of_2(K),
+            BV=block,
+            num_warps=2,
+        )

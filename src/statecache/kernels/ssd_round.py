@@ -262,24 +262,25 @@ def fold(
     B, H, P, N = states[0].shape
     R = B if rows is None else len(rows)
     block = min(triton.next_power_of_2(P), 16)
-    _fold[(R, H, len(states) * triton.cdiv(P, block))](
-        table(list(zip(states, inputs, gates, A_log, strict=True))),
-        states[0],
-        inputs[0],
-        A_log[0],
-        start if rows is None else rows,
-        start,
-        start if count is None else count,
-        most,
-        1 if len(start) == R and R > 1 else 0,
-        H=H,
-        P=P,
-        G=groups,
-        N=N,
-        L=inputs[0].shape[1],
-        SOME=rows is not None,
-        COUNTED=count is not None,
-        BP=block,
-        BN=triton.next_power_of_2(N),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(states[0]):
+        _fold[(R, H, len(states) * triton.cdiv(P, block))](
+            table(list(zip(states, inputs, gates, A_log, strict=True))),
+            states[0],
+            inputs[0],
+            A_log[0],
+            start if rows is None else rows,
+            start,
+            start if count is None else count,
+            most,
+            1 if len(start) == R and R > 1 else 0,
+            H=H,
+            P=P,
+            G=groups,
+            N=N,
+            L=inputs[0].shape[1],
+            SOME=rows is not None,
+            COUNTED=count is not None,
+            BP=block,
+            BN=triton.next_power_of_2(N),
+            num_warps=4,
+        )
