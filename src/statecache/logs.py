@@ -26,9 +26,10 @@ class Logs:
         self._held = held
         self._operators: weakref.ref[Operators] | None = None
         self.behind = False
+        self._gathered: dict[Together, Together] = {}  # kept, since captured launches read what these hold
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_operators": None}
+        return {**self.__dict__, "_operators": None, "_gathered": {}}
 
     def __getitem__(self, name: str) -> Log | None:
         """A logged state with what it consumed; None before it was first written."""
@@ -81,7 +82,7 @@ class Logs:
             if run is None:
                 log.accept(recurrence, step, most, count)
             else:
-                together.setdefault(run, []).append((recurrence, log))
+                together.setdefault(self._gathered.setdefault(run, run), []).append((recurrence, log))
         for run, some in together.items():
             run(some, step, most, count)
 

@@ -469,9 +469,8 @@ class States:
         Raises StepError without a pass, RowsError for counts that do not fit it; nothing is changed then.
         """
         now, clock = self._pass, self.clock
-        unseen, self.unseen = self.unseen, False
         if accepted is None:
-            self.tentative = None
+            self.tentative, self.unseen = None, False
             with self._changing("a speculative round"):
                 self._drop()
             if now is not None and now.stage == "shifting":
@@ -481,11 +480,10 @@ class States:
             raise StepError("nothing to commit: the round had no whole forward pass")
         step = now.step
         rows = clock.rows if now.rows is None else len(now.rows)
-        if unseen:
+        if self.unseen:
             if not isinstance(accepted, Tensor) or accepted.shape != (rows,):
-                self.unseen = True
                 raise RowsError(f"an unseen round commits a tensor ({rows},) on the cache's device")
-            self.tentative = None
+            self.tentative, self.unseen = None, False
             with self._changing("a commit"):
                 self._drop()
                 self.logs.accept(step, step.tokens, clock.accept_unseen(step, accepted))

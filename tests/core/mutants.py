@@ -873,8 +873,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "or len(accepted) < rows:",
         ),
         "an unseen round that was refused becomes a seen one": (
-            "                self.unseen = True\n                raise",
-            "                raise",
+            '                raise RowsError(f"an unseen',
+            '                self.unseen = False\n                raise RowsError(f"an unseen',
         ),
         "a mark is a view": (
             "    return changes.clone(held) if kept is held else kept\n",

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import statecache as sc
 from statecache.kernels import delta_round, ssd_round
+from statecache.kernels.pointers import Table
 from statecache.models.fused import by_kernels
 from statecache.ops import conv, gated_delta, ssd
 
@@ -178,6 +179,16 @@ def test_a_fold_takes_some_rows_and_one_number_for_all(kernel: str) -> None:
     assert torch.equal(some, again)
 
 
+def test_a_table_stays_while_its_layers_stay_where_they_are() -> None:
+    table, layers = Table(), [[draw(2), draw(3)], [draw(2), draw(3)]]
+    made = table.of(layers)
+    assert made.tolist() == [[tensor.data_ptr() for tensor in each] for each in layers]
+    for _ in range(100):
+        Table().of([[draw(1)]])
+    assert table.of(layers) is made
+    assert table.of(layers[::-1]).tolist() == made.tolist()[::-1]
+
+
 DENSE = {"granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0}}
 SLOW = () if DEVICE == "cuda" else pytest.mark.long  # in the interpreter
 
@@ -204,6 +215,7 @@ def test_rounds_by_kernels_give_what_modules_give(name: str, unseen: bool) -> No
                     ahead.commit(torch.tensor(accepted, device=DEVICE) if unseen else accepted)
                 out += [logits[row, :n] for row, n in enumerate(counts)]
             out.append(model(ids[:, 13:], **{key: cache}).logits.flatten(0, 1))
+        assert len(cache.states.logs._gathered) <= 1  # what a graph of a round would read stays with its cache
         return torch.cat(out), cache.lengths.tolist()
 
     (want, lengths), (got, same) = run(kernels=False), run(kernels=True)

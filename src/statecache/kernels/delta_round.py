@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statecache.kernels.convolve import convolve, silu, softplus
 from statecache.kernels.early import early, launch, wait
-from statecache.kernels.pointers import table
+from statecache.kernels.pointers import Table
 
 
 @triton.jit
@@ -254,18 +254,20 @@ def fold(
     rows: Tensor | None = None,
     *,
     key_heads: int,
+    table: Table | None = None,
 ) -> None:
     """Step each layer's state (B, H, K, V) in place over its log's entries from `start` on, `most` or `count` of them.
 
     Of each layer inputs, k and v (B, L, J K + H V), and gates, decays and strengths (B, L, 2 H) float32. start: (R,) or
     (1,); count: (R,) long; rows: (R,) long, None for all. All layers are of one shape and one dtype each.
+    `table`: of their addresses, for who captures the launch to keep.
     """
     B, H, K, V = states[0].shape
     R = B if rows is None else len(rows)
     block = min(triton.next_power_of_2(V), 32)
     with torch.cuda.device_of(states[0]):
         _fold[(R, H, len(states) * triton.cdiv(V, block))](
-            table(list(zip(states, inputs, gates, strict=True))),
+            (table or Table()).of(list(zip(states, inputs, gates, strict=True))),
             states[0],
             inputs[0],
             start if rows is None else rows,

@@ -1,18 +1,26 @@
 """Tables of addresses, by which one launch works on the tensors of many layers."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
-def table(layers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The addresses of each layer's tensors, (layers, n) long on their device; made once, since they seldom change."""
-    return _made(tuple(tuple(tensor.data_ptr() for tensor in each) for each in layers), layers[0][0].device)
+class Table:
+    """The addresses of each layer's tensors, on their device: made anew where they have changed.
 
+    A captured launch reads it at every replay, so that it must live as long as they.
+    """
 
-@lru_cache(maxsize=64)
-def _made(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(addresses, device=device)
+    def __init__(self) -> None:
+        self._addresses: list[list[int]] = []
+        self._made: Tensor | None = None
+
+    def of(self, layers: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(layers, n) long, for n tensors of each layer."""
+        addresses = [[tensor.data_ptr() for tensor in each] for each in layers]
+        if self._made is None or addresses != self._addresses:
+            with torch.inference_mode(False):
+                self._made = torch.tensor(addresses, device=layers[0][0].device)
+            self._addresses = addresses
+        return self._made

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statecache.kernels.convolve import convolve, silu, softplus
 from statecache.kernels.early import early, launch, wait
-from statecache.kernels.pointers import table
+from statecache.kernels.pointers import Table
 
 
 @triton.jit
@@ -253,18 +253,20 @@ def fold(
     rows: Tensor | None = None,
     *,
     groups: int,
+    table: Table | None = None,
 ) -> None:
     """Step each layer's state (B, H, P, N) in place over its log's entries from `start` on, `most` or `count` of them.
 
     Of each layer inputs, x and B (B, L, W + G N), gates, the time steps (B, L, H) float32, and A_log (H,). start: (R,)
     or (1,); count: (R,) long; rows: (R,) long, None for all. All layers are of one shape and one dtype each.
+    `table`: of their addresses, for who captures the launch to keep.
     """
     B, H, P, N = states[0].shape
     R = B if rows is None else len(rows)
     block = min(triton.next_power_of_2(P), 16)
     with torch.cuda.device_of(states[0]):
         _fold[(R, H, len(states) * triton.cdiv(P, block))](
-            table(list(zip(states, inputs, gates, A_log, strict=True))),
+            (table or Table()).of(list(zip(states, inputs, gates, A_log, strict=True))),
             states[0],
             inputs[0],
             A_log[0],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from statecache import kernels
+from statecache.kernels.pointers import Table
 from statecache.models.given import layer_states
 from statecache.models.prepared import LayerState, Lent, Stateless, lent_log
 from statecache.replay import Log, Together
@@ -203,6 +204,7 @@ class Folding:
     kernel: str
     sizes: tuple[tuple[str, int], ...]
     alike: tuple[Any, ...]
+    table: Table = field(default_factory=Table, compare=False)
 
     def __call__(self, layers: Sequence[tuple[Any, Log]], step: Step, most: int, count: Tensor | None) -> None:
         """See `replay.Log.accept`."""
@@ -219,7 +221,18 @@ class Folding:
         weights = zip(*([getattr(mixer.module, name) for name in mixer.folded] for mixer, _ in layers), strict=True)
         fold = import_module(f"statecache.kernels.{self.kernel}").fold
         count = None if count is None else count.to(device)
-        fold(states, inputs, gates, *map(list, weights), start, count, most, here.rows, **dict(self.sizes))
+        fold(
+            states,
+            inputs,
+            gates,
+            *map(list, weights),
+            start,
+            count,
+            most,
+            here.rows,
+            table=self.table,
+            **dict(self.sizes),
+        )
 
 
 class Derived:
