@@ -144,6 +144,11 @@ class Step:
         step: Step = self._made[device]
         return step
 
+    def starts_on(self, device: torch.device) -> Tensor:
+        """Where the rows stand, on this device: (R,), or (1,) where all stand alike."""
+        start = self.on(device).start
+        return start if isinstance(start, Tensor) else torch.full((1,), start, device=device)
+
     def places(self, device: torch.device) -> Tensor:
         """The position of each of the pass's tokens: (R, T), or (1, T) where all rows stand alike."""
         offsets = torch.arange(self.tokens, device=device)

@@ -278,7 +278,11 @@ def test_a_store_is_called_by_its_name() -> None:
 def test_only_an_unseen_round_is_unseen() -> None:
     of = states(KEY, slack=2, rows=2, capacity=4)
     with Round(of, 2, unseen=True) as ahead:
+        with pytest.raises(StepError, match="no whole forward pass"):
+            ahead.commit(torch.tensor([0, 0]))
         of.close(of.open(2, torch.tensor([2, 1])))
+        with pytest.raises(RowsError, match="an unseen round commits a tensor"):
+            ahead.commit([2, 0])
         ahead.commit(torch.tensor([2, 0]))
     assert of.lengths.tolist() == [2, 0]
     with Round(of, 2, unseen=True):

@@ -253,8 +253,8 @@ class Batch:
         if self.drafter is not None:
             drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], sampler)
         if drafts is None:
-            written = decoder.step().tolist()
-            return {row: row.write([written[row.place]]) for row in rows}
+            last = decoder.step().tolist()
+            return {row: row.write([last[row.place]]) for row in rows}
         assert drafts.probabilities is None and self.drafter is not None
         lists = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
         most = _width(max(drafts.counts), self.cache.slack - 1)
@@ -262,13 +262,9 @@ class Batch:
         for row, n, tokens in zip(rows, drafts.counts, lists, strict=True):
             packed[row.place] = [n, *tokens[:n], *[0] * (most - n)]
         given = torch.tensor(packed, device=self.device)
-        kept = decoder.check(given[:, 1:], given[:, 0])
-        told = torch.stack([kept, decoder.tokens], 1).tolist()
-        agreed = [told[row.place][0] for row in rows]
-        new = {
-            row: row.write([*tokens[:n], told[row.place][1]])
-            for row, n, tokens in zip(rows, agreed, lists, strict=True)
-        }
+        kept, places = decoder.check(given[:, 1:], given[:, 0]), [row.place for row in rows]
+        agreed, written = self._download(Drafts(lists, drafts.counts), (kept[places], decoder.tokens[places]))
+        new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
         self._count_round(drafts, agreed, new)
         return new
 

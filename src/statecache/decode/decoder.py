@@ -349,36 +349,29 @@ class Decoder:
         key = bucket, draft.tokens.shape[1], self._uses
         made = self._rounds.get(key)
         if made is None:
-            taken = self._count.clone()
-            self._count.zero_()
             with self.cache.narrowed(bucket), self._kernels():
                 made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft))[0]
-            self._count.copy_(taken)
         return made
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
         made = self._passes.get(bucket)
         if made is None:
-            taken = self._count.clone()
-            self._count.zero_()  # what warms up takes nothing in
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._captured(lambda: self._forward(bucket))
-            self._count.copy_(taken)
-            self._passes[bucket] = made
+                made = self._passes[bucket] = self._captured(lambda: self._forward(bucket))
         return made[0]
 
     def _choice(self, bucket: int) -> torch.cuda.CUDAGraph:
         key = bucket, self._uses
         made = self._choices.get(key)
         if made is None:
-            logits, taken = self._passes[bucket][1], self._count.clone()
-            self._count.zero_()
+            logits = self._passes[bucket][1]
             made = self._choices[key] = self._captured(lambda: self._choose(bucket, logits))[0]
-            self._count.copy_(taken)
         return made
 
     def _captured(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of what `run` does, after it was run once, and what it gave."""
+        """A graph of what `run` does, after it was run once, and what it gave. No row takes anything in meanwhile."""
+        taken = self._count.clone()
+        self._count.zero_()
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -387,6 +380,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out = run()
+        self._count.copy_(taken)
         self.counts.graphs += 1
         return graph, out
 

@@ -373,14 +373,13 @@ class LayerState:
             return None
         step.write()
         here = step.on(conv.device)
-        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=conv.device)
         ring, log = conv.store.read(slice(0, conv.capacity)), None
         if step.tentative:
             rings = states.logs[f"{self.index}.recurrent"]
             log = None if rings is None else lent_log(rings)
             if log is None:
                 return None
-        return Lent(ring, held.squeeze(1), start, here.count, log)
+        return Lent(ring, held.squeeze(1), here.starts_on(conv.device), here.count, log)
 
     def lend_keys(self) -> LentKeys | None:
         """The keys and values for a kernel, which then writes them; None where the pass is none for it, as above.
@@ -397,9 +396,8 @@ class LayerState:
             return None
         step.write()
         here = step.on(key.device)
-        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=key.device)
         keys, values = (ring.store.read(slice(0, ring.capacity)) for ring in (key, value))
-        return LentKeys(keys, values, start, here.count)
+        return LentKeys(keys, values, here.starts_on(key.device), here.count)
 
     def places(self, x: Tensor) -> Tensor:
         """The position of each of x (B, T, ...) in its row: (B, T), or (1, T) where all rows stand alike."""

@@ -217,22 +217,11 @@ class Folding:
             gates.append(kept[1])
         device = states[0].device
         here = step.on(device)
-        start = here.start if isinstance(here.start, Tensor) else torch.full((1,), here.start, device=device)
         weights = zip(*([getattr(mixer.module, name) for name in mixer.folded] for mixer, _ in layers), strict=True)
         fold = import_module(f"statecache.kernels.{self.kernel}").fold
         count = None if count is None else count.to(device)
-        fold(
-            states,
-            inputs,
-            gates,
-            *map(list, weights),
-            start,
-            count,
-            most,
-            here.rows,
-            table=self.table,
-            **dict(self.sizes),
-        )
+        given = states, inputs, gates, *map(list, weights), here.starts_on(device), count, most, here.rows
+        fold(*given, table=self.table, **dict(self.sizes))
 
 
 class Derived:
