@@ -51,7 +51,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
         return cache_for(model, rows, longest + new + drafts, slack=1 + drafts)
 
     monkeypatch.setattr(Decoder, "__init__", noted)
-    monkeypatch.setattr(generating, "worth_capturing", lambda model, new: True)
+    monkeypatch.setattr(generating, "worth_capturing", lambda model, new, drafts: True)
     monkeypatch.setattr(generating, "fixed_cache", fixed)
     return seen
 
@@ -107,8 +107,12 @@ def test_a_row_that_ends_within_a_round_is_cut_there(story: Any, taken: Taken, a
     ids = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9, 33, 5, 9]])
     whole = sc.generate(story, ids, max_new_tokens=24, processors=[], lookup=2, stop=[])[0, 11:].tolist()
     for end in set(whole[3:12]):
-        got = sc.generate(story, ids, max_new_tokens=24, lookup=2, stop=[end])[0, 11:].tolist()
+        reports: list[sc.Report] = []
+        given: dict[str, Any] = {"max_new_tokens": 24, "lookup": 2, "stop": [end, 2], "report": reports.append}
+        got = sc.generate(story, ids, **given)[0, 11:].tolist()
         assert got == whole[: whole.index(end) + 1]
+        sc.generate(story, ids, **given, processors=[lambda ids, logits: logits])  # which no decoder applies
+        assert reports[0] == reports[1]
 
 
 def test_it_goes_on_with_a_cache_that_is_given(story: Any, tokenizer: Any, taken: Taken) -> None:
@@ -120,6 +124,43 @@ def test_it_goes_on_with_a_cache_that_is_given(story: Any, tokenizer: Any, taken
         )
         assert fixed.lengths.tolist() == growing.lengths.tolist()
     assert len(taken.made) == 3  # none for the cache that grows
+
+
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+@pytest.mark.parametrize("back", [True, False])
+def test_rounds_on_a_cache_that_is_given_leave_in_it_what_was_written(
+    story: Any, draft: Any, drafts: str, back: bool, taken: Taken, always_drafts: None
+) -> None:
+    ids = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9, 33, 5, 9], [8, 3, 90, 61, 8, 3, 90, 61, 8, 3, 90]])
+    given: dict[str, Any] = {"lookup": 2} if drafts == "lookup" else {"assistant": draft}
+    whole = sc.generate(story, ids, max_new_tokens=20, processors=[], stop=[])[:, 11:].tolist()
+    ends = [*dict.fromkeys(whole[0][4:9]), 4095]
+    for end in ends:
+        fixed = cache_for(story, 2, 11 + 19 + 2 + 7, slack=5, back=back)
+        growing = sc.StateCache(story.config, slack=5)
+        turns: list[list[Any]] = [[], []]
+        for cache, seen in zip((fixed, growing), turns, strict=True):
+            seen.append(sc.generate(story, ids, cache=cache, max_new_tokens=20, stop=[end], **given).tolist())
+            seen.append(cache.lengths.tolist())
+            more = torch.tensor([[7, 9], [11, 12]])
+            seen.append(sc.generate(story, more, cache=cache, max_new_tokens=7, stop=[end], **given).tolist())
+            seen.append(cache.lengths.tolist())
+        assert turns[0] == turns[1]
+    assert len(taken.made) == 1 + 2 * len(ends)
+
+
+def test_strings_that_end_texts_have_rounds_run_where_they_are_looked_for(
+    story: Any, tokenizer: Any, taken: Taken, always_drafts: None
+) -> None:
+    fixed, growing = cache_for(story, 1, 64, slack=5), sc.StateCache(story.config, slack=5)
+    for prompt in ("Once upon a time there was a cat. Once upon a", " The cat"):
+        written = [
+            sc.generate(story, prompt, tokenizer, cache=cache, max_new_tokens=20, lookup=2, stop=" the")
+            for cache in (fixed, growing)
+        ]
+        assert written[0] == written[1]
+        assert fixed.lengths.tolist() == growing.lengths.tolist()
+    assert not taken.made
 
 
 def test_a_stream_gives_its_model_back_when_it_is_closed_or_dropped(story: Any, taken: Taken) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import statecache as sc
+from statecache.decode.request import Request
 from statecache.errors import CapacityError, ConfigError, OptionError, RowsError, ShapeError, SlackError, StepError
 
 PROMPTS = [[5, 9, 33, 70], [8, 8, 90], [41, 7, 7, 2, 61]]
@@ -175,6 +176,46 @@ def test_a_round_that_cannot_be_is_refused_and_changes_nothing(story: Any) -> No
             decoder.check(drafts)
         assert decoder.lengths == decoder.cache.lengths.tolist() == [5, 4, 6]
         assert decoder.check(drafts[:, :2], torch.tensor([0, 0, 0])).tolist() == [0, 0, 0]
+        for counts in ([1, 2], [0, 0, -1], [4, 0, 0]):
+            with pytest.raises(ShapeError, match=r"give 3, of 0 to 3 drafts, one for each row of the cache"):
+                decoder.check(drafts, counts)
+
+
+def test_rows_need_room_for_the_drafts_that_the_host_knows_of(story: Any) -> None:
+    with sc.Decoder(story, cache_for(story, slack=4)) as decoder:
+        want = write(decoder, decoder.prefill(PROMPTS), 8)
+    drafts = torch.tensor([text[1:4] for text in want])
+    with sc.Decoder(story, cache_for(story, slack=4, capacity=max(map(len, PROMPTS)) + 2)) as decoder:
+        decoder.prefill(PROMPTS)
+        with pytest.raises(CapacityError, match="row 0 has room for 3 tokens of 4"):
+            decoder.check(drafts, torch.tensor([2, 3, 1]))
+        assert decoder.check(drafts, [2, 3, 1]).tolist() == [2, 3, 1]
+        assert decoder.tokens.tolist() == [want[0][3], want[1][4], want[2][2]]
+        assert decoder.lengths == decoder.cache.lengths.tolist() == [7, 7, 7]
+        with pytest.raises(CapacityError, match="row 0 is full"):
+            decoder.check(drafts, [0, 0, 0])
+        decoder.reset([1])
+        decoder.prefill([PROMPTS[1]])
+        decoder.leave([0, 2])
+        assert decoder.check(drafts, [3, 2, 3]).tolist() == [0, 2, 0]  # idle rows need none
+        assert decoder.tokens.tolist()[1] == want[1][3]
+
+
+def test_a_round_takes_in_nothing_from_an_end_token_on(story: Any) -> None:
+    with sc.Decoder(story, cache_for(story, slack=6)) as decoder:
+        want = write(decoder, decoder.prefill(PROMPTS), 8)
+    drafts = torch.tensor([text[1:6] for text in want])
+    ends = [{want[0][3]}, {7, 8, 9} - set(want[1][1:6]), {want[2][6]}]
+    first = [next((n for n, t in enumerate(text[1:6]) if t in end), 5) for text, end in zip(want, ends, strict=True)]
+    with sc.Decoder(story, cache_for(story, slack=6)) as decoder:
+        tokens = decoder.prefill(PROMPTS)
+        requests = [Request([1], ends=frozenset(end)) for end in ends]
+        decoder.begin([0, 1, 2], requests, tokens, list(map(len, PROMPTS)))
+        kept = decoder.check(drafts).tolist()
+        assert kept == first and first[0] < first[1] == 5
+        assert decoder.tokens.tolist() == [text[n + 1] for text, n in zip(want, kept, strict=True)]
+        assert decoder.lengths == [len(prompt) + n + 1 for prompt, n in zip(PROMPTS, kept, strict=True)]
+        assert decoder.cache.lengths.tolist() == decoder.lengths
 
 
 def test_what_is_wrong_is_refused_and_changes_nothing(story: Any, draft: Any) -> None:

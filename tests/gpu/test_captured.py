@@ -5,6 +5,9 @@ pytest tests/gpu -m gpu -n 6
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import Any
 
 import families
@@ -178,6 +181,61 @@ def test_generate_checks_drafts_by_captured_rounds(name: str) -> None:
         assert reports[-1].compiled == reports[-1].forwards - 1 and reports[-1].drafted
         assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, **given))
         assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, max_new_tokens=90, **way))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "granitemoehybrid", "lfm2"])
+@pytest.mark.parametrize("back", [True, False])
+def test_rounds_on_a_cache_that_is_given_leave_in_it_what_was_written(name: str, back: bool) -> None:
+    model, config, _ = build(name, **DENSE.get(name, {}))
+    ids = torch.tensor([[5, 9, 33, 7] * 4, [8, 3, 90, 61] * 4], device="cuda")
+    whole = sc.generate(model, ids, max_new_tokens=40, stop=[])[:, 16:].tolist()
+    for end in (whole[0][12], whole[1][23], 97):
+        turns: list[list[Any]] = [[], []]
+        for more, seen in zip(({}, {"processors": PLAIN}), turns, strict=True):
+            cache = sc.StateCache(
+                config, rows=2, capacity=16 + 39 + 2 + 39, dtype=torch.float32, device="cuda", slack=5, back=back
+            )
+            reports: list[sc.Report] = []
+            given = {"max_new_tokens": 40, "lookup": 2, "stop": [end], "report": reports.append, "cache": cache, **more}
+            seen.append(sc.generate(model, ids, **given).tolist())
+            seen.append(cache.lengths.tolist())
+            seen.append(sc.generate(model, torch.tensor([[7, 9], [11, 12]], device="cuda"), **given).tolist())
+            seen.append(cache.lengths.tolist())
+            seen.append([(report.drafted, report.accepted, report.forwards) for report in reports])
+            assert more or all(report.compiled == report.forwards - 1 for report in reports)
+        assert turns[0] == turns[1]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "lfm2"])
+def test_rounds_fill_a_cache_to_its_last_slot(name: str) -> None:
+    model, config, _ = build(name)
+    room: dict[str, Any] = {"dtype": torch.float32, "device": "cuda", "slack": 5, "back": False, "rows": 2}
+    given, want = prompts(2), []
+    for capacity in (64, 14):
+        cache = sc.StateCache(config, capacity=capacity, **room)
+        with sc.Decoder(model, cache) as decoder:
+            first = decoder.prefill(given)
+            if not want:
+                want = torch.stack([first.clone(), *[decoder.step().clone() for _ in range(5)]], 1).tolist()
+                continue
+            drafts = torch.tensor([text[1:5] for text in want], device="cuda")
+            assert decoder.check(drafts, [2, 1]).tolist() == [2, 1]
+            assert decoder.lengths == [14, 12]
+            assert decoder.tokens.tolist() == [want[0][3], want[1][2]]
+            held = cache.snapshot(0)
+            decoder.leave([0])
+            assert decoder.check(drafts[:, 2:], [2, 1]).tolist() == [0, 1]
+            assert decoder.tokens.tolist() == [want[0][3], want[1][4]]
+            assert all(torch.equal(each, cache.snapshot(0).entries[n]) for n, each in held.entries.items())
+
+
+def test_the_command_line_checks_drafts_by_captured_rounds() -> None:
+    command = [sys.executable, "-m", "statecache", "generate", "Once upon a time", "--temperature", "0", "--json"]
+    for drafts in (["--lookup", "2"], ["--draft", "tiny"]):
+        done = subprocess.run([*command, *drafts], capture_output=True, text=True, check=True)
+        told = json.loads(done.stdout)
+        assert told["speculation"]["drafted"]
+        assert told["forwards_compiled"] == told["speculation"]["forwards"] - 1
 
 
 def test_a_step_that_cannot_be_captured_is_run_plainly() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from statecache.cli import session as sessions
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, drafts, load, new_cache, options, tokens_held
+from statecache.cli.model import Loaded, Settings, load, most_drafts, new_cache, options, tokens_held
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.session import Session, Turn
 from statecache.cli.writing import Stop, Written, write_on
@@ -227,11 +227,11 @@ class Conversation:
 
         Its capacities are powers of two: a conversation outgrows few, and on a CPU code is good for one.
         """
-        needed = len(self.ids) + new
-        if drafts(self.loaded, self.settings) or (self.cache.capacity or 0) >= needed:
+        needed, most = len(self.ids) + new, most_drafts(self.loaded, self.settings)
+        if (self.cache.capacity or 0) >= needed:
             return
-        room = max(ROOM, 1 << (needed - 1).bit_length())
-        settled = fixed_cache(self.loaded.model, 1, room - new, new)
+        room = max(ROOM, 1 << (needed + most - 1).bit_length())
+        settled = fixed_cache(self.loaded.model, 1, room - new - most, new, most)
         if settled is None and self.cache.capacity is not None:  # there is no more memory for one
             settled = new_cache(self.loaded, self.settings)
             settled.states.clock_for(1, self.loaded.model.device)

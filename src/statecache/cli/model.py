@@ -117,6 +117,11 @@ def drafts(loaded: Loaded, settings: Settings) -> bool:
     return settings.lookup > 0 or loaded.assistant is not None
 
 
+def most_drafts(loaded: Loaded, settings: Settings) -> int:
+    """How many tokens a round may draft."""
+    return MOST_DRAFTS if drafts(loaded, settings) else 0
+
+
 def slack_of(loaded: Loaded, settings: Settings) -> int:
     """How many tokens a cache is to take back: drafts, where there are any."""
     return 1 + MOST_DRAFTS if drafts(loaded, settings) else 0

@@ -74,8 +74,8 @@ class Batch:
     they stay where they are, taking nothing in, until a request joins in their place.
 
     captured: steps and rounds are those of a `Decoder`, captured or compiled, on a cache that one takes; with
-    `keep_rows` and without processors. Where there are drafts, which then are certain, a row that ends within them
-    leaves more in the cache than it has written. Until `close` it has the model prepared.
+    `keep_rows` and without processors. Where there are drafts, which then are certain, a row that a string ends within
+    them leaves more in the cache than it has written. Until `close` it has the model prepared.
     """
 
     def __init__(
@@ -258,12 +258,14 @@ class Batch:
         assert drafts.probabilities is None and self.drafter is not None
         lists = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
         most = _width(max(drafts.counts), self.cache.slack - 1)
-        packed = [[0] * (1 + most) for _ in range(len(decoder.tokens))]
+        lists = [tokens[:n] for tokens, n in zip(lists, drafts.counts, strict=True)]
+        packed, counts = [[0] * most for _ in decoder.tokens], [0] * len(decoder.tokens)
         for row, n, tokens in zip(rows, drafts.counts, lists, strict=True):
-            packed[row.place] = [n, *tokens[:n], *[0] * (most - n)]
-        given = torch.tensor(packed, device=self.device)
-        kept, places = decoder.check(given[:, 1:], given[:, 0]), [row.place for row in rows]
+            packed[row.place], counts[row.place] = [*tokens, *[0] * (most - n)], n
+        kept, places = decoder.check(torch.tensor(packed, device=self.device), counts), [row.place for row in rows]
         agreed, written = self._download(Drafts(lists, drafts.counts), (kept[places], decoder.tokens[places]))
+        # an end token among the drafts is no part of what is kept, and follows it
+        agreed = [n + (tokens[n : n + 1] == each[n:]) for n, tokens, each in zip(agreed, lists, written, strict=True)]
         new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
         self._count_round(drafts, agreed, new)
         return new

@@ -21,11 +21,11 @@ SIDE_BY_SIDE = 8  # rows on a CPU, where one that has ended takes as much time a
 SHORTEST = 512  # capacity on a CPU
 
 
-def worth_capturing(model: Any, new: int) -> bool:
+def worth_capturing(model: Any, new: int, drafts: int = 0) -> bool:
     """Whether a decoder pays where so many new tokens are to come, with all of the model on one device."""
     device = input_device(model)
     if device.type == "cpu":
-        return new >= WORTH and compiles(model)
+        return new >= WORTH and not drafts and compiles(model)  # no round is compiled
     if new < WORTH or device.type != "cuda" or not kernels.available(device):
         return False
     whole = all(tensor.device == device for tensor in chain(model.parameters(), model.buffers()))
@@ -43,11 +43,11 @@ def fixed_cache(model: Any, rows: int, longest: int, new: int, drafts: int = 0) 
     None where that does not pay, takes too much memory, or cannot be. On a CPU capacities are few, since code is good
     for one.
     """
-    if not worth_capturing(model, new):
+    if not worth_capturing(model, new, drafts):
         return None
     device, dtype = input_device(model), model.get_input_embeddings().weight.dtype
     host = device.type == "cpu"
-    if host and (rows > SIDE_BY_SIDE or drafts):  # no round is compiled
+    if host and rows > SIDE_BY_SIDE:
         return None
     capacity = _among_few(longest + new) if host else longest + new + drafts
     options: dict[str, Any] = {"rows": rows, "capacity": capacity, "slack": 1 + drafts, "back": False, "dtype": dtype}

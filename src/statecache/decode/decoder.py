@@ -25,7 +25,7 @@ from statecache.decode.compiled import Ahead
 from statecache.decode.feed import advance, feed, input_device, step
 from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
-from statecache.decode.sampling import Columns, Drafts, Sampler, Uses
+from statecache.decode.sampling import Columns, Drafts, Sampler, Uses, until
 from statecache.errors import CapacityError, OptionError, RowsError, ShapeError, SlackError, StepError
 from statecache.models.cache import StateCache
 from statecache.models.fused import by_kernels
@@ -94,6 +94,7 @@ class Decoder:
             self._count = torch.zeros(rows, dtype=torch.long, device=self.device)
             self._columns = Columns([GREEDY] * rows, self.device)
             self._by_bucket = {n: self._columns.first(n) for n in self.buckets}
+            self._ends = torch.empty(rows, 0, dtype=torch.long, device=self.device)
         self._requests: list[Request | None] = [None] * rows  # of the rows that write
         self._lengths = cache.lengths.tolist()
         self._uses = Uses()
@@ -175,13 +176,17 @@ class Decoder:
         """Have these rows write with every step, where somebody else has fed their cache.
 
         Each has chosen one of `tokens` (n,), behind the `lengths` that the cache holds of it, and draws as its request
-        says, at positions counted from the row's first token. Processors are not applied.
+        says, at positions counted from the row's first token. A round takes in nothing from a row's end token on.
+        Processors are not applied.
         """
+        self._widen(max(len(request.ends) for request in requests))
         for row, request, length in zip(rows, requests, lengths, strict=True):
             drawn = replace(request, prompt=[0], before=0)
             self._lengths[row], self._requests[row] = length, drawn
             self._columns.put(row, drawn)
         index = torch.tensor(rows, device=self.device)
+        ends = [[*request.ends, *[-1] * (self._ends.shape[1] - len(request.ends))] for request in requests]
+        self._ends[index] = torch.tensor(ends, dtype=torch.long, device=self.device)
         self._ids[index, 0] = tokens.to(self.device)
         self._count[index] = 1
         self._changed()
@@ -236,7 +241,7 @@ class Decoder:
         Idle rows keep theirs. The host waits for nothing once a step over as many rows, with as many options, was
         captured. Raises StepError where no row writes, CapacityError where one is full; nothing is changed then.
         """
-        rows = self._ready(1)
+        rows = self._ready([1] * len(self._lengths))
         if self._captures:
             forward, choice = self._graphs(rows)
             forward.replay()
@@ -250,7 +255,7 @@ class Decoder:
         return self.tokens
 
     @torch.no_grad()
-    def check(self, drafts: Tensor, counts: Tensor | None = None) -> Tensor:
+    def check(self, drafts: Tensor, counts: Tensor | Sequence[int] | None = None) -> Tensor:
         """Take in the last token of every row that writes and those of its drafts that it would have written as well.
 
         drafts: (B, K) long, what is proposed to follow the last tokens; counts: (B,) long, how many of them are, None
@@ -259,7 +264,8 @@ class Decoder:
         narrow dtypes. The host waits for nothing once a round of as many drafts was captured.
 
         Raises ShapeError, SlackError for more drafts than the cache's slack takes back, CapacityError where a row has
-        no room for all K, StepError where no row writes; nothing is changed then.
+        no room for its drafts, all K of them unless `counts` is a list, StepError where no row writes; nothing is
+        changed then.
         """
         total = len(self._lengths)
         if drafts.dim() != 2 or len(drafts) != total or not drafts.shape[1]:
@@ -270,7 +276,10 @@ class Decoder:
                 f"a round feeds a token and {most} drafts, and takes back what is refused: the cache was made with "
                 f"slack={self.cache.slack}; make it with slack={1 + most}"
             )
-        rows = self._ready(1 + most)
+        most_of = [most] * total if counts is None or isinstance(counts, Tensor) else [int(n) for n in counts]
+        if len(most_of) != total or not all(0 <= n <= most for n in most_of):
+            raise ShapeError(f"counts={counts}: give {total}, of 0 to {most} drafts, one for each row of the cache")
+        rows = self._ready([1 + n for n in most_of])
         draft = self._drafted.get(most)
         if draft is None:
             with torch.inference_mode(False):
@@ -279,7 +288,7 @@ class Decoder:
         if counts is None:
             draft.counts.fill_(most)
         else:
-            draft.counts.copy_(counts).clamp_(0, most)
+            draft.counts.copy_(torch.as_tensor(counts)).clamp_(0, most)
         if self._captures:
             self._round_graph(self._bucket(rows), draft).replay()
             self.counts.replayed += 1
@@ -288,7 +297,7 @@ class Decoder:
                 self._round(total, draft)
             self.counts.plain += 1
         for row in rows:
-            self._lengths[row] += 1 + most
+            self._lengths[row] += 1 + most_of[row]
         self._ahead_of = True
         return draft.kept
 
@@ -303,7 +312,8 @@ class Decoder:
             logits = advance(self.model, self.cache, torch.cat([last[:, None], tokens], 1), None)
             sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
             lengths = clock.lengths[:bucket].to(self.device) + 1
-            kept, token = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
+            verdict = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
+            kept, token = until(self._ends[:bucket], tokens, verdict)
             ahead.commit((writes * (1 + kept)).to(clock.lengths.device))
         draft.kept.zero_()
         draft.kept[:bucket].copy_(writes * kept)
@@ -389,8 +399,8 @@ class Decoder:
 
     # ---- inside
 
-    def _ready(self, tokens: int) -> list[int]:
-        """The rows that write, each of which has room for so many tokens."""
+    def _ready(self, tokens: Sequence[int]) -> list[int]:
+        """The rows that write, each of which has room for so many tokens (B,)."""
         rows, limit = self.writing, self.cache.get_max_length()
         if self._loan.model is None:
             raise StepError("the decoder was closed: make another")
@@ -398,12 +408,12 @@ class Decoder:
             raise StepError("no row writes: prefill() one")
         if limit < 0:
             return rows
-        if max(self._lengths[row] for row in rows) + tokens > limit:
+        if any(self._lengths[row] + tokens[row] > limit for row in rows):
             self._catch_up()
-        full = next((row for row in rows if self._lengths[row] + tokens > limit), None)
+        full = next((row for row in rows if self._lengths[row] + tokens[row] > limit), None)
         if full is not None:
             left = limit - self._lengths[full]
-            why = f"has room for {left} tokens of {tokens}" if left else "is full"
+            why = f"has room for {left} tokens of {tokens[full]}" if left else "is full"
             raise CapacityError(f"row {full} {why}, at capacity={self.cache.capacity}: leave() or reset() it")
         return rows
 
@@ -411,6 +421,15 @@ class Decoder:
         """Know the lengths again, after rounds. Waits for the device then."""
         if self._ahead_of:
             self._lengths, self._ahead_of = self.cache.lengths.tolist(), False
+
+    def _widen(self, ends: int) -> None:
+        """Have room for so many end tokens of a row."""
+        rows, there = self._ends.shape
+        if ends > there:
+            with torch.inference_mode(False):
+                more = torch.full((rows, ends - there), -1, dtype=torch.long, device=self.device)
+                self._ends = torch.cat([self._ends, more], 1)
+            self._rounds.clear()  # which read the others
 
     def _changed(self) -> None:
         """Other rows write, or in another way."""

@@ -147,10 +147,10 @@ def generate(
     follows what was accepted of late. `report` is called once, when all is over.
 
     On a CUDA device that has all of the model, texts of 32 new tokens or more are written with a captured step, see
-    `statecache.Decoder`, on a cache of its own or one that never moves; not with processors, and with drafts on one of
-    its own alone, those of an assistant at temperature 0. On a CPU so, without drafts, are those of a float32 model, up
-    to 8 rows without a `cache`, with a step that a process behind the first such text compiles; `STATECACHE_COMPILED=`
-    in the environment, empty, has none compiled.
+    `statecache.Decoder`, on a cache of its own or one that never moves; not with processors, with an assistant at
+    temperature 0 alone, and with drafts and `stop` strings on a cache of its own alone. On a CPU so, without drafts,
+    are those of a float32 model, up to 8 rows without a `cache`, with a step that a process behind the first such text
+    compiles; `STATECACHE_COMPILED=` in the environment, empty, has none compiled.
 
     `cache` is a StateCache to go on from: the prompt is what comes after the tokens that it holds. Afterwards it holds
     each row's tokens but the last, with which the next prompt begins; of texts every token that they show, so that the
@@ -202,11 +202,10 @@ def generate(
         drafter = Lookup(lookup, most)
     elif assistant is not None:
         drafter = Assistant(assistant, most, relative_cost(assistant, model), input_device(model))
-    plain = not any(request.processors for request in requests)
-    steps_alone = plain and drafter is None
+    certain = assistant is None or not any(request.temperature for request in requests)
+    capturable = certain and not any(request.processors for request in requests)
     if cache is None:
-        certain = assistant is None or not any(request.temperature for request in requests)
-        own = fixed_cache(model, len(rows), max(map(len, rows)), max_new_tokens, most) if plain and certain else None
+        own = fixed_cache(model, len(rows), max(map(len, rows)), max_new_tokens, most) if capturable else None
         captured = own is not None
         if own is None:
             with promised():
@@ -214,7 +213,8 @@ def generate(
         batch = Batch(model, own, drafter, keep_rows=captured, captured=captured)
         written = batch.join(requests, texts)
     else:
-        captured = steps_alone and takes(cache) and worth_capturing(model, max_new_tokens)
+        cut = not (drafter and stops)  # within a round nobody looks for strings, and the cache would hold what follows
+        captured = capturable and cut and takes(cache) and worth_capturing(model, max_new_tokens, most)
         batch = Batch(model, cache, drafter, keep_rows=True, captured=captured)
         written = batch.join(requests, texts, goes_on=True)
         _written[cache] = history, [row.tokens for row in written]

@@ -249,6 +249,18 @@ def race(weights: Tensor, times: Tensor) -> Tensor:
     return (weights / times).argmax(-1)
 
 
+def until(ends: Tensor, tokens: Tensor, verdict: Verdict) -> Verdict:
+    """Keep what a verdict on the drafts `tokens` (B, K) does up to a row's first end token; that follows it then.
+
+    ends: (B, E) long, filled up with -1.
+    """
+    kept, token = verdict
+    ending = (tokens[..., None] == ends[:, None]).any(-1)
+    before = _leading(~ending, kept)
+    end = tokens.gather(1, before.clamp(max=tokens.shape[1] - 1)[:, None])[:, 0]
+    return before, torch.where(before < kept, end, token)
+
+
 def _leading(kept: Tensor, counts: Tensor) -> Tensor:
     """How many of the first `counts` (B,) columns of `kept` (B, K) hold, up to the first that does not: (B,)."""
     real = torch.arange(kept.shape[1], device=kept.device) < counts[:, None]
