@@ -48,7 +48,7 @@ INSIDE = {
     ],
     "kernels": [
         "convolve early tokens pointers",
-        "linear norms attend ssd_step delta_step ssd_round delta_round delta_chunk ssd_chunk conv_chunk",
+        "linear norms attend ssd_step delta_step ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",
     ],
     "decode": [

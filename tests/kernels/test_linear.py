@@ -16,33 +16,31 @@ ROWS = [1, 2, 16, 33]
 SIZES = [(37, 48), (64, 130)]
 
 
-@pytest.mark.parametrize("form", ["plain", "norm", "gate", "unit"])
+@pytest.mark.parametrize("form", ["plain", "norm", "unit", "parts"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dtype, form: str) -> None:
     outputs, inputs = size
-    weight = draw(outputs, inputs, dtype=dtype)
-    x = strided(draw(rows, inputs * (2 if form == "unit" else 1), dtype=dtype))
-    gate = strided(draw(rows, inputs, dtype=dtype)) if form == "gate" else None
-    by = draw(inputs, dtype=dtype) if form in ("norm", "gate") else None
-    residual = strided(draw(rows, outputs)) if form != "plain" else None
+    weights = [draw(outputs, inputs, dtype=dtype) for _ in range(2 if form == "unit" else 1)]
+    x = strided(draw(rows, inputs, dtype=dtype))
+    by = None if form in ("plain", "parts") else draw(inputs, dtype=dtype)
+    squares = draw(rows, 5).abs() if form == "parts" else None
+    residual = strided(draw(rows, outputs)) if form == "norm" else None
     offset, scale = (1.0, 0.3) if form == "norm" else (0.0, 1.0)
-    seen = x.double()
-    if form == "unit":
-        seen = F.silu(seen[:, :inputs]) * seen[:, inputs:]
-    if gate is not None:
-        seen = seen * F.silu(gate.double())
-    want = normed(seen, by, 1e-5, offset) @ weight.double().mT * scale
+    each = [normed(x.double(), by, 1e-5, offset) @ weight.double().mT * scale for weight in weights]
+    if squares is not None:
+        each = [y * (squares.double().sum(1, keepdim=True) / inputs + 1e-5).rsqrt() for y in each]
+    want = F.silu(each[0]) * each[1] if form == "unit" else each[0]
     if residual is not None:
         want = want + residual.double()
     got = linear(
         x,
-        weight,
+        weights,
         norm=by,
         eps=1e-5,
         offset=offset,
-        gate=gate,
+        squares=squares,
         unit=form == "unit",
         residual=residual,
         scale=scale,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import statecache as sc
-from statecache.kernels import delta_round, ssd_round
+from statecache.kernels import delta_fold, delta_step, ssd_fold, ssd_step
 from statecache.kernels.pointers import Table
 from statecache.models.fused import by_kernels
 from statecache.ops import conv, gated_delta, ssd
@@ -83,13 +83,23 @@ def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, c
     for t in range(T):
         states.append(states[-1].clone())
         want.append(ssd.step(x[:, t], step[:, t], A, B[:, t], C[:, t], states[-1]))
-    y = torch.stack(want, 1) + x * D.double()[:, None]
+    y = (torch.stack(want, 1) + x * D.double()[:, None]).flatten(2)
+    gate = strided(draw(rows * T, H * P, dtype=dtype)) if G == 1 else None
+    if gate is not None:
+        y *= F.silu(gate.double()).unflatten(0, (rows, T))
 
     before, held = ring.clone(), state.clone()
     log = logs_of(rows, H * P + G * N, H)
     count = torch.tensor(counts, device=DEVICE) if counted else None
-    given = (new, dt, weight, bias, A_log, dt_bias, D, ring, held, *log, starts, count)
-    got = ssd_round.ahead(*given, groups=G, silu=silu, limits=limits).unflatten(0, (rows, T))
+    given = (new, dt, weight, bias, A_log, dt_bias, D, ring, held, starts, count)
+    norm = draw(H * P, dtype=dtype) if H != 4 else None
+    got, squares = ssd_step.step(*given, groups=G, silu=silu, limits=limits, gate=gate, norm=norm, log=(log[0], log[1]))
+    got = got.unflatten(0, (rows, T))
+    if norm is not None:
+        assert squares is not None
+        sums = squares.sum(1, keepdim=True).unflatten(0, (rows, T))
+        assert error(kept(sums, counts), kept(y.square().sum(-1, keepdim=True), counts)) < 1e-5
+        y = y * norm.double()
     exact = dtype == torch.float32
     assert error(kept(got, counts), kept(y, counts)) < (1e-5 if exact else 5e-3)
     assert not any(got[row].any() for row, n in enumerate(counts) if not n)
@@ -97,7 +107,7 @@ def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, c
     check_written(ring, before, by_token, starts, counts)
 
     accepted = [max(0, n - row) for row, n in enumerate(counts)]
-    both = folded(ssd_round.fold, state, log, [A_log] * 2, starts, accepted=accepted, groups=G)
+    both = folded(ssd_fold.fold, state, log, [A_log] * 2, starts, accepted=accepted, groups=G)
     for scale, after in zip((1, 2), both, strict=True):
         for row, n in enumerate(accepted):
             doubled = state[row : row + 1].double() * (scale - 1)  # the recurrence is linear in its state
@@ -140,8 +150,9 @@ def test_the_delta_rule_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: tor
     before, held = ring.clone(), state.clone()
     log = logs_of(rows, J * K + H * V, 2 * H)
     count = torch.tensor(counts, device=DEVICE) if counted else None
-    given = (new, b, a, weight, bias, A_log, dt_bias, ring, held, *log, starts, count)
-    got = delta_round.ahead(*given, key_heads=J, silu=silu, doubled=doubled).unflatten(0, (rows, T))
+    given = (new, b, a, weight, bias, A_log, dt_bias, ring, held, starts, count)
+    got = delta_step.step(*given, key_heads=J, silu=silu, doubled=doubled, log=(log[0], log[1]))
+    got = got.unflatten(0, (rows, T))
     exact = dtype == torch.float32
     assert error(kept(got, counts), kept(y, counts)) < (2e-5 if exact else 5e-3)
     assert not any(got[row].any() for row, n in enumerate(counts) if not n)
@@ -149,7 +160,7 @@ def test_the_delta_rule_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: tor
     check_written(ring, before, by_token, starts, counts)
 
     accepted = [max(0, n - row) for row, n in enumerate(counts)]
-    first, second = folded(delta_round.fold, state, log, starts, accepted=accepted, key_heads=J)
+    first, second = folded(delta_fold.fold, state, log, starts, accepted=accepted, key_heads=J)
     other = state.double() * 2
     for row, n in enumerate(accepted):
         one = slice(row, row + 1)
@@ -165,7 +176,7 @@ def test_a_fold_takes_some_rows_and_one_number_for_all(kernel: str) -> None:
     state, log = draw(4, 2, 16, 16), [draw(4, SLOTS, 2 * 16 + 16), draw(4, SLOTS, 2 if kernel == "ssd" else 4)]
     log[1] = log[1].sigmoid() * (1 if kernel == "ssd" else -0.1)
     weights: list[Any] = [[draw(2)]] if kernel == "ssd" else []
-    fold, sizes = (ssd_round.fold, {"groups": 1}) if kernel == "ssd" else (delta_round.fold, {"key_heads": 1})
+    fold, sizes = (ssd_fold.fold, {"groups": 1}) if kernel == "ssd" else (delta_fold.fold, {"key_heads": 1})
     starts = torch.tensor([5, 3], device=DEVICE)
     rows, counts = torch.tensor([2, 0], device=DEVICE), torch.tensor([3, 3], device=DEVICE)
     some, whole = state.clone(), state.clone()

@@ -72,17 +72,24 @@ def test_ssd_step_is_the_plain_operators(shape: Any, dtype: torch.dtype, counted
     x, B, C = x.view(rows, H, P), B.view(rows, G, N), C.view(rows, G, N)
     step = F.softplus(dt.double() + dt_bias.double()).clamp(*limits)
     want = state.double()
-    y = ssd.step(x, step, -A_log.double().exp(), B, C, want) + x * D.double()[:, None]
+    y = (ssd.step(x, step, -A_log.double().exp(), B, C, want) + x * D.double()[:, None]).flatten(1)
+    gate = strided(draw(rows, H * P, dtype=dtype)) if G == 1 else None
+    if gate is not None:
+        y *= F.silu(gate.double())
 
     before, held = ring.clone(), state.clone()
     count = torch.tensor(counts, device=DEVICE) if counted else None
-    got = ssd_step.step(
-        new, dt, weight, bias, A_log, dt_bias, D, ring, held, starts, count, groups=G, silu=silu, limits=limits
-    )
+    given = (new, dt, weight, bias, A_log, dt_bias, D, ring, held, starts, count)
+    norm = draw(H * P, dtype=dtype) if H != 4 else None
+    got, squares = ssd_step.step(*given, groups=G, silu=silu, limits=limits, gate=gate, norm=norm)
     exact = dtype == torch.float32
     alive = [row for row, n in enumerate(counts) if n]
+    if norm is not None:
+        assert squares is not None and not squares[[row for row, n in enumerate(counts) if not n]].any()
+        assert not alive or error(squares.sum(1)[alive], y.square().sum(1)[alive]) < 1e-5
+        y = y * norm.double()
     if alive:
-        assert error(got[alive], y.flatten(1)[alive]) < (1e-5 if exact else 5e-3)
+        assert error(got[alive], y[alive]) < (1e-5 if exact else 5e-3)
         assert error(held[alive], want[alive]) < 1e-5
     for row, n in enumerate(counts):
         if not n:
@@ -140,7 +147,7 @@ def test_a_state_in_bfloat16_is_computed_on_in_float32_and_rounded(kernel: str) 
     got, held = [], [state.clone(), state.float()]
     for each in held:
         if kernel == "ssd":
-            got.append(ssd_step.step(*given[:2], *given[3:], ring.clone(), each, start, None, groups=1))
+            got.append(ssd_step.step(*given[:2], *given[3:], ring.clone(), each, start, None, groups=1)[0])
         else:
             got.append(delta_step.step(*given[:7], ring.clone(), each, start, None, key_heads=1))
     assert torch.equal(*got) and torch.equal(held[0], narrowed(held[1])) and not torch.equal(held[0], state)
@@ -154,7 +161,7 @@ def test_one_start_may_serve_all_rows(kernel: str) -> None:
     if kernel == "ssd":
         given = [draw(rows, 48), draw(rows, 1), draw(48, 4), None, draw(1), draw(1), draw(1)]
         ring, state = draw(rows, 48, 4), draw(rows, 1, 16, 16)
-        got = [ssd_step.step(*given, ring.clone(), state.clone(), s, None, groups=1) for s in (start, each)]
+        got = [ssd_step.step(*given, ring.clone(), state.clone(), s, None, groups=1)[0] for s in (start, each)]
     else:
         given = [draw(rows, 48), draw(rows, 1), draw(rows, 1), draw(48, 4), None, draw(1), draw(1)]
         ring, state = draw(rows, 48, 4), draw(rows, 1, 16, 16)

@@ -1,4 +1,4 @@
-"""What kernels share: a causal convolution over a ring, for one token of one row or the few of a round.
+"""What kernels share: a causal convolution over a ring, for the few tokens of a row.
 
 C channels, T tokens, S slots of the ring, K width of the convolution. The entry of position p lies in slot p % S.
 """
@@ -9,27 +9,49 @@ import triton.language as tl
 
 @triton.jit
 def convolve(
-    new, stride, ring, weight, bias, channel, there, at, t, K: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr
+    new,
+    stride,
+    ring,
+    weight,
+    bias,
+    channel,
+    there,
+    at,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
 ):
-    """Convolve the t-th new token of a row that stands at `at` in these channels: outputs and inputs, float32.
+    """Convolve the T new tokens of a row that stands at `at` in these channels: T outputs and T inputs, float32.
 
     new: the tokens' inputs (T, C), `stride` apart; ring: (C, S) of the row, which has those before `at`; weight:
-    (C, K); bias: (C,). `there`: which channels exist.
+    (C, K); bias: (C,). `there`: which channels exist. All is read before anything is computed.
     """
-    x = tl.load(new + t * stride + channel, mask=there, other=0.0).to(tl.float32)
-    y = x * tl.load(weight + channel * K + K - 1, mask=there, other=0.0).to(tl.float32)
-    for tap in tl.static_range(K - 1):
-        back = t - (K - 1) + tap  # of the new tokens; before them below 0
-        position = at + back
+    seen, taps = (), ()
+    for n in tl.static_range(K - 1):
+        position = at - (K - 1) + n
         held = tl.broadcast_to(position, channel.shape) >= 0  # before the first token are zeros
-        if back < 0:
-            past = tl.load(ring + channel * S + (position + S) % S, mask=there & held, other=0.0).to(tl.float32)
-        else:
-            past = tl.load(new + back * stride + channel, mask=there, other=0.0).to(tl.float32)
-        y += past * tl.load(weight + channel * K + tap, mask=there, other=0.0).to(tl.float32)
+        x = tl.load(ring + channel * S + (position + S) % S, mask=there & held, other=0.0)
+        seen += (x.to(tl.float32),)
+    for t in tl.static_range(T):
+        seen += (tl.load(new + t * stride + channel, mask=there, other=0.0).to(tl.float32),)
+    for tap in tl.static_range(K):
+        taps += (tl.load(weight + channel * K + tap, mask=there, other=0.0).to(tl.float32),)
     if BIAS:
-        y += tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
-    return y, x
+        late = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
+    outs, ins = (), ()
+    for t in tl.static_range(T):
+        y = seen[t + K - 1] * taps[K - 1]
+        for tap in tl.static_range(K - 1):
+            y += seen[t + tap] * taps[tap]
+        if BIAS:
+            y += late
+        if SILU:
+            y = silu(y)
+        outs += (y,)
+        ins += (seen[t + K - 1],)
+    return outs, ins
 
 
 @triton.jit

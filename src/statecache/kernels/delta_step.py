@@ -1,8 +1,10 @@
-"""One token of the gated delta rule in one launch: convolution, activation, gates, norms of q and k, and the rule.
+"""A token of the gated delta rule, or the few of a round, in one launch: convolution, activation, gates, norms, rule.
 
-Reads and writes the rings of the convolution and the states in place. Rows that take nothing in cost no memory traffic.
+Reads and writes the rings of the convolution and the states in place. With a log the states stay as they are, and what
+they would consume is written down, for `delta_fold`. Rows that take nothing in cost no memory traffic.
 
-B rows, J key heads of size K, H value heads of size V, C = 2 J K + H V channels, S slots of the ring, T taps.
+B rows, N tokens of each, J key heads of size K, H value heads of size V, C = 2 J K + H V channels, S slots of the ring,
+T taps, L slots of a log.
 """
 
 import torch
@@ -10,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.convolve import convolve, silu, softplus
+from statecache.kernels.convolve import convolve, softplus
 from statecache.kernels.early import early, launch, wait
 
 
@@ -25,6 +27,8 @@ def _step(
     dt_bias,
     ring,
     state,
+    inputs,
+    gates,
     start,
     count,
     y,
@@ -34,12 +38,14 @@ def _step(
     start_stride,
     strength,
     scale,
+    N: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
     S: tl.constexpr,
+    L: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -54,45 +60,62 @@ def _step(
     channels: tl.constexpr = 2 * J * K + H * V
     k_at, v_at = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     whole, some = k_at < K, v_at < V
-    out = y + (row * H + head) * V + v_at
+    out = y + (row * N * H + head) * V + v_at
+    taken = tl.full([], N, tl.int64)
     if COUNTED:
-        if tl.load(count + row) == 0:
+        taken = tl.load(count + row)
+        if taken == 0:
             if EARLY:
                 wait()
-            tl.store(out, tl.zeros([BV], tl.float32).to(y.dtype.element_ty), mask=some)
+            for t in tl.static_range(N):
+                tl.store(out + t * (H * V), tl.zeros([BV], tl.float32).to(y.dtype.element_ty), mask=some)
             return
     at = tl.load(start + row * start_stride)
     ring += row * channels * S
-    new += row * new_stride
+    new += row * N * new_stride
+    a += row * N * a_stride + head
+    b += row * N * b_stride + head
     cell = state + ((row * H + head) * K + k_at[:, None]) * V + v_at[None, :]
     inside = whole[:, None] & some[None, :]
     held = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
+    rate, late = tl.exp(tl.load(A_log + head).to(tl.float32)), tl.load(dt_bias + head).to(tl.float32)
     if EARLY:
         wait()
     cq = key * K + k_at
     ck, cv = cq + J * K, 2 * J * K + head * V + v_at
-    q, q_in = convolve(new, 0, ring, weight, bias, cq, whole, at, 0, T, S, BIAS)
-    k, k_in = convolve(new, 0, ring, weight, bias, ck, whole, at, 0, T, S, BIAS)
-    v, v_in = convolve(new, 0, ring, weight, bias, cv, some, at, 0, T, S, BIAS)
-    if SILU:
-        q, k, v = silu(q), silu(k), silu(v)
-    q, k = tl.where(whole, q, 0.0), tl.where(whole, k, 0.0)
-    q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
-    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
-    gate = softplus(tl.load(a + row * a_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
-    decay = tl.exp(-gate * tl.exp(tl.load(A_log + head).to(tl.float32)))
-    beta = strength / (1.0 + tl.exp(-tl.load(b + row * b_stride + head).to(tl.float32)))
-    held *= decay
-    written = beta * (v - tl.sum(held * k[:, None], 0))
-    held += k[:, None] * written[None, :]
-    tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
-    tl.store(out, tl.sum(held * q[:, None], 0).to(y.dtype.element_ty), mask=some)
-    # the slot that is written is none of the T - 1 that other programs still read, as S >= T
-    slot = at % S
-    tl.store(ring + cv * S + slot, v_in.to(ring.dtype.element_ty), mask=some)
-    if (head % (H // J) == 0) & (part == 0):
-        tl.store(ring + cq * S + slot, q_in.to(ring.dtype.element_ty), mask=whole)
-        tl.store(ring + ck * S + slot, k_in.to(ring.dtype.element_ty), mask=whole)
+    q, q_in = convolve(new, new_stride, ring, weight, bias, cq, whole, at, N, T, S, BIAS, SILU)
+    k, k_in = convolve(new, new_stride, ring, weight, bias, ck, whole, at, N, T, S, BIAS, SILU)
+    v, v_in = convolve(new, new_stride, ring, weight, bias, cv, some, at, N, T, S, BIAS, SILU)
+    decays, strengths = (), ()
+    for t in tl.static_range(N):
+        decays += (-rate * softplus(tl.load(a + t * a_stride).to(tl.float32) + late),)
+        strengths += (strength / (1.0 + tl.exp(-tl.load(b + t * b_stride).to(tl.float32))),)
+    shared = (head % (H // J) == 0) & (part == 0)  # what the heads of a key have in common is written once
+    for t in tl.static_range(N):
+        # the slots that are written are none of the T - 1 that other programs still read, as S >= T - 1 + N
+        slot, real = (at + t) % S, some & (tl.broadcast_to(taken, some.shape) > t)
+        tl.store(ring + cv * S + slot, v_in[t].to(ring.dtype.element_ty), mask=real)
+        if shared & (taken > t):
+            tl.store(ring + cq * S + slot, q_in[t].to(ring.dtype.element_ty), mask=whole)
+            tl.store(ring + ck * S + slot, k_in[t].to(ring.dtype.element_ty), mask=whole)
+        if L:
+            entry = row * L + (at + t) % L
+            kept = inputs + entry * (J * K + H * V)
+            tl.store(kept + cv - J * K, v[t].to(inputs.dtype.element_ty), mask=real)
+            if (part == 0) & (taken > t):
+                tl.store(gates + entry * 2 * H + head, decays[t].to(gates.dtype.element_ty))
+                tl.store(gates + entry * 2 * H + H + head, strengths[t].to(gates.dtype.element_ty))
+            if shared & (taken > t):
+                tl.store(kept + cq, k[t].to(inputs.dtype.element_ty), mask=whole)
+        query, at_key = tl.where(whole, q[t], 0.0), tl.where(whole, k[t], 0.0)
+        query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * scale
+        at_key *= tl.rsqrt(tl.sum(at_key * at_key, 0) + 1e-6)
+        held *= tl.exp(decays[t])
+        written = strengths[t] * (v[t] - tl.sum(held * at_key[:, None], 0))
+        held += at_key[:, None] * written[None, :]
+        tl.store(out + t * (H * V), tl.sum(held * query[:, None], 0).to(y.dtype.element_ty), mask=some)
+    if not L:
+        tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
 
 
 def step(
@@ -111,21 +134,30 @@ def step(
     key_heads: int,
     silu: bool = True,
     doubled: bool = False,
+    log: tuple[Tensor, Tensor] | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """Take in one token of each row, `ring` (B, C, S) and `state` (B, H, K, V) in place; outputs (B, H V), as `new`.
+    """Take in N tokens of each row, `ring` (B, C, S) and `state` (B, H, K, V) in place; outputs (B N, H V), as `new`.
 
-    new: q, k and v as one (B, C), b and a (B, H), all with any stride between rows; weight (C, T), bias (C,), A_log and
-    dt_bias (H,). start: (B,) or (1,), where rows stand; count: (B,), 0 or 1, None for all. S must be at least T.
-    `block`: channels of a head's values that a program takes.
+    new: q, k and v as one (B N, C), b and a (B N, H), all with any stride between tokens; weight (C, T), bias (C,),
+    A_log and dt_bias (H,). start: (B,) or (1,), where rows stand; count: (B,), 0..N, None for all: beyond it outputs
+    are junk, and nothing is written. S must be at least T - 1 + N. log: inputs, k and v (B, L, J K + H V), and gates,
+    decays and strengths (B, L, 2 H): these are written in place of the state; without it N is 1. `block`: channels of a
+    head's values that a program takes.
     """
     rows, H, K, V = state.shape
     channels, slots = ring.shape[1:]
-    taps = weight.shape[-1]
-    assert slots >= taps and weight.is_contiguous() and ring.is_contiguous() and state.is_contiguous()
+    taps, tokens = weight.shape[-1], len(new) // rows
+    inputs, gates = (state, state) if log is None else log
+    assert slots >= taps - 1 + tokens and weight.is_contiguous() and ring.is_contiguous() and state.is_contiguous()
     assert new.stride(-1) == b.stride(-1) == a.stride(-1) == 1 and channels == 2 * key_heads * K + H * V
-    y = torch.empty(rows, H * V, dtype=new.dtype, device=new.device)
-    block = min(triton.next_power_of_2(V), block or (32 if rows < 8 else 64))
+    if log is None:
+        assert tokens == 1
+    else:
+        assert inputs.is_contiguous() and gates.is_contiguous() and inputs.shape[1] == gates.shape[1] >= tokens
+    y = torch.empty(len(new), H * V, dtype=new.dtype, device=new.device)
+    few = rows < 8 or log is not None
+    block = min(triton.next_power_of_2(V), block or (32 if few else 64))
     _step[(rows, H, triton.cdiv(V, block))](
         new,
         b,
@@ -136,6 +168,8 @@ def step(
         dt_bias,
         ring,
         state,
+        inputs,
+        gates,
         start,
         start if count is None else count,
         y,
@@ -145,12 +179,14 @@ def step(
         1 if len(start) == rows and rows > 1 else 0,
         2.0 if doubled else 1.0,
         K**-0.5,
+        N=tokens,
         J=key_heads,
         K=K,
         H=H,
         V=V,
         T=taps,
         S=slots,
+        L=0 if log is None else inputs.shape[1],
         BIAS=bias is not None,
         SILU=silu,
         COUNTED=count is not None,

@@ -1,4 +1,4 @@
-"""A linear layer for few rows, with what stands before and after it: norm, gate or gated unit; scale and residual.
+"""A linear layer for few rows, with what stands before and after it: norm; gated unit, scale and residual.
 
 Every weight is read once, whatever the number of rows. The sum of squares of an RMS norm is taken in the same loop as
 the product, which it scales at the end, so that a norm costs no pass of its own.
@@ -16,45 +16,33 @@ from torch import Tensor
 
 from statecache.kernels.early import early, launch, wait
 
-FEW_ROWS = 16  # for which a norm or a gate is worth computing in every program
+FEW_ROWS = 16  # for which a norm is worth computing in every program
 MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs and inputs of a program's tile, and its warps."""
+    """Outputs and inputs of a program's tile, its warps, and how many of its loads are under way at once."""
 
     outputs: int
     inputs: int
     warps: int
+    stages: int = 3
 
 
 # by rows, up to so many, and outputs, up to so many: benchmarks/tune_linear.py, on an H100
 TILES = {
     1: ((3072, Tile(4, 2048, 4)), (1 << 62, Tile(4, 1024, 4))),
-    16: ((3072, Tile(16, 512, 2)), (1 << 62, Tile(32, 256, 2))),
-    64: ((3072, Tile(16, 256, 4)), (8448, Tile(64, 256, 4)), (10240, Tile(64, 128, 4)), (1 << 62, Tile(32, 128, 4))),
+    16: ((3072, Tile(16, 512, 2, 5)), (6144, Tile(32, 256, 4, 4)), (1 << 62, Tile(64, 128, 2, 4))),
+    64: ((3072, Tile(16, 256, 4, 4)), (8448, Tile(64, 256, 4)), (10240, Tile(64, 128, 4)), (1 << 62, Tile(32, 128, 4))),
 }
-
-
-@triton.jit
-def _inputs(x, gate, norm, e, row, there, x_stride, gate_stride, E, GATED: tl.constexpr, GLU: tl.constexpr):
-    """The inputs of a tile, float32, before their norm."""
-    seen = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
-    if GLU:
-        seen = seen / (1.0 + tl.exp(-seen))
-        seen *= tl.load(x + row * x_stride + E + e, mask=there, other=0.0).to(tl.float32)
-    if GATED:
-        by = tl.load(gate + row * gate_stride + e, mask=there, other=0.0).to(tl.float32)
-        seen *= by / (1.0 + tl.exp(-by))
-    return seen
 
 
 @triton.jit
 def _linear(
     x,
-    gate,
     norm,
+    parts,
     weight,
     weight1,
     weight2,
@@ -67,18 +55,18 @@ def _linear(
     size2,
     size3,
     x_stride,
-    gate_stride,
     residual_stride,
     eps,
     offset,
     scale,
     E: tl.constexpr,
-    GATED: tl.constexpr,
-    GLU: tl.constexpr,
+    UNIT: tl.constexpr,
     NORMED: tl.constexpr,
     ADDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     EARLY: tl.constexpr,
+    PARTS: tl.constexpr,
+    BS: tl.constexpr,
     BB: tl.constexpr,
     BO: tl.constexpr,
     BE: tl.constexpr,
@@ -112,24 +100,33 @@ def _linear(
     real = o < size
     if BB == 1:
         total = tl.zeros([BO, BE], tl.float32)
+        through = tl.zeros([BO, BE], tl.float32)
         squares = tl.zeros([BE], tl.float32)
         for first in tl.static_range(0, E, BE):
             e = first + tl.arange(0, BE)
             there = e < E
-            tile = tl.load(
-                weight + o[:, None].to(tl.int64) * E + e[None, :], mask=real[:, None] & there[None, :], other=0.0
-            )
+            cell, both = o[:, None].to(tl.int64) * E + e[None, :], real[:, None] & there[None, :]
+            tile = tl.load(weight + cell, mask=both, other=0.0)
+            if UNIT:
+                other = tl.load(weight1 + cell, mask=both, other=0.0)
             if EARLY and first == 0:
                 wait()
-            seen = _inputs(x, gate, norm, e, 0, there, x_stride, gate_stride, E, GATED, GLU)
+            seen = tl.load(x + e, mask=there, other=0.0).to(tl.float32)
             if NORMED:
                 squares += seen * seen
                 seen *= tl.load(norm + e, mask=there, other=0.0).to(tl.float32) + offset
             total += tile.to(tl.float32) * seen[None, :]
+            if UNIT:
+                through += other.to(tl.float32) * seen[None, :]
         y = tl.sum(total, 1)
-        if NORMED:
-            y *= tl.rsqrt(tl.sum(squares, 0) / E + eps)
+        if PARTS:
+            part = tl.arange(0, BS)
+            squares = tl.load(parts + part, mask=part < PARTS, other=0.0)
+        if NORMED or PARTS:
+            scale *= tl.rsqrt(tl.sum(squares, 0) / E + eps)
         y *= scale
+        if UNIT:
+            y *= tl.sum(through, 1) * scale / (1.0 + tl.exp(-y))
         if ADDS:
             y += tl.load(residual + o, mask=real, other=0.0).to(tl.float32)
         tl.store(out + o, y.to(out.dtype.element_ty), mask=real)
@@ -139,23 +136,36 @@ def _linear(
         if EARLY:
             wait()
         total = tl.zeros([BB, BO], tl.float32)
+        through = tl.zeros([BB, BO], tl.float32)
         squares = tl.zeros([BB], tl.float32)
         for first in range(0, E, BE):
             e = first + tl.arange(0, BE)
             there = e < E
-            tile = tl.load(
-                weight + o[:, None].to(tl.int64) * E + e[None, :], mask=real[:, None] & there[None, :], other=0.0
-            )
-            both = used[:, None] & there[None, :]
-            seen = _inputs(x, gate, norm, e[None, :], b[:, None], both, x_stride, gate_stride, E, GATED, GLU)
+            cell, both = o[:, None].to(tl.int64) * E + e[None, :], real[:, None] & there[None, :]
+            tile = tl.load(weight + cell, mask=both, other=0.0)
+            if UNIT:
+                other = tl.load(weight1 + cell, mask=both, other=0.0)
+            seen = tl.load(x + b[:, None] * x_stride + e[None, :], mask=used[:, None] & there[None, :], other=0.0)
             if NORMED:
+                seen = seen.to(tl.float32)
                 squares += tl.sum(seen * seen, 1)
                 seen *= (tl.load(norm + e, mask=there, other=0.0).to(tl.float32) + offset)[None, :]
-            total = tl.dot(seen.to(tile.dtype), tl.trans(tile), total, input_precision="ieee")
-        if NORMED:
+            seen = seen.to(tile.dtype)
+            total = tl.dot(seen, tl.trans(tile), total, input_precision="ieee")
+            if UNIT:
+                through = tl.dot(seen, tl.trans(other), through, input_precision="ieee")
+        if PARTS:
+            part = tl.arange(0, BS)
+            there = used[:, None] & (part < PARTS)[None, :]
+            squares = tl.sum(tl.load(parts + b[:, None] * PARTS + part[None, :], mask=there, other=0.0), 1)
+        if NORMED or PARTS:
             total *= tl.rsqrt(squares / E + eps)[:, None]
+            through *= tl.rsqrt(squares / E + eps)[:, None]
         total *= scale
+        through *= scale
         both = used[:, None] & real[None, :]
+        if UNIT:
+            total *= through / (1.0 + tl.exp(-total))
         if ADDS:
             total += tl.load(residual + b[:, None] * residual_stride + o[None, :], mask=both, other=0.0).to(tl.float32)
         tl.store(out + b[:, None] * width + o[None, :], total.to(out.dtype.element_ty), mask=both)
@@ -168,7 +178,7 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
-    gate: Tensor | None = None,
+    squares: Tensor | None = None,
     unit: bool = False,
     residual: Tensor | None = None,
     scale: float = 1.0,
@@ -179,47 +189,53 @@ def linear(
 
     Several weights, up to four, of one dtype, share the launch: their outputs lie side by side, without `residual`.
 
-    unit: x is (B, 2 E), a gate and what it lets through: silu(x[:, :E]) x[:, E:]. gate (B, E): x silu(gate) takes the
-    place of x. norm (E,): then the RMS norm of that, by norm + offset. The product times `scale` is added to `residual`
-    (B, O). Rows of x, gate and residual may have any stride.
+    norm (E,): the RMS norm of x takes its place, by norm + offset. squares (B, n) float32: x has been multiplied by the
+    weight of its norm, and these are the squares of what it was before, summed up in n parts of each row. unit: two
+    weights (O, E) are those of a gated unit, and give silu(x @ first) (x @ second) (B, O). The product times `scale` is
+    added to `residual` (B, O). Rows of x and residual may have any stride.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     rows, inputs, outputs = len(x), weights[0].shape[1], [len(each) for each in weights]
-    assert rows <= MOST_ROWS and x.shape[1] == inputs * (2 if unit else 1) and x.stride(1) == 1
+    assert rows <= MOST_ROWS and x.shape[1] == inputs and x.stride(1) == 1
     assert len(weights) == 1 or (len(weights) <= 4 and residual is None)
+    assert squares is None or (norm is None and squares.is_contiguous())
+    assert not unit or (len(weights) == 2 and outputs[0] == outputs[1])
     assert all(w.is_contiguous() and w.shape[1] == inputs and w.dtype == weights[0].dtype for w in weights)
+    outputs = outputs[:1] if unit else outputs
     out = torch.empty(rows, sum(outputs), dtype=dtype or weights[0].dtype, device=x.device)
     if tile is None:
         few = next(n for n in TILES if rows <= n)
         tile = next(each for most, each in TILES[few] if sum(outputs) <= most)
+    parts = 0 if squares is None else squares.shape[1]
     width = min(tile.inputs, triton.next_power_of_2(inputs))
     more = [*weights, *[weights[0]] * (4 - len(weights))]
-    sizes = [*outputs, *[0] * (4 - len(weights))]
+    sizes = [*outputs, *[0] * (4 - len(outputs))]
     _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
         x,
-        x if gate is None else gate,
         x if norm is None else norm,
+        x if squares is None else squares,
         *more,
         x if residual is None else residual,
         out,
         rows,
         *sizes,
         x.stride(0),
-        0 if gate is None else gate.stride(0),
         0 if residual is None else residual.stride(0),
         eps,
         offset,
         scale,
         E=inputs,
-        GATED=gate is not None,
-        GLU=unit,
+        UNIT=unit,
         NORMED=norm is not None,
         ADDS=residual is not None,
-        WEIGHTS=len(weights),
+        WEIGHTS=len(outputs),
+        PARTS=parts,
+        BS=triton.next_power_of_2(max(parts, 1)),
         BB=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         BO=tile.outputs,
         BE=width,
         num_warps=tile.warps,
+        num_stages=tile.stages,
         **early(x.device),
     )
     return out

@@ -163,26 +163,31 @@ def _take_away(put: list[tuple[nn.Module, str, Any]]) -> None:
 
 def _ssd(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
     """See `Kernel`."""
-    from statecache.kernels import ssd_round, ssd_step
+    return _ssd_with(mixer, projected, lent)[0]
 
-    m: Any = mixer.module
-    run: Any = ssd_step.step if lent.log is None else ssd_round.ahead
+
+def _ssd_with(
+    mixer: Any, projected: tuple[Tensor, ...], lent: Lent, gate: Tensor | None = None, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same with what follows: see `kernels.ssd_step`."""
+    from statecache.kernels import ssd_step
+
+    m, run = mixer.module, ssd_step.step  # type: Any, Any
     weights = m.conv1d.weight, m.conv1d.bias, m.A_log, m.dt_bias, m.D
-    states = lent.ring, lent.state, *(lent.log or ()), lent.start, lent.count
-    options = {"groups": mixer.query[0], "silu": True, "limits": (mixer.low, mixer.high)}
-    return run(*projected, *weights, *states, **options)  # type: ignore[no-any-return]
+    held, limits = (lent.ring, lent.state, lent.start, lent.count), (mixer.low, mixer.high)
+    more = {"gate": gate, "norm": norm, "log": lent.log}
+    return run(*projected, *weights, *held, groups=mixer.query[0], limits=limits, **more)  # type: ignore[no-any-return]
 
 
 def _delta(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
     """See `Kernel`."""
-    from statecache.kernels import delta_round, delta_step
+    from statecache.kernels import delta_step
 
-    m: Any = mixer.module
-    run: Any = delta_step.step if lent.log is None else delta_round.ahead
+    m, run = mixer.module, delta_step.step  # type: Any, Any
     weights = m.conv1d.weight, m.conv1d.bias, m.A_log, m.dt_bias
-    states = lent.ring, lent.state, *(lent.log or ()), lent.start, lent.count
-    options = {"key_heads": mixer.query[0], "silu": True, "doubled": mixer.doubled}
-    return run(*projected, *weights, *states, **options)  # type: ignore[no-any-return]
+    held = lent.ring, lent.state, lent.start, lent.count
+    options = {"key_heads": mixer.query[0], "doubled": mixer.doubled, "log": lent.log}
+    return run(*projected, *weights, *held, **options)  # type: ignore[no-any-return]
 
 
 def _kernel(mixer: Mixer) -> Callable[..., Tensor] | None:
@@ -229,26 +234,24 @@ def _product(
     weight: Tensor | tuple[Tensor, ...],
     *,
     by: Any = None,
-    gate: Tensor | None = None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
     gated: bool = False,
     residual: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
-    `by`: the norm module in front; `gated`: x is the input of a gated unit.
+    `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
+    a gated unit, whose outputs these are.
     """
     from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import norm, unit
 
-    eps, offset = (0.0, 0.0) if by is None else (_eps(by), NORMS.get(type(by).__name__, 0.0))
+    eps, offset = (eps, 0.0) if by is None else (_eps(by), NORMS.get(type(by).__name__, 0.0))
     weights = (weight,) if isinstance(weight, Tensor) else weight
-    if len(x) > 1:  # every program would compute the gates of all rows
-        if gated:
-            x, gated = unit(x), False
-        if gate is not None or (by is not None and len(x) > FEW_ROWS):
-            x = norm(x, by.weight, eps=eps, offset=offset, gate=gate, dtype=weights[0].dtype)
-            by = gate = None
+    if by is not None and len(x) > FEW_ROWS:  # every program would compute it
+        x, by = norm(x, by.weight, eps=eps, offset=offset, dtype=weights[0].dtype), None
     if len(x) <= MOST_ROWS:
         return linear(
             x,
@@ -256,25 +259,28 @@ def _product(
             norm=None if by is None else by.weight,
             eps=eps,
             offset=offset,
-            gate=gate,
+            squares=squares,
             unit=gated,
             residual=residual,
             scale=scale,
             dtype=None if residual is None else residual.dtype,
         )
     y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
+    y = unit(y) if gated else y
     return y if residual is None else torch.add(residual, y, alpha=scale)
 
 
 def _mix_ssd(mixer: SSD, by: Any, x: Tensor, lent: Lent, scale: float = 1.0) -> Tensor:
     """A Mamba-2 mixer with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
+    from statecache.kernels.linear import MOST_ROWS
+
     m: Any = mixer.module
     z, new, dt = _product(x, m.in_proj.weight, by=by).split_with_sizes(mixer.projected, -1)
-    y = _ssd(mixer, (new, dt), lent)
-    if getattr(m.norm, "group_size", y.shape[-1]) == y.shape[-1]:
-        return _product(y, m.out_proj.weight, by=m.norm, gate=z, residual=x, scale=scale)
-    y = _gated(m.norm)(y, z)
-    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+    joins = len(x) <= MOST_ROWS and getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
+    y, squares = _ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight if joins else None)
+    if not joins:
+        y = _gated(m.norm)(y)
+    return _product(y, m.out_proj.weight, squares=squares, eps=_eps(m.norm), residual=x, scale=scale)
 
 
 def _mamba2(layer: Any) -> Callable[..., Any]:
@@ -311,8 +317,8 @@ def _granite(layer: Any) -> Callable[..., Any]:
             if keys is None:
                 return own(hidden_states, **kwargs)
             x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, scale=scale)
-        inside = _product(x, mlp.input_linear.weight, by=layer.post_attention_layernorm)
-        x = _product(inside, mlp.output_linear.weight, gated=True, residual=x, scale=scale)
+        inside = _product(x, mlp.input_linear.weight.chunk(2), by=layer.post_attention_layernorm, gated=True)
+        x = _product(inside, mlp.output_linear.weight, residual=x, scale=scale)
         return x.view(hidden_states.shape)
 
     return forward
@@ -337,8 +343,8 @@ def _qwen(layer: Any) -> Callable[..., Any]:
                 return own(hidden_states, **kwargs)
             x = _attend(layer.self_attn, layer.input_layernorm, x, keys, kwargs, gated=True)
         both = (mlp.gate_proj.weight, mlp.up_proj.weight)
-        inside = _product(x, both, by=layer.post_attention_layernorm)
-        return _product(inside, mlp.down_proj.weight, gated=True, residual=x).view(hidden_states.shape)
+        inside = _product(x, both, by=layer.post_attention_layernorm, gated=True)
+        return _product(inside, mlp.down_proj.weight, residual=x).view(hidden_states.shape)
 
     return forward
 

@@ -45,7 +45,7 @@ class Delta(Recurrent):
     """
 
     operator = Operator(
-        gated_delta, taken=("k", "v", "g", "beta"), query="q", kernel="delta_chunk", folding="delta_round"
+        gated_delta, taken=("k", "v", "g", "beta"), query="q", kernel="delta_chunk", folding="delta_fold"
     )
 
     def __init__(

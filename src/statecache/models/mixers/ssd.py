@@ -22,7 +22,7 @@ class SSD(Recurrent):
     `scaled`: projections pass multipliers; `normed`: the attribute that says whether the output has a norm, "" for yes.
     """
 
-    operator = Operator(ssd, taken=("x", "B", "dt"), query="C", constant="A", kernel="ssd_chunk", folding="ssd_round")
+    operator = Operator(ssd, taken=("x", "B", "dt"), query="C", constant="A", kernel="ssd_chunk", folding="ssd_fold")
     folded = ("A_log",)
 
     def __init__(self, module: nn.Module, unmodified: Any, *, scaled: bool = False, normed: str = "") -> None:
