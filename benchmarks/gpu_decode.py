@@ -157,11 +157,10 @@ class Ours(Side):
             back=False,
             recurrent_store=recurrent_store,
         )
-        decoder = sc.Decoder(self.model, cache, buckets=[rows], fused=kernels)
+        decoder = self.made = sc.Decoder(self.model, cache, buckets=[rows], fused=kernels)
         decoder.prefill(self.prompt.tolist())
         decoder.step()
         torch.cuda.synchronize()
-        self.made = decoder
         return decoder.step
 
 
