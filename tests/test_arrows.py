@@ -61,7 +61,7 @@ INSIDE = {
         "options",
         "prompt",
         "capturing decoder",
-        "batch",
+        "captured_assistant batch",
         "stream",
         "generate",
     ],

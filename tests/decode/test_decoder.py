@@ -145,6 +145,31 @@ def test_rounds_write_what_steps_write(story: Any, way: int, slack: int, back: b
     assert len(kept) > 2
 
 
+def test_tokens_that_are_known_are_taken_in_as_steps_take_them(story: Any) -> None:
+    with sc.Decoder(story, cache_for(story, slack=5)) as decoder:
+        want = write(decoder, decoder.prefill(PROMPTS, **WAYS[1]), 14)
+    with sc.Decoder(story, cache_for(story, slack=5)) as decoder:
+        decoder.prefill(PROMPTS, **WAYS[1])
+        decoder.leave([1])
+        mark, held = decoder.cache.checkpoint(), decoder.lengths
+        for _ in range(2):
+            at = [0, 0, 0]
+            for counts in ([3, 0, 5], [1, 9, 1], [5, 1, 2]):
+                rows = [text[n : n + 5] for text, n in zip(want, at, strict=True)]
+                got = decoder.take(torch.tensor(rows)[:, : max(counts[0], counts[2])], counts).tolist()
+                at = [n + counts[row] if row != 1 else 0 for row, n in enumerate(at)]
+                assert got == [text[n] for text, n in zip(want, at, strict=True)]
+                assert decoder.lengths == [n + more for n, more in zip(held, at, strict=True)]
+            assert decoder.step().tolist() == [want[0][at[0] + 1], want[1][0], want[2][at[2] + 1]]
+            decoder.restore(mark)
+            assert decoder.lengths == held == decoder.cache.lengths.tolist()
+        for tokens, counts in (([[1, 2]] * 3, [0, 1, 1]), ([[1, 2]] * 3, [1, 1, 3]), ([[1]] * 2, [1, 1, 1])):
+            with pytest.raises(ShapeError, match=r"give \(3, T\), and of each row that writes 1 to T"):
+                decoder.take(torch.tensor(tokens), counts)
+        with pytest.raises(SlackError, match="a token and 5 drafts"):
+            decoder.take(torch.ones(3, 6, dtype=torch.long), [6, 6, 6])
+
+
 def test_idle_rows_take_no_part_in_rounds(story: Any) -> None:
     with sc.Decoder(story, cache_for(story, slack=4)) as decoder:
         want = write(decoder, decoder.prefill(PROMPTS), 6)

@@ -238,6 +238,44 @@ def test_the_command_line_checks_drafts_by_captured_rounds() -> None:
         assert told["forwards_compiled"] == told["speculation"]["forwards"] - 1
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "granitemoehybrid", "lfm2"])
+def test_an_assistant_drafts_by_captured_steps(name: str) -> None:
+    model, _, _ = build(name, **DENSE.get(name, {}))
+    other, _, _ = build(name, **DENSE.get(name, {}))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.002 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)).to(weight)
+    ids = torch.tensor([[5, 9, 33, 7] * 4, [8, 3, 90, 61] * 4], device="cuda")
+    reports: list[sc.Report] = []
+    given = {"max_new_tokens": 90, "assistant": other, "report": reports.append}
+    got = sc.generate(model, ids, **given)
+    assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, **given))
+    assert torch.equal(got, sc.generate(model, ids, processors=PLAIN, max_new_tokens=90))
+    captured, plain = reports
+    assert captured.compiled == captured.forwards - 1
+    assert 0 < captured.accepted < captured.drafted
+    assert (captured.drafted, captured.accepted) == (plain.drafted, plain.accepted)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2"])
+def test_steps_take_little_memory_beside_weights_and_states(name: str) -> None:
+    before = torch.cuda.memory_allocated()
+    model, config, _ = build(name, vocab_size=32768)
+    model.bfloat16()
+    weights = sum(each.nbytes for each in model.parameters())
+    cache = sc.StateCache(config, capacity=65536, rows=16, dtype=torch.bfloat16, device="cuda", slack=5, back=False)
+    needed = weights + cache.nbytes().total
+    with sc.Decoder(model, cache, buckets=[16]) as decoder:
+        decoder.prefill(prompts(16))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            decoder.step()
+        decoder.check(torch.ones(16, 4, dtype=torch.long, device="cuda"))
+        workspace = torch.cuda.max_memory_allocated() - before - needed
+    assert 0 < workspace < 256 * 2**20
+
+
 def test_a_step_that_cannot_be_captured_is_run_plainly() -> None:
     model, _, _ = build("qwen3_5")
     ids = torch.tensor([each[:9] for each in prompts(2)], device="cuda")

@@ -167,6 +167,8 @@ class Batch:
             self._compiled += counts.replayed + counts.compiled
             self._decoder.close()
             self._decoder = None
+        if self.drafter is not None:
+            self.drafter.close()
 
     def report(self) -> Report:
         """What has been done so far."""

@@ -30,6 +30,7 @@ from statecache.errors import CapacityError, OptionError, RowsError, ShapeError,
 from statecache.models.cache import StateCache
 from statecache.models.fused import by_kernels
 from statecache.models.prepare import lend
+from statecache.snapshot import Mark
 
 GREEDY = Request([0])
 
@@ -98,14 +99,14 @@ class Decoder:
         self._requests: list[Request | None] = [None] * rows  # of the rows that write
         self._lengths = cache.lengths.tolist()
         self._uses = Uses()
-        self._captures = self.device.type == "cuda"
+        self.captures = self.device.type == "cuda"  # False from now on: all runs plainly
         self._ahead = Ahead(model, cache)
         self._passes: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
-        self._rounds: dict[tuple[int, int, Uses], torch.cuda.CUDAGraph] = {}
+        self._rounds: dict[tuple[int, int, Uses, bool], torch.cuda.CUDAGraph] = {}
         self._drafted: dict[int, Draft] = {}  # by the number of drafts
         self._ahead_of = False  # whether the device may hold less of rows than `_lengths` says, after a round
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     # ---- what there is
 
@@ -193,7 +194,7 @@ class Decoder:
 
     def capture(self) -> None:
         """Capture the step that the rows that write now take next, which otherwise happens in it. Nothing is fed."""
-        if self._captures and (rows := self.writing):
+        if self.captures and (rows := self.writing):
             self._graphs(rows)
 
     def leave(self, rows: Sequence[int]) -> None:
@@ -209,6 +210,14 @@ class Decoder:
         self.cache.reset(rows)
         for row in rows:
             self._lengths[row] = 0
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to a mark of the cache. Which rows write, and their last tokens, stay as they are.
+
+        Raises what `StateCache.restore` does.
+        """
+        self.cache.restore(mark)
+        self._lengths, self._ahead_of = self.cache.lengths.tolist(), False
 
     def bind(self, cache: StateCache, rows: Sequence[int] | None = None) -> None:
         """Copy the rows of another cache for the same model into these, the first if left out. They are idle then.
@@ -242,7 +251,7 @@ class Decoder:
         captured. Raises StepError where no row writes, CapacityError where one is full; nothing is changed then.
         """
         rows = self._ready([1] * len(self._lengths))
-        if self._captures:
+        if self.captures:
             forward, choice = self._graphs(rows)
             forward.replay()
             choice.replay()
@@ -271,15 +280,42 @@ class Decoder:
         if drafts.dim() != 2 or len(drafts) != total or not drafts.shape[1]:
             raise ShapeError(f"drafts {tuple(drafts.shape)}: give ({total}, K), at least one for each row of the cache")
         most = drafts.shape[1]
-        if most >= self.cache.slack:
-            raise SlackError(
-                f"a round feeds a token and {most} drafts, and takes back what is refused: the cache was made with "
-                f"slack={self.cache.slack}; make it with slack={1 + most}"
-            )
+        self._check_slack(most)
         most_of = [most] * total if counts is None or isinstance(counts, Tensor) else [int(n) for n in counts]
         if len(most_of) != total or not all(0 <= n <= most for n in most_of):
             raise ShapeError(f"counts={counts}: give {total}, of 0 to {most} drafts, one for each row of the cache")
-        rows = self._ready([1 + n for n in most_of])
+        return self._run(drafts, counts, most_of, self._ready([1 + n for n in most_of]), sure=False)
+
+    @torch.no_grad()
+    def take(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Take in the first `counts` (B,) of these tokens (B, T) long in place of the last of every row that writes.
+
+        Gives what follows: `tokens`, (B,) long. Rows that write take one at least. As `check` of drafts that are known
+        to be right, and as a `step` where T is 1; raises what they do.
+        """
+        total = len(self._lengths)
+        wrong = len(counts) != total or any(not 1 <= counts[row] <= tokens.shape[1] for row in self.writing)
+        if tokens.dim() != 2 or len(tokens) != total or wrong:
+            raise ShapeError(
+                f"tokens {tuple(tokens.shape)}, counts={list(counts)}: give ({total}, T), and of each row that writes "
+                "1 to T"
+            )
+        most = tokens.shape[1] - 1
+        self._check_slack(most)
+        rows = self._ready(counts)
+        last = self._ids[:, 0]
+        last.copy_(torch.where(self._count > 0, tokens[:, 0].to(self.device), last))
+        if not most:
+            return self.step()
+        drafted = [max(n - 1, 0) for n in counts]
+        self._run(tokens[:, 1:], drafted, drafted, rows, sure=True)
+        return self.tokens
+
+    def _run(
+        self, drafts: Tensor, counts: Tensor | Sequence[int] | None, most_of: list[int], rows: list[int], sure: bool
+    ) -> Tensor:
+        """A round of these rows, over at most so many drafts (B,) as the host knows; how many are kept (B,)."""
+        total, most = drafts.shape
         draft = self._drafted.get(most)
         if draft is None:
             with torch.inference_mode(False):
@@ -289,20 +325,20 @@ class Decoder:
             draft.counts.fill_(most)
         else:
             draft.counts.copy_(torch.as_tensor(counts)).clamp_(0, most)
-        if self._captures:
-            self._round_graph(self._bucket(rows), draft).replay()
+        if self.captures:
+            self._round_graph(self._bucket(rows), draft, sure).replay()
             self.counts.replayed += 1
         else:
             with self._kernels():
-                self._round(total, draft)
+                self._round(total, draft, sure)
             self.counts.plain += 1
         for row in rows:
             self._lengths[row] += 1 + most_of[row]
         self._ahead_of = True
         return draft.kept
 
-    def _round(self, bucket: int, draft: Draft) -> None:
-        """Check the drafts of the first b rows, of which idle ones take nothing in."""
+    def _round(self, bucket: int, draft: Draft, sure: bool) -> None:
+        """Check the drafts of the first b rows, of which idle ones take nothing in. `sure`: keep all of them."""
         clock = self.cache.states.clock
         assert clock is not None
         last, tokens, counts = self._ids[:bucket, 0], draft.tokens[:bucket], draft.counts[:bucket]
@@ -312,8 +348,12 @@ class Decoder:
             logits = advance(self.model, self.cache, torch.cat([last[:, None], tokens], 1), None)
             sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
             lengths = clock.lengths[:bucket].to(self.device) + 1
-            verdict = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
-            kept, token = until(self._ends[:bucket], tokens, verdict)
+            if sure:
+                at = counts[:, None, None].expand(-1, -1, logits.shape[-1])
+                kept, token = counts, sampler.draw(logits.gather(1, at)[:, 0], lengths + counts)[0]
+            else:
+                verdict = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
+                kept, token = until(self._ends[:bucket], tokens, verdict)
             ahead.commit((writes * (1 + kept)).to(clock.lengths.device))
         draft.kept.zero_()
         draft.kept[:bucket].copy_(writes * kept)
@@ -355,12 +395,12 @@ class Decoder:
         """Of how many rows there are graphs in which these take part."""
         return next(n for n in self.buckets if n > rows[-1])
 
-    def _round_graph(self, bucket: int, draft: Draft) -> torch.cuda.CUDAGraph:
-        key = bucket, draft.tokens.shape[1], self._uses
+    def _round_graph(self, bucket: int, draft: Draft, sure: bool) -> torch.cuda.CUDAGraph:
+        key = bucket, draft.tokens.shape[1], self._uses, sure
         made = self._rounds.get(key)
         if made is None:
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft))[0]
+                made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft, sure))[0]
         return made
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
@@ -421,6 +461,14 @@ class Decoder:
         """Know the lengths again, after rounds. Waits for the device then."""
         if self._ahead_of:
             self._lengths, self._ahead_of = self.cache.lengths.tolist(), False
+
+    def _check_slack(self, drafts: int) -> None:
+        """Whether a round of so many drafts can be."""
+        if drafts and drafts >= self.cache.slack:
+            raise SlackError(
+                f"a round feeds a token and {drafts} drafts, and takes back what is refused: the cache was made with "
+                f"slack={self.cache.slack}; make it with slack={1 + drafts}"
+            )
 
     def _widen(self, ends: int) -> None:
         """Have room for so many end tokens of a row."""

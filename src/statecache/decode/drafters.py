@@ -36,6 +36,9 @@ class Drafter(Protocol):
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these of the rows, in this order; with none, too."""
 
+    def close(self) -> None:
+        """Give back what was borrowed. Idempotent; runs nothing."""
+
 
 class Lookup:
     """Proposes what followed the newest earlier occurrence of a row's last `n` tokens, or fewer, down to one."""
@@ -75,6 +78,9 @@ class Lookup:
         # rows that joined after the last proposal are not known yet
         known = [row for row in rows if row < len(self.past)]
         self.past, self.known = [self.past[row] for row in known], [self.known[row] for row in known]
+
+    def close(self) -> None:
+        """See `Drafter`."""
 
     def _find(self, b: int, row: list[int]) -> tuple[int, int]:
         """The longest run at the row's end that it has had before, and where what followed begins; (0, 0) without."""
@@ -155,6 +161,9 @@ class Assistant:
         if known and known != list(range(len(self.held))) and self.cache.rows is not None:
             self.cache.gather(known)
         self.held, self.lengths = [self.held[row] for row in known], [self.lengths[row] for row in known]
+
+    def close(self) -> None:
+        """See `Drafter`."""
 
     def _admit(self, rows: int) -> None:
         """Have so many rows: empty ones come behind those that there are."""

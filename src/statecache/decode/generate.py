@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from statecache.decode.batch import Batch, Row
+from statecache.decode.captured_assistant import CapturedAssistant
 from statecache.decode.capturing import fixed_cache, takes, worth_capturing
 from statecache.decode.drafters import Assistant, Drafter, Lookup
 from statecache.decode.feed import input_device
@@ -197,26 +198,30 @@ def generate(
     texts: list[Text | None] = [None] * len(rows)
     if stops or not isinstance(given, Tensor):
         texts = [Text(tokenizer, row, stops, hidden) for row in rows]
+    cost = 0.0 if assistant is None else relative_cost(assistant, model)
+    longest = max(map(len, rows))
+    certain = assistant is None or not any(request.temperature for request in requests)
+    capturable = certain and not any(request.processors for request in requests)
+    used = cache
+    if cache is not None:
+        cut = not (most and stops)  # within a round nobody looks for strings, and the cache would hold what follows
+        captured = capturable and cut and takes(cache) and worth_capturing(model, max_new_tokens, most)
+    else:
+        used = fixed_cache(model, len(rows), longest, max_new_tokens, most) if capturable else None
+        captured = used is not None
+    if used is None:
+        with promised():
+            used = StateCache(model.config, slack=1 + most if most else 0, back=False)
     drafter: Drafter | None = None
     if lookup:
         drafter = Lookup(lookup, most)
     elif assistant is not None:
-        drafter = Assistant(assistant, most, relative_cost(assistant, model), input_device(model))
-    certain = assistant is None or not any(request.temperature for request in requests)
-    capturable = certain and not any(request.processors for request in requests)
-    if cache is None:
-        own = fixed_cache(model, len(rows), max(map(len, rows)), max_new_tokens, most) if capturable else None
-        captured = own is not None
-        if own is None:
-            with promised():
-                own = StateCache(model.config, slack=1 + most if most else 0, back=False)
-        batch = Batch(model, own, drafter, keep_rows=captured, captured=captured)
-        written = batch.join(requests, texts)
-    else:
-        cut = not (drafter and stops)  # within a round nobody looks for strings, and the cache would hold what follows
-        captured = capturable and cut and takes(cache) and worth_capturing(model, max_new_tokens, most)
-        batch = Batch(model, cache, drafter, keep_rows=True, captured=captured)
-        written = batch.join(requests, texts, goes_on=True)
+        room = fixed_cache(assistant, len(rows), longest, max_new_tokens, most) if captured else None
+        about = assistant, most, cost, input_device(model)
+        drafter = Assistant(*about) if room is None else CapturedAssistant(*about, room)
+    batch = Batch(model, used, drafter, keep_rows=captured or cache is not None, captured=captured)
+    written = batch.join(requests, texts, goes_on=cache is not None)
+    if cache is not None:
         _written[cache] = history, [row.tokens for row in written]
 
     def shown() -> list[Row]:
