@@ -292,3 +292,20 @@ def test_a_step_that_cannot_be_captured_is_run_plainly() -> None:
         hook.remove()
     assert torch.equal(got, want)
     assert torch.equal(sc.generate(model, ids, max_new_tokens=70), want)  # and captured again without the hook
+
+
+def test_an_assistant_that_cannot_be_captured_drafts_plainly() -> None:
+    model, other = (build("qwen3_5")[0] for _ in range(2))
+    ids = torch.tensor([each[:9] for each in prompts(2)], device="cuda")
+    want = sc.generate(model, ids, max_new_tokens=70, processors=PLAIN)
+
+    def looks(module: Any, args: Any, out: Any) -> None:
+        out[0].sum().item()  # waits for the device, which a capture forbids
+
+    other.model.layers[2].register_forward_hook(looks)
+    reports: list[sc.Report] = []
+    with pytest.warns(UserWarning, match="the assistant's step could not be captured, and is run plainly"):
+        got = sc.generate(model, ids, max_new_tokens=70, assistant=other, report=reports.append)
+    assert torch.equal(got, want)
+    assert reports[0].accepted > 0.9 * reports[0].drafted > 0  # of a model with the same weights
+    assert reports[0].compiled == reports[0].forwards - 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from statecache.cli import session as sessions
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, load, most_drafts, new_cache, options, tokens_held
+from statecache.cli.model import Loaded, Settings, captured, load, most_drafts, new_cache, options, tokens_held
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.session import Session, Turn
 from statecache.cli.writing import Stop, Written, write_on
@@ -208,7 +208,8 @@ class Conversation:
 
         `how`: options of `sc.generate`.
         """
-        self._settle(how["max_new_tokens"])
+        if captured(self.loaded, self.settings, how):
+            self._settle(how["max_new_tokens"])
         mark = self.cache.checkpoint()
         remember(self.cache, [self.ids[: self.held()]])
         try:

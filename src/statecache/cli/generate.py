@@ -4,7 +4,7 @@ import json as json_format
 from typing import Any
 
 from statecache.cli.failure import CommandError
-from statecache.cli.model import Loaded, Settings, drafts, load, most_drafts, new_cache, options
+from statecache.cli.model import Loaded, Settings, captured, drafts, load, most_drafts, new_cache, options
 from statecache.cli.report import byte_rows, console, show, two_columns
 from statecache.cli.writing import Stop, Written, write_on
 from statecache.decode.capturing import fixed_cache
@@ -22,7 +22,9 @@ def generate_command(
     if not ids:
         raise CommandError("the tokenizer makes no token of this prompt: give at least one word", 2)
     how = options(loaded.model.generation_config, settings)
-    cache = fixed_cache(loaded.model, 1, len(ids), how["max_new_tokens"], most_drafts(loaded, settings))
+    cache, most = None, most_drafts(loaded, settings)
+    if captured(loaded, settings, how):
+        cache = fixed_cache(loaded.model, 1, len(ids), how["max_new_tokens"], most)
     if cache is None:
         cache = new_cache(loaded, settings)
     with Stop() as stop:

@@ -122,6 +122,12 @@ def most_drafts(loaded: Loaded, settings: Settings) -> int:
     return MOST_DRAFTS if drafts(loaded, settings) else 0
 
 
+def captured(loaded: Loaded, settings: Settings, how: dict[str, Any]) -> bool:
+    """Whether `sc.generate`, told this, writes by a decoder on a cache that never moves, if there is one."""
+    drawn = loaded.assistant is not None and how["temperature"] > 0
+    return not drawn and not (drafts(loaded, settings) and how.get("stop"))
+
+
 def slack_of(loaded: Loaded, settings: Settings) -> int:
     """How many tokens a cache is to take back: drafts, where there are any."""
     return 1 + MOST_DRAFTS if drafts(loaded, settings) else 0

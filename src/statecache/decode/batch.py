@@ -23,6 +23,7 @@ from statecache.decode.request import Request
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.decode.text import Text
 from statecache.errors import RowsError
+from statecache.models.prepared import AHEAD
 
 
 @dataclass(eq=False)
@@ -237,17 +238,16 @@ class Batch:
 
     def _capture(self) -> None:
         """Have the live rows write with a decoder, unless its step cannot be captured."""
-        decoder, mark = Decoder(self.model, self.cache, buckets=[self.cache.rows]), self.cache.checkpoint()
+        decoder = self._decoder = Decoder(self.model, self.cache, buckets=[self.cache.rows])
+        mark = self.cache.checkpoint()
         self._begin(decoder, self.live, torch.tensor([row.tokens[-1] for row in self.live]))
         try:
             decoder.capture()
         except RuntimeError as error:
             decoder.close()
             self.cache.restore(mark)
-            self.captured = False
+            self.captured, self._decoder = False, None
             warnings.warn(f"this model's step could not be captured, and is run plainly: {error}", stacklevel=2)
-            return
-        self._decoder = decoder
 
     def _by_decoder(self, decoder: Decoder, sampler: Sampler) -> dict[Row, list[int]]:
         """The same, by a step of the decoder or by a round of it."""
@@ -410,7 +410,7 @@ class Batch:
 
 def _width(drafts: int, most: int) -> int:
     """For how many drafts a round is captured that has so many: few sizes, so that there are few graphs."""
-    return min(1 << (drafts - 1).bit_length(), most)
+    return next(n for n in (1, 2, 4, 8, AHEAD - 1, most) if drafts <= n <= most)
 
 
 def _processed(logits: Tensor, rows: Sequence[Row], drafts: Drafts | None = None) -> Tensor:

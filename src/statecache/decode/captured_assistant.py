@@ -15,6 +15,7 @@ from statecache.decode.decoder import Decoder
 from statecache.decode.draft_length import DraftLength
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.models.cache import StateCache
+from statecache.models.prepared import AHEAD
 from statecache.snapshot import Mark
 
 
@@ -105,6 +106,8 @@ class CapturedAssistant:
 
     def _capture(self, decoder: Decoder) -> None:
         """Have the decoder capture its step, or run it plainly from then on."""
+        if decoder.counts.graphs or not decoder.captures:
+            return
         mark, last = self.cache.checkpoint(), decoder.tokens.clone()
         try:
             decoder.capture()
@@ -116,5 +119,5 @@ class CapturedAssistant:
 
 
 def _width(tokens: int, most: int) -> int:
-    """For how many tokens a pass is captured that takes in so many: three sizes, so that there are few graphs."""
-    return next(n for n in (1, 5, most) if tokens <= n <= most)
+    """For how many tokens a pass is captured that takes in so many: few sizes, so that there are few graphs."""
+    return next(n for n in (1, 5, AHEAD, most) if tokens <= n <= most)

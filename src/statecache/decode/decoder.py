@@ -177,7 +177,7 @@ class Decoder:
         """Have these rows write with every step, where somebody else has fed their cache.
 
         Each has chosen one of `tokens` (n,), behind the `lengths` that the cache holds of it, and draws as its request
-        says, at positions counted from the row's first token. A round takes in nothing from a row's end token on.
+        says, at positions counted from the row's first token. `check` keeps nothing from a row's end token on.
         Processors are not applied.
         """
         self._widen(max(len(request.ends) for request in requests))
@@ -334,7 +334,7 @@ class Decoder:
             self.counts.plain += 1
         for row in rows:
             self._lengths[row] += 1 + most_of[row]
-        self._ahead_of = True
+        self._ahead_of = self._ahead_of or not sure
         return draft.kept
 
     def _round(self, bucket: int, draft: Draft, sure: bool) -> None:
@@ -422,15 +422,17 @@ class Decoder:
         """A graph of what `run` does, after it was run once, and what it gave. No row takes anything in meanwhile."""
         taken = self._count.clone()
         self._count.zero_()
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = run()
-        self._count.copy_(taken)
+        try:
+            side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = run()
+        finally:
+            self._count.copy_(taken)
         self.counts.graphs += 1
         return graph, out
 

@@ -135,15 +135,13 @@ def step(
     silu: bool = True,
     doubled: bool = False,
     log: tuple[Tensor, Tensor] | None = None,
-    block: int | None = None,
 ) -> Tensor:
     """Take in N tokens of each row, `ring` (B, C, S) and `state` (B, H, K, V) in place; outputs (B N, H V), as `new`.
 
     new: q, k and v as one (B N, C), b and a (B N, H), all with any stride between tokens; weight (C, T), bias (C,),
     A_log and dt_bias (H,). start: (B,) or (1,), where rows stand; count: (B,), 0..N, None for all: beyond it outputs
     are junk, and nothing is written. S must be at least T - 1 + N. log: inputs, k and v (B, L, J K + H V), and gates,
-    decays and strengths (B, L, 2 H): these are written in place of the state; without it N is 1. `block`: channels of a
-    head's values that a program takes.
+    decays and strengths (B, L, 2 H): these are written in place of the state; without it N is 1.
     """
     rows, H, K, V = state.shape
     channels, slots = ring.shape[1:]
@@ -157,7 +155,7 @@ def step(
         assert inputs.is_contiguous() and gates.is_contiguous() and inputs.shape[1] == gates.shape[1] >= tokens
     y = torch.empty(len(new), H * V, dtype=new.dtype, device=new.device)
     few = rows < 8 or log is not None
-    block = min(triton.next_power_of_2(V), block or (32 if few else 64))
+    block = min(triton.next_power_of_2(V), 32 if few else 64)
     _step[(rows, H, triton.cdiv(V, block))](
         new,
         b,

@@ -203,7 +203,7 @@ def linear(
     rows, inputs, outputs = len(x), weights[0].shape[1], [len(each) for each in weights]
     assert rows <= MOST_ROWS and x.shape[1] == inputs and x.stride(1) == 1
     assert len(weights) == 1 or (len(weights) <= 4 and residual is None)
-    assert squares is None or (norm is None and squares.is_contiguous())
+    assert squares is None or (norm is None and len(squares) == rows and squares.is_contiguous())
     assert not unit or (len(weights) == 2 and outputs[0] == outputs[1])
     assert all(w.is_contiguous() and w.shape[1] == inputs and w.dtype == weights[0].dtype for w in weights)
     outputs = outputs[:1] if unit else outputs

@@ -155,7 +155,6 @@ def step(
     gate: Tensor | None = None,
     norm: Tensor | None = None,
     log: tuple[Tensor, Tensor] | None = None,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Take in T tokens of each row, `ring` (B, C, S) and `state` (B, H, P, N) in place; the outputs (B T, W), as `new`.
 
@@ -165,7 +164,7 @@ def step(
     tokens: silu of it multiplies the outputs. norm (W,): the weight of an RMS norm over each token's outputs, which
     multiplies them; the squares of what they were before come beside them, summed up in n parts of each token (B T, n)
     float32, as `kernels.linear` takes them. log: inputs, x and B (B, L, W + G N), and gates, the time steps (B, L, H):
-    these are written in place of the state; without it T is 1. `block`: channels of a head that a program takes.
+    these are written in place of the state; without it T is 1.
     """
     rows, H, P, N = state.shape
     channels, slots = ring.shape[1:]
@@ -180,7 +179,7 @@ def step(
         assert inputs.is_contiguous() and gates.is_contiguous() and inputs.shape[1] == gates.shape[1] >= tokens
     y = torch.empty(len(new), H * P, dtype=new.dtype, device=new.device)
     few = rows < 8 or log is not None  # programs must be many, else each loads more at once
-    block = min(triton.next_power_of_2(P), block or (16 if few else 64))
+    block = min(triton.next_power_of_2(P), 16 if few else 64)
     parts = triton.cdiv(P, block)
     squares = None if norm is None else torch.empty(len(new), H * parts, dtype=torch.float32, device=new.device)
     low, high = limits

@@ -265,6 +265,7 @@ def _product(
             scale=scale,
             dtype=None if residual is None else residual.dtype,
         )
+    assert squares is None
     y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
     y = unit(y) if gated else y
     return y if residual is None else torch.add(residual, y, alpha=scale)
@@ -276,11 +277,12 @@ def _mix_ssd(mixer: SSD, by: Any, x: Tensor, lent: Lent, scale: float = 1.0) -> 
 
     m: Any = mixer.module
     z, new, dt = _product(x, m.in_proj.weight, by=by).split_with_sizes(mixer.projected, -1)
-    joins = len(x) <= MOST_ROWS and getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
-    y, squares = _ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight if joins else None)
-    if not joins:
-        y = _gated(m.norm)(y)
-    return _product(y, m.out_proj.weight, squares=squares, eps=_eps(m.norm), residual=x, scale=scale)
+    one = getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
+    if one and len(x) <= MOST_ROWS and z.dtype != torch.float16:  # which may have no place for what is not normed
+        y, squares = _ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight)
+        return _product(y, m.out_proj.weight, squares=squares, eps=_eps(m.norm), residual=x, scale=scale)
+    y = _gated(m.norm)(_ssd(mixer, (new, dt), lent), z)
+    return _product(y, m.out_proj.weight, residual=x, scale=scale)
 
 
 def _mamba2(layer: Any) -> Callable[..., Any]:
