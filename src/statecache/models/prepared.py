@@ -56,7 +56,10 @@ class Prepared:
         """Open a pass over T `tokens` for as many rows as `like` has, on its device. See `States.open`."""
         self.states.check_pass(tokens)
         if rows is None:
-            self.registry.clock_for(like)
+            before = self.states.clock
+            if self.registry.clock_for(like) is not before:
+                for layer in self.layers:  # which a pass that was given up may not have come to
+                    layer.forget()
         elif len(rows) != len(like):
             raise ShapeError(f"{len(like)} rows came in a pass over rows {list(rows)}")
         self.step = self.states.open(tokens, count, rows, counted=counted, operators=operators)
