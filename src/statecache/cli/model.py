@@ -130,7 +130,8 @@ def captured(loaded: Loaded, settings: Settings, how: dict[str, Any]) -> bool:
 
 def slack_of(loaded: Loaded, settings: Settings) -> int:
     """How many tokens a cache is to take back: drafts, where there are any."""
-    return 1 + MOST_DRAFTS if drafts(loaded, settings) else 0
+    most = most_drafts(loaded, settings)
+    return 1 + most if most else 0
 
 
 def new_cache(loaded: Loaded, settings: Settings) -> Any:

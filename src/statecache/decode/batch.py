@@ -5,7 +5,6 @@ B rows that have not ended, K drafted tokens, V tokens of the model.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -239,15 +238,10 @@ class Batch:
     def _capture(self) -> None:
         """Have the live rows write with a decoder, unless its step cannot be captured."""
         decoder = self._decoder = Decoder(self.model, self.cache, buckets=[self.cache.rows])
-        mark = self.cache.checkpoint()
         self._begin(decoder, self.live, torch.tensor([row.tokens[-1] for row in self.live]))
-        try:
-            decoder.capture()
-        except RuntimeError as error:
+        if not decoder.try_capture("this model's"):
             decoder.close()
-            self.cache.restore(mark)
             self.captured, self._decoder = False, None
-            warnings.warn(f"this model's step could not be captured, and is run plainly: {error}", stacklevel=2)
 
     def _by_decoder(self, decoder: Decoder, sampler: Sampler) -> dict[Row, list[int]]:
         """The same, by a step of the decoder or by a round of it."""
@@ -261,7 +255,8 @@ class Batch:
         lists = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
         most = _width(max(drafts.counts), self.cache.slack - 1)
         lists = [tokens[:n] for tokens, n in zip(lists, drafts.counts, strict=True)]
-        packed, counts = [[0] * most for _ in decoder.tokens], [0] * len(decoder.tokens)
+        total = len(decoder.tokens)
+        packed, counts = [[0] * most for _ in range(total)], [0] * total
         for row, n, tokens in zip(rows, drafts.counts, lists, strict=True):
             packed[row.place], counts[row.place] = [*tokens, *[0] * (most - n)], n
         kept, places = decoder.check(torch.tensor(packed, device=self.device), counts), [row.place for row in rows]

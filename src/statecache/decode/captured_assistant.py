@@ -5,70 +5,31 @@ B rows that have not ended, R rows of the cache, K drafted tokens.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from statecache.decode.decoder import Decoder
-from statecache.decode.draft_length import DraftLength
-from statecache.decode.sampling import Drafts, Sampler
+from statecache.decode.drafters import Assistant
+from statecache.decode.sampling import Sampler
 from statecache.models.cache import StateCache
 from statecache.models.prepared import AHEAD
-from statecache.snapshot import Mark
 
 
-class CapturedAssistant:
-    """Lets a smaller model draft its likeliest tokens, as `Assistant` does, on a cache that a decoder takes.
+class CapturedAssistant(Assistant):
+    """An assistant that drafts its likeliest tokens, on a cache that a decoder takes.
 
-    The cache has a row for each that will ever be, and a slack of 1 + `most`. `cost`: of a forward pass, as a part of
-    one of the large model. The model is prepared from the first draft until `close`.
+    The cache has a row for each that will ever be, and a slack of 1 + `most`. The model is prepared from the first
+    draft until `close`.
     """
 
     def __init__(self, model: Any, most: int, cost: float, device: torch.device, cache: StateCache) -> None:
-        self.model, self.cache, self.most, self.cost, self.device = model, cache, most, cost, device
-        self.forwards, self._rows = 0, cache.rows or 1
-        self.places: list[int] = []  # of each row in the cache
-        self.lengths: list[DraftLength] = []
-        self.held: list[int] = []  # tokens of each row that the cache holds
+        super().__init__(model, most, cost, device, cache)
+        self._rows = cache.rows or 1
+        self._places: list[int] = []  # of each row in the cache
         self._decoder: Decoder | None = None
-        self._mark: Mark | None = None  # before the drafts
-        self._last: list[int] = []  # drafts of each row's last proposal
-        self._ahead = 0  # how many drafted tokens the cache has taken in
-
-    def propose(self, rows: Sequence[list[int]], most: Sequence[int], sampler: Sampler) -> Drafts | None:
-        """See `Drafter`."""
-        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8) for _ in rows[len(self.lengths) :]]
-        wanted = [min(length.length(), limit) for length, limit in zip(self.lengths, most, strict=True)]
-        n = max(wanted)
-        if not n:
-            return None
-        decoder = self._catch_up(rows)
-        self._mark = self.cache.checkpoint() if n > 1 else None
-        drafted = [decoder.tokens.clone(), *[decoder.step().clone() for _ in range(n - 1)]]
-        self.forwards += n - 1
-        self.held, self._ahead, self._last = [len(row) for row in rows], n - 1, wanted
-        return Drafts(torch.stack(drafted, 1)[self.places].to(self.device), wanted)
-
-    def learn(self, accepted: Sequence[int]) -> None:
-        """See `Drafter`."""
-        assert self._decoder is not None
-        if min(accepted) >= self._ahead:
-            self.held = [held + self._ahead for held in self.held]
-        elif self._mark is not None:
-            self._decoder.restore(self._mark)
-        for length, n, kept in zip(self.lengths, self._last, accepted, strict=True):
-            length.learn(min(n, kept + 1), kept)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """See `Drafter`."""
-        known = [row for row in rows if row < len(self.places)]  # the others joined after the last proposal
-        gone = [place for row, place in enumerate(self.places) if row not in known]
-        if self._decoder is not None and gone:
-            self._decoder.reset(gone)
-        self.places, self.held = [self.places[row] for row in known], [self.held[row] for row in known]
-        self.lengths = [self.lengths[row] for row in rows if row < len(self.lengths)]
 
     def close(self) -> None:
         """See `Drafter`."""
@@ -76,19 +37,42 @@ class CapturedAssistant:
             self._decoder.close()
             self._decoder = None
 
+    # ---- rows of the cache
+
+    def _draft(self, rows: Sequence[list[int]], n: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
+        decoder = self._catch_up(rows)
+        self._mark = self.cache.checkpoint() if n > 1 else None
+        drafted = [decoder.tokens.clone(), *[decoder.step().clone() for _ in range(n - 1)]]
+        self.forwards += n - 1
+        return torch.stack(drafted, 1)[self._places].to(self.device), None
+
+    def _go_back(self) -> None:
+        assert self._decoder is not None
+        self._decoder.restore(self._mark)
+
+    def _make_room(self, known: int, rows: int) -> None:
+        free = [place for place in range(self._rows) if place not in self._places]
+        self._places += free[: rows - known]
+
+    def _let_stay(self, known: list[int]) -> None:
+        gone = [place for row, place in enumerate(self._places) if row not in known]
+        if self._decoder is not None:
+            self._decoder.reset(gone)
+        self._places = [self._places[row] for row in known]
+
+    # ---- a pass
+
     def _catch_up(self, rows: Sequence[list[int]]) -> Decoder:
         """Take in what rows have become: the decoder, whose `tokens` follow them."""
-        decoder = self._decoder or Decoder(self.model, self.cache, buckets=[self._rows])
-        self._decoder = decoder
-        known = len(self.places)
-        if known:
-            self._take(decoder, [row[held:] for row, held in zip(rows, self.held, strict=False)])
-        if known < len(rows):
-            free = [place for place in range(self._rows) if place not in self.places]
-            self.places += free[: len(rows) - known]
-            decoder.prefill(rows[known:], self.places[known:])
-            self.forwards += len({len(row) for row in rows[known:]})
-            self._capture(decoder)
+        decoder = self._decoder = self._decoder or Decoder(self.model, self.cache, buckets=[self._rows])
+        read = sum(held > 0 for held in self.held)  # the others come behind them
+        if read:
+            self._take(decoder, [row[held:] for row, held in zip(rows[:read], self.held, strict=False)])
+        if read < len(rows):
+            decoder.prefill(rows[read:], self._places[read:])
+            self.forwards += len({len(row) for row in rows[read:]})
+            if decoder.captures and not decoder.counts.graphs:
+                decoder.captures = decoder.try_capture("the assistant's")
         return decoder
 
     def _take(self, decoder: Decoder, missing: list[list[int]]) -> None:
@@ -98,24 +82,11 @@ class CapturedAssistant:
             now = [min(1 + self.most, len(tokens) - left) for tokens in missing]
             width = _width(max(now), 1 + self.most)
             packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
-            for place, tokens, n in zip(self.places, missing, now, strict=True):
+            for place, tokens, n in zip(self._places, missing, now, strict=False):
                 packed[place][:n], counts[place] = tokens[:n], n
             decoder.take(torch.tensor(packed, device=decoder.device), counts)
             missing = [tokens[n:] for tokens, n in zip(missing, now, strict=True)]
         self.forwards += passes
-
-    def _capture(self, decoder: Decoder) -> None:
-        """Have the decoder capture its step, or run it plainly from then on."""
-        if decoder.counts.graphs or not decoder.captures:
-            return
-        mark, last = self.cache.checkpoint(), decoder.tokens.clone()
-        try:
-            decoder.capture()
-        except RuntimeError as error:
-            decoder.captures = False
-            decoder.restore(mark)
-            decoder.tokens.copy_(last)
-            warnings.warn(f"the assistant's step could not be captured, and is run plainly: {error}", stacklevel=2)
 
 
 def _width(tokens: int, most: int) -> int:

@@ -11,6 +11,7 @@ B rows of the cache, b of them in a bucket, K drafted tokens, V tokens of the mo
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -196,6 +197,18 @@ class Decoder:
         """Capture the step that the rows that write now take next, which otherwise happens in it. Nothing is fed."""
         if self.captures and (rows := self.writing):
             self._graphs(rows)
+
+    def try_capture(self, whose: str) -> bool:
+        """The same; where that cannot be, warn of it, and leave rows, tokens and cache as they were: False."""
+        mark, last = self.cache.checkpoint(), self.tokens.clone()
+        try:
+            self.capture()
+        except RuntimeError as error:
+            self.restore(mark)
+            self.tokens.copy_(last)
+            warnings.warn(f"{whose} step could not be captured, and is run plainly: {error}", stacklevel=2)
+            return False
+        return True
 
     def leave(self, rows: Sequence[int]) -> None:
         """Have these rows write no longer. They keep what they hold: all their tokens but the last."""

@@ -114,10 +114,12 @@ class Assistant:
     `cost`: of its forward pass, as a part of one of the large model. Drafts come on `device`.
     """
 
-    def __init__(self, model: Any, most: int, cost: float, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, most: int, cost: float, device: torch.device, cache: StateCache | None = None
+    ) -> None:
         self.model, self.most, self.cost, self.device, self.forwards = model, most, cost, device, 0
         with promised():
-            self.cache: Any = StateCache(model.config)
+            self.cache: Any = StateCache(model.config) if cache is None else cache
         self._mark: Any = None  # before the drafts
         self.lengths: list[DraftLength] = []
         self.held: list[int] = []  # tokens of each row that the cache holds
@@ -132,6 +134,41 @@ class Assistant:
         n = max(wanted)
         if not n:
             return None
+        tokens, chances = self._draft(rows, n, sampler)
+        self.held, self._ahead, self._last = [len(row) for row in rows], n - 1, wanted
+        return Drafts(tokens, wanted, chances)
+
+    def learn(self, accepted: Sequence[int]) -> None:
+        """See `Drafter`."""
+        if min(accepted) < self._ahead:
+            self._go_back()
+        else:
+            self.held = [held + self._ahead for held in self.held]
+        for length, n, kept in zip(self.lengths, self._last, accepted, strict=True):
+            length.learn(min(n, kept + 1), kept)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Drafter`."""
+        known = [row for row in rows if row < len(self.held)]  # the others joined after the last proposal
+        if known != list(range(len(self.held))):
+            self._let_stay(known)
+        self.held, self.lengths = [self.held[row] for row in known], [self.lengths[row] for row in known]
+
+    def close(self) -> None:
+        """See `Drafter`."""
+
+    def _admit(self, rows: int) -> None:
+        """Have so many rows: empty ones come behind those that there are."""
+        known = len(self.held)
+        if known < rows:
+            self._make_room(known, rows)
+        self.held += [0] * (rows - known)
+        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8) for _ in range(known, rows)]
+
+    # ---- rows of the cache
+
+    def _draft(self, rows: Sequence[list[int]], n: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
+        """Take in what rows have become, and draft n tokens for each (B, n), with what they were drawn from."""
         missing = [row[held:] for row, held in zip(rows, self.held, strict=True)]
         after = torch.tensor([len(row) for row in rows], device=self.device)
         tokens, chances = [], []
@@ -143,36 +180,22 @@ class Assistant:
             chances += [] if q is None else [q]
             if ahead < n - 1:
                 logits = self._feed(token[:, None])
-        self.held, self._ahead, self._last = [len(row) for row in rows], n - 1, wanted
-        return Drafts(torch.stack(tokens, 1), wanted, torch.stack(chances, 1) if chances else None)
+        return torch.stack(tokens, 1), torch.stack(chances, 1) if chances else None
 
-    def learn(self, accepted: Sequence[int]) -> None:
-        """See `Drafter`."""
-        if min(accepted) < self._ahead:
-            self.cache.restore(self._mark)
-        else:
-            self.held = [held + self._ahead for held in self.held]
-        for length, n, kept in zip(self.lengths, self._last, accepted, strict=True):
-            length.learn(min(n, kept + 1), kept)
+    def _go_back(self) -> None:
+        """Drop what was taken in of the drafts."""
+        self.cache.restore(self._mark)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """See `Drafter`."""
-        known = [row for row in rows if row < len(self.held)]  # the others joined after the last proposal
-        if known and known != list(range(len(self.held))) and self.cache.rows is not None:
-            self.cache.gather(known)
-        self.held, self.lengths = [self.held[row] for row in known], [self.lengths[row] for row in known]
-
-    def close(self) -> None:
-        """See `Drafter`."""
-
-    def _admit(self, rows: int) -> None:
-        """Have so many rows: empty ones come behind those that there are."""
-        known = len(self.held)
-        if known < rows and self.cache.rows is not None:
+    def _make_room(self, known: int, rows: int) -> None:
+        """Have empty rows behind the first `known`, so many in all."""
+        if self.cache.rows is not None:
             self.cache.gather([*range(known), *[0] * (rows - known)])
             self.cache.reset(list(range(known, rows)))
-        self.held += [0] * (rows - known)
-        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8) for _ in range(known, rows)]
+
+    def _let_stay(self, known: list[int]) -> None:
+        """Have these rows alone, in this order."""
+        if known and self.cache.rows is not None:
+            self.cache.gather(known)
 
     def _rotated(self, rows: Sequence[list[int]], wanted: list[int]) -> list[int]:
         """How many drafts can be made, by row, with keys that are rotated as those of the row's last token are.
