@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from statecache.kernels.linear import FEW_ROWS, Tile, linear
+from statecache.kernels.held import ROWS
+from statecache.kernels.linear import FEW_ROWS, Held, Tile, linear
 
 # outputs, inputs, what stands around: those of gpu_shapes
 PRODUCTS = {
@@ -32,16 +33,23 @@ COPIES = 6  # of a weight, so that no cache holds it
 SHARED = 160 * 1024  # bytes that a program's loads may take
 
 
-def tiles(rows: int, unit: bool) -> list[Tile]:
+def tiles(rows: int, inputs: int, unit: bool) -> list[Tile | Held]:
+    """What may be best. Whether programs of several kernels fit beside each other, no product alone shows."""
     if rows == 1:
         made = [Tile(*t) for t in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (2, 4, 8))]
         return [t for t in made if 2048 <= t.outputs * t.inputs <= min(16384 * 2, 8192 * t.warps)]
-    made = [Tile(*t) for t in itertools.product((16, 32, 64), (128, 256, 512), (2, 4), (2, 3, 4, 5))]
+    ways = itertools.product((16, 32, 64), (128, 256, 512), (2, 4), (2, 3, 4, 5), (0, 1024), (False, True))
     room = SHARED // (4 if unit else 2)
-    return [t for t in made if 4096 <= t.outputs * t.inputs <= 16384 and t.outputs * t.inputs * t.stages <= room]
+    made = [Tile(*way) for way in ways]
+    found = [t for t in made if 4096 <= t.outputs * t.inputs <= 16384 and t.outputs * t.inputs * t.stages <= room]
+    if rows > ROWS:
+        return found
+    held = [Held(*way) for way in itertools.product((4, 8), (1, 2), (2, 4, 8, 12, 16))]
+    chunks = {h: inputs // (32 * h.warps) for h in held}
+    return [h for h in held if h.ahead <= chunks[h] and h.ahead * (2 if unit else h.outputs) <= 20] + found
 
 
-def run(name: str, rows: int, tile: Tile, calls: int, weights: list[Any]) -> float:
+def run(name: str, rows: int, tile: Tile | Held, calls: int, weights: list[Any]) -> float:
     """Microseconds of one product, in a graph of many."""
     outputs, inputs, form = PRODUCTS[name]
     x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
@@ -82,8 +90,13 @@ def weights_of(name: str, copies: int) -> list[Any]:
     return [(one(), one()) if "unit" in form else one() for _ in range(copies)]
 
 
-def jobs(rows: list[int]) -> list[tuple[str, int, Tile]]:
-    return [(name, n, tile) for n in rows for name, (*_, form) in PRODUCTS.items() for tile in tiles(n, "unit" in form)]
+def jobs(rows: list[int]) -> list[tuple[str, int, Tile | Held]]:
+    return [
+        (name, n, tile)
+        for n in rows
+        for name, (_, inputs, form) in PRODUCTS.items()
+        for tile in tiles(n, inputs, "unit" in form)
+    ]
 
 
 def main() -> None:
@@ -108,8 +121,8 @@ def main() -> None:
         weights = weights_of(name, COPIES)
         size = outputs * inputs * (4 if "unit" in form else 2)
         for rows in opts.rows:
-            took: dict[Tile, float] = {}
-            for tile in tiles(rows, "unit" in form):
+            took: dict[Tile | Held, float] = {}
+            for tile in tiles(rows, inputs, "unit" in form):
                 try:
                     took[tile] = run(name, rows, tile, 24, weights)
                 except Exception:  # which the compiling processes have told
@@ -119,9 +132,7 @@ def main() -> None:
             plain = [w if isinstance(w, torch.Tensor) else torch.cat(w) for w in weights]
             torch.nn.functional.linear(x, plain[0])
             library = timed(lambda n, x=x, plain=plain: torch.nn.functional.linear(x, plain[n % COPIES]), 24)
-            found[f"{name} {rows}"] = told = [
-                [t.outputs, t.inputs, t.warps, t.stages, round(us, 2), round(size / us / 1e6, 2)] for t, us in best
-            ]
+            found[f"{name} {rows}"] = told = [[str(t), round(us, 2), round(size / us / 1e6, 2)] for t, us in best]
             print(f"{name:9} {rows:2} library {library:6.2f} us {size / library / 1e6:5.2f} TB/s;", *told[:4])
     if opts.json:
         opts.json.write_text(json.dumps(found))

@@ -17,7 +17,20 @@ collect_ignore_glob = [] if TRITON else ["test_*.py"]
 
 if TRITON and not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    steps = ("early", "convolve", "linear", "norms", "attend", "ssd_step", "delta_step", "ssd_fold", "delta_fold")
+    steps = (
+        "early",
+        "convolve",
+        "mma",
+        "weights",
+        "held",
+        "linear",
+        "norms",
+        "attend",
+        "ssd_step",
+        "delta_step",
+        "ssd_fold",
+        "delta_fold",
+    )
     for name in (*steps, "tokens", "ssd_chunk", "delta_chunk", "lightning_chunk", "conv_chunk"):
         import_module(f"statecache.kernels.{name}")
     del os.environ["TRITON_INTERPRET"]

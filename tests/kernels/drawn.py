@@ -14,9 +14,9 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
     return (torch.randn(shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
 
 
-def strided(x: Tensor) -> Tensor:
+def strided(x: Tensor, more: int = 3) -> Tensor:
     """The same rows as a part of wider ones, whose other columns are poisoned."""
-    wide = torch.full((len(x), x.shape[1] + 3), NAN, dtype=x.dtype, device=x.device)
+    wide = torch.full((len(x), x.shape[1] + more), NAN, dtype=x.dtype, device=x.device)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
 

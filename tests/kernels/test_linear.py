@@ -9,21 +9,61 @@ import torch
 from drawn import HALF, draw, error, normed, strided
 from torch.nn import functional as F
 
-from statecache.kernels.linear import Tile, linear
+from statecache.kernels.linear import Held, Tile, linear
 from statecache.kernels.norms import norm, unit
 
 ROWS = [1, 2, 16, 33]
 SIZES = [(37, 48), (64, 130)]
 
 
-@pytest.mark.parametrize("form", ["plain", "norm", "unit", "parts"])
+FORMS = ["plain", "norm", "unit", "parts"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dtype, form: str) -> None:
+    got, want = multiplied(rows, size, dtype, form, Tile(16, 32, 4))
+    # products of float32 would be 3e-4 off in tf32
+    assert error(got, want) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(37, 256), (64, 128)])
+@pytest.mark.parametrize("rows", [2, 5, 8])
+def test_weights_held_in_registers(rows: int, size: Any, dtype: torch.dtype, form: str) -> None:
+    for ahead in (1, 9):
+        got, want = multiplied(rows, size, dtype, form, Held(2, 2, ahead))
+        assert error(got, want) < (1e-3 if dtype == torch.float16 else 8e-3)
+
+
+@pytest.mark.parametrize("size", [(37, 130), (37, 1040), (3100, 64), (4100, 64), (6200, 64)])
+@pytest.mark.parametrize("rows", [1, 3, 10, 20, 40])
+def test_tiles_of_the_table(rows: int, size: Any) -> None:
+    outputs, inputs = size
+    weight, x = draw(outputs, inputs, dtype=HALF), draw(rows, inputs, dtype=HALF)
+    assert error(linear(x, weight, dtype=torch.float32), x.double() @ weight.double().mT) < 5e-3
+
+
+def test_what_registers_cannot_take_is_multiplied_otherwise() -> None:
+    weight = draw(40, 128, dtype=HALF)
+    for x in (draw(3, 136, dtype=HALF)[:, 2:130], draw(3, 129, dtype=HALF)[:, :128]):
+        assert error(linear(x, weight, dtype=torch.float32), x.double() @ weight.double().mT) < 5e-3
+        with pytest.raises(AssertionError):
+            linear(x, weight, tile=Held(2, 1, 1))
+    with pytest.raises(AssertionError):
+        linear(draw(9, 128, dtype=HALF), weight, tile=Held(2, 1, 1))
+
+
+def multiplied(
+    rows: int, size: Any, dtype: torch.dtype, form: str, tile: Tile | Held
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product of random numbers with what stands around it, and what it should be."""
     outputs, inputs = size
     weights = [draw(outputs, inputs, dtype=dtype) for _ in range(2 if form == "unit" else 1)]
-    x = strided(draw(rows, inputs, dtype=dtype))
+    x = strided(draw(rows, inputs, dtype=torch.float32 if form == "norm" else dtype), 8)
     by = None if form in ("plain", "parts") else draw(inputs, dtype=dtype)
     squares = draw(rows, 5).abs() if form == "parts" else None
     residual = strided(draw(rows, outputs)) if form == "norm" else None
@@ -45,11 +85,10 @@ def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dt
         residual=residual,
         scale=scale,
         dtype=torch.float32,
-        tile=Tile(16, 32, 4),
+        tile=tile,
     )
     assert got.dtype == torch.float32
-    # products of float32 would be 3e-4 off in tf32
-    assert error(got, want) < (2e-6 if dtype == torch.float32 else 5e-3)
+    return got, want
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.early import early, launch, wait
+from statecache.kernels import held
+from statecache.kernels.early import early, fetch, launch, light, wait
+from statecache.kernels.weights import whose
 
 FEW_ROWS = 16  # for which a norm is worth computing in every program
 MOST_ROWS = 64
@@ -22,22 +24,52 @@ MOST_ROWS = 64
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs and inputs of a program's tile, its warps, and how many of its loads are under way at once."""
+    """Outputs and inputs of a program's tile, its warps, and how many of its loads are under way at once.
+
+    For several rows: so many inputs' weights are in the second cache when it begins (`ahead`), and it lets the next
+    kernel begin when all of its own are there (`late`), which then asks for its own when the memory has less to do.
+    """
 
     outputs: int
     inputs: int
     warps: int
     stages: int = 3
+    ahead: int = 0
+    late: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of a program that holds its weights in registers its warps, how many times 16 outputs each has, or 16 of both
+    weights of a gated unit, and how many times 32 inputs it asks for before it begins.
+    """
+
+    warps: int
+    outputs: int
+    ahead: int
+
+    def takes(self, x: Tensor, weights: Sequence[Tensor], norm: Tensor | None) -> bool:
+        """Whether such programs can read these."""
+        given = [x, *weights] if norm is None else [x, *weights, norm]
+        dtype, inputs = weights[0].dtype, weights[0].shape[1]
+        return dtype in (torch.bfloat16, torch.float16) and inputs % (32 * self.warps) == 0 and all(map(_whole, given))
 
 
 # by rows, up to so many, and outputs, up to so many: benchmarks/tune_linear.py, on an H100
-TILES = {
+TILES: dict[int, tuple[tuple[int, Tile | Held], ...]] = {
     1: ((3072, Tile(4, 2048, 4)), (1 << 62, Tile(4, 1024, 4))),
+    held.ROWS: ((3072, Held(8, 1, 16)), (6144, Held(4, 2, 8)), (1 << 62, Held(4, 1, 4))),
     16: (
-        (3072, Tile(16, 512, 2, 5)),
-        (4096, Tile(32, 256, 4, 4)),
-        (6144, Tile(32, 128, 2, 5)),
-        (1 << 62, Tile(64, 128, 2, 4)),
+        (3072, Tile(16, 512, 2, 5, ahead=1024)),
+        (4096, Tile(32, 256, 4, 4, late=True)),
+        (6144, Tile(32, 128, 2, 5, late=True)),
+        (1 << 62, Tile(64, 128, 2, 4, late=True)),
+    ),
+    32: (
+        (3072, Tile(16, 512, 2, 5, ahead=1024)),
+        (4096, Tile(16, 256, 2, 4, late=True)),
+        (6144, Tile(32, 128, 2, 5, late=True)),
+        (1 << 62, Tile(64, 128, 2, 4, late=True)),
     ),
     64: ((3072, Tile(16, 256, 4, 4)), (4096, Tile(32, 128, 4, 4)), (1 << 62, Tile(64, 128, 4))),
 }
@@ -75,33 +107,16 @@ def _linear(
     BB: tl.constexpr,
     BO: tl.constexpr,
     BE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LATE: tl.constexpr,
 ):
-    if EARLY:
+    if EARLY and not LATE:
         launch()
-    tile_of = tl.program_id(0)
     width = size + size1 + size2 + size3  # of all outputs of a row
-    if WEIGHTS > 1:  # the tiles of one weight after those of another; outputs side by side
-        tiles = tl.cdiv(size, BO)
-        if tile_of >= tiles:
-            tile_of -= tiles
-            out += size
-            weight = weight1
-            size = size1
-            if WEIGHTS > 2:
-                tiles = tl.cdiv(size1, BO)
-                if tile_of >= tiles:
-                    tile_of -= tiles
-                    out += size1
-                    weight = weight2
-                    size = size2
-                    if WEIGHTS > 3:
-                        tiles = tl.cdiv(size2, BO)
-                        if tile_of >= tiles:
-                            tile_of -= tiles
-                            out += size2
-                            weight = weight3
-                            size = size3
-    o = tile_of * BO + tl.arange(0, BO)
+    place, out, weight, size = whose(
+        tl.program_id(0), out, weight, weight1, weight2, weight3, size, size1, size2, size3, WEIGHTS, BO
+    )
+    o = place * BO + tl.arange(0, BO)
     real = o < size
     if BB == 1:
         total = tl.zeros([BO, BE], tl.float32)
@@ -139,6 +154,11 @@ def _linear(
         b = tl.arange(0, BB)
         used = b < rows
         if EARLY:
+            if AHEAD:
+                first_of = tl.minimum(o, size - 1).to(tl.int64) * E
+                fetch(weight + first_of, AHEAD * weight.dtype.element_ty.primitive_bitwidth // 8)
+                if UNIT:
+                    fetch(weight1 + first_of, AHEAD * weight.dtype.element_ty.primitive_bitwidth // 8)
             wait()
         total = tl.zeros([BB, BO], tl.float32)
         through = tl.zeros([BB, BO], tl.float32)
@@ -159,6 +179,8 @@ def _linear(
             total = tl.dot(seen, tl.trans(tile), total, input_precision="ieee")
             if UNIT:
                 through = tl.dot(seen, tl.trans(other), through, input_precision="ieee")
+        if EARLY and LATE:
+            launch()
         if PARTS:
             part = tl.arange(0, BS)
             there = used[:, None] & (part < PARTS)[None, :]
@@ -188,7 +210,7 @@ def linear(
     residual: Tensor | None = None,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    tile: Tile | None = None,
+    tile: Tile | Held | None = None,
 ) -> Tensor:
     """Multiply x (B, E) by `weight` (O, E), for at most 64 rows: (B, O), in `dtype`, that of `weight` if not given.
 
@@ -209,13 +231,13 @@ def linear(
     outputs = outputs[:1] if unit else outputs
     out = torch.empty(rows, sum(outputs), dtype=dtype or weights[0].dtype, device=x.device)
     if tile is None:
-        few = next(n for n in TILES if rows <= n)
-        tile = next(each for most, each in TILES[few] if sum(outputs) <= most)
+        tile = _tile(rows, sum(outputs))
+        if isinstance(tile, Held) and not tile.takes(x, weights, norm):
+            tile = _tile(FEW_ROWS, sum(outputs))
     parts = 0 if squares is None else squares.shape[1]
-    width = min(tile.inputs, triton.next_power_of_2(inputs))
     more = [*weights, *[weights[0]] * (4 - len(weights))]
     sizes = [*outputs, *[0] * (4 - len(outputs))]
-    _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
+    given = (
         x,
         x if norm is None else norm,
         x if squares is None else squares,
@@ -229,18 +251,44 @@ def linear(
         eps,
         offset,
         scale,
-        E=inputs,
-        UNIT=unit,
-        NORMED=norm is not None,
-        ADDS=residual is not None,
-        WEIGHTS=len(outputs),
-        PARTS=parts,
-        BS=triton.next_power_of_2(max(parts, 1)),
+    )
+    form = {
+        "E": inputs,
+        "UNIT": unit,
+        "NORMED": norm is not None,
+        "ADDS": residual is not None,
+        "WEIGHTS": len(outputs),
+        "PARTS": parts,
+        "BS": triton.next_power_of_2(max(parts, 1)),
+        "num_warps": tile.warps,
+        **early(x.device),
+    }
+    if isinstance(tile, Held):
+        assert rows <= held.ROWS and tile.takes(x, weights, norm)
+        m = 2 if unit else tile.outputs
+        ahead = min(tile.ahead, inputs // (32 * tile.warps))
+        programs = sum(triton.cdiv(n, 16 if unit else 16 * m) for n in outputs)
+        light(held.held[(programs,)](*given, W=tile.warps, M=m, AHEAD=ahead, **form))
+        return out
+    width = tile.inputs if rows == 1 else tile.inputs * 2 // weights[0].element_size()  # of what memory is shared
+    _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
+        *given,
         BB=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         BO=tile.outputs,
-        BE=width,
-        num_warps=tile.warps,
+        BE=min(width, triton.next_power_of_2(inputs)),
         num_stages=tile.stages,
-        **early(x.device),
+        AHEAD=min(tile.ahead, inputs) if all(map(_whole, weights)) else 0,
+        LATE=tile.late,
+        **form,
     )
     return out
+
+
+def _tile(rows: int, outputs: int) -> Tile | Held:
+    few = next(n for n in TILES if rows <= n)
+    return next(each for most, each in TILES[few] if outputs <= most)
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether all rows, or the vector, begin where 16 bytes do."""
+    return x.data_ptr() % 16 == 0 and (x.dim() == 1 or x.stride(0) * x.element_size() % 16 == 0)
