@@ -47,7 +47,8 @@ INSIDE = {
         "fused",
     ],
     "kernels": [
-        "convolve early tokens pointers",
+        "convolve early tokens pointers mma weights",
+        "held",
         "linear norms attend ssd_step delta_step ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",
     ],
