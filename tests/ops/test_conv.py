@@ -28,8 +28,10 @@ def test_chunk_is_the_convolution(tokens: int, width: int) -> None:
                 torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("exporting", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_steps_are_the_convolution(width: int) -> None:
+def test_steps_are_the_convolution(width: int, exporting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     x, weight, bias, past = draw(9, width)
     before = past.clone()
     for b, silu in ((bias, True), (None, False)):
@@ -42,9 +44,13 @@ def test_steps_are_the_convolution(width: int) -> None:
     assert torch.equal(past, before)
 
 
+@pytest.mark.parametrize("exporting", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 9])
-def test_tokens_may_have_weights_of_their_own(tokens: int, width: int) -> None:
+def test_tokens_may_have_weights_of_their_own(
+    tokens: int, width: int, exporting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     x, _, bias, past = draw(tokens, width)
     weight = torch.randn(B, tokens, C, width, dtype=x.dtype)
     for b, silu in ((bias, True), (None, False)):

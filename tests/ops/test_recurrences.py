@@ -83,7 +83,9 @@ def test_a_sequence_may_be_split_anywhere(recurrence: Recurrence, middle: int) -
     close(end, after)
 
 
-def test_steps_are_the_recurrence(recurrence: Recurrence) -> None:
+@pytest.mark.parametrize("exporting", [False, True])
+def test_steps_are_the_recurrence(recurrence: Recurrence, exporting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     for decay in DECAYS:
         inputs, state = draw(recurrence, 20, decay)
         expected, path = recurrence.expected(inputs, state)
@@ -111,7 +113,9 @@ def test_fold_has_the_bits_of_stepping(recurrence: Recurrence, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 65, 130])
-def test_idle_tokens_leave_the_state_bit_for_bit(recurrence: Recurrence, tokens: int) -> None:
+def test_idle_tokens_leave_the_state_bit_for_bit(
+    recurrence: Recurrence, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs, state = draw(recurrence, tokens)
     inputs = recurrence.idle(inputs, torch.ones(B, tokens, dtype=torch.bool))
     inputs, state = tuple(x.float() for x in inputs), state.float()
@@ -119,7 +123,9 @@ def test_idle_tokens_leave_the_state_bit_for_bit(recurrence: Recurrence, tokens:
     at = torch.tensor([[0, 1, tokens]]).expand(B, -1)
     _, after, states = recurrence.module.chunk(*inputs, state, None, at)
     assert torch.equal(after, before) and torch.equal(states, before[:, None].expand_as(states))
-    recurrence.module.step(*recurrence.cut(inputs, 0), state)
+    for exporting in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda now=exporting: now)
+        recurrence.module.step(*recurrence.cut(inputs, 0), state)
     recurrence.module.fold(*(inputs[i] for i in recurrence.record), state)
     assert torch.equal(state, before)
 

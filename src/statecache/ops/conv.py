@@ -66,7 +66,10 @@ def step(
     # time before channels: a sum over four neighbours is several times slower on a processor
     wide = torch.cat([past.mT, x], 1)
     weight = weight.squeeze(1) if weight.dim() > 2 else weight
-    if heads is None:
+    if heads is None and torch.compiler.is_exporting():  # of what lies where it lies: nothing is joined first
+        taps = weight.to(x.dtype).unbind(-1)
+        y = sum((past[..., w] * tap for w, tap in enumerate(taps[:-1])), x[:, 0] * taps[-1]).unsqueeze(1)
+    elif heads is None:
         y = (wide * weight.mT.to(x.dtype)).sum(1, keepdim=True, dtype=x.dtype)  # said: else autocast on CUDA widens it
     else:
         y = (wide.unfold(1, weight.shape[-1], 1) * weight.to(x.dtype)).sum(-1, dtype=x.dtype)  # (B, V, C)

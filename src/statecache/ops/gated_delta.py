@@ -64,10 +64,24 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 
     g is (B, H), or (B, H, K).
     """
+    if torch.compiler.is_exporting():
+        return _step_traced(q, k, v, g, beta, state)
     k, q = _by_head(torch.stack([k, q], 2), state).unbind(1)
     new = _write(k, v, g, beta, state)
     rows, heads, K, V = state.shape
     return torch.baddbmm(new, q, state.view(-1, K, V), beta=0, alpha=K**-0.5).view(rows, heads, V)
+
+
+def _step_traced(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """`step` as two loops over the state, if a compiler makes them: one reads it for both k and q, one writes it."""
+    dtype, K = state.dtype, state.shape[2]
+    q, k = (_unit(each.to(dtype)).repeat_interleave(state.shape[1] // k.shape[1], 1) for each in (q, k))  # (B, H, K)
+    decay = (g if g.ndim > beta.ndim else g.unsqueeze(-1)).to(dtype).exp()
+    kept = state * decay.unsqueeze(-1)
+    new = (v.to(dtype) - (kept * k.unsqueeze(-1)).sum(2)) * beta.to(dtype).unsqueeze(-1)
+    y: Tensor = ((kept * q.unsqueeze(-1)).sum(2) + (q * k).sum(-1, keepdim=True) * new) * K**-0.5
+    state.copy_(kept + k.unsqueeze(-1) * new.unsqueeze(2))
+    return y
 
 
 @chunks.forward_only

@@ -52,11 +52,24 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
 
     Returns (B, H, P).
     """
+    if torch.compiler.is_exporting():
+        return _step_traced(x, dt, A, B, C, state)
     _advance(x, dt, B, A, state)
     rows, heads, P, N = state.shape
     # a row times a matrix: the other way round is several times slower on a processor
     read = torch.bmm(C.to(state.dtype).reshape(-1, 1, N), state.reshape(rows * C.shape[1], -1, N).mT)
     return read.view(rows, heads, P)
+
+
+def _step_traced(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """`step` as one loop over the state, if a compiler makes it: the output is of what was, and of what is new."""
+    dt = dt.to(state.dtype)
+    decay, new = (dt * A.to(state.dtype)).exp(), x.to(state.dtype) * dt.unsqueeze(-1)
+    B, C = (each.to(state.dtype).repeat_interleave(state.shape[1] // B.shape[1], 1) for each in (B, C))  # (B, H, N)
+    kept = state * decay[..., None, None]
+    y = (kept * C.unsqueeze(2)).sum(-1) + new * (B * C).sum(-1, keepdim=True)
+    state.copy_(kept + new.unsqueeze(-1) * B.unsqueeze(2))
+    return y
 
 
 @chunks.forward_only
