@@ -21,7 +21,7 @@ import statecache as sc
 from statecache.decode import compiled
 from statecache.decode.capturing import fixed_cache
 from statecache.decode.compiled import compiles, inputs, load_code, name_of
-from statecache.decode.compiling import Sums, compile_step
+from statecache.decode.compiling import FEW, Sums, compile_step
 from statecache.decode.feed import advance
 from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
@@ -401,20 +401,20 @@ def test_rows_that_differ_and_wait_step_by_code_as_plainly(name: str, code: Path
         assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "mamba"])
-def test_a_single_row_steps_by_sums_as_plainly(name: str, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "rows"), [("qwen3_5", 1), ("mamba", 1), ("mamba2", FEW)])
+def test_few_rows_step_by_sums_as_plainly(name: str, rows: int, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, summed = sc.prepare(short(name)[0]), []
     own = Sums._linear
     monkeypatch.setattr(Sums, "_linear", lambda _, *given: (summed.append(len(given)), own(*given))[1])
-    shape = {"rows": 1, "capacity": 32, "slack": 1, "back": False}
-    compile_step(copy.deepcopy(model), shape, code / "one.pt2")
+    shape = {"rows": rows, "capacity": 32, "slack": 1, "back": False}
+    compile_step(copy.deepcopy(model), shape, code / "few.pt2")
     assert len(summed) >= sum(isinstance(module, nn.Linear) for module in model.modules())
-    run = load_code(code / "one.pt2")
+    run = load_code(code / "few.pt2")
     caches = [StateCache(model.config, dtype=torch.float32, device="cpu", **shape) for _ in range(2)]
     for cache in caches:
-        advance(model, cache, IDS[:1], None)
+        advance(model, cache, IDS[:1].repeat(rows, 1), None)
     for token in (3, 9, 27):
-        ids, count = torch.tensor([[token]]), torch.ones(1, dtype=torch.long)
+        ids, count = token + torch.arange(rows)[:, None], torch.ones(rows, dtype=torch.long)
         want = advance(model, caches[0], ids, None)[:, -1]
         got = run.run([*inputs(model, caches[1]), ids, count])[0]
         assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5

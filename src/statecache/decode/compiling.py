@@ -27,6 +27,11 @@ from statecache.decode.feed import step
 from statecache.models.cache import StateCache
 from statecache.models.fingerprint import Weights
 
+FEW = 8  # rows whose linear layers are sums: so many fit into a processor's registers beside the weights
+ASKED: dict[str, Any] = {  # of the compiler
+    "realize_reads_threshold": 2,  # what all rows of a weight read, as what a norm gives, is made once
+}
+
 
 class Advance(nn.Module):
     """A step of a model, which is a part of it, over a cache."""
@@ -62,19 +67,21 @@ class Step(nn.Module):
 
 
 class Sums(TorchFunctionMode):
-    """Linear layers of a single row as sums over products, which the compiler writes itself.
+    """Linear layers of few rows as sums over products, one a row, which the compiler writes itself: as one loop.
 
-    Those read weights as fast as memory gives them, the library's products of one row at a third of that.
+    That reads weights once, as fast as memory gives them; the library's product reads them at a third of that, and of
+    several rows it packs them first.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args[0].numel() == args[0].shape[-1]:
+        if func is F.linear and args[0].numel() <= FEW * args[0].shape[-1]:
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     @staticmethod
     def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = (weight * x.reshape(-1)).sum(-1)
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.stack([(weight * rows[n]).sum(-1) for n in range(len(rows))])
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
@@ -93,7 +100,7 @@ def compile_step(model: nn.Module, options: dict[str, Any], file: Path) -> None:
         own = {**exported.constants, **exported.state_dict}
         if large := [name for name, value in own.items() if isinstance(value, Tensor) and value.nbytes > SMALL]:
             raise RuntimeError(f"the step has tensors of its own, whose numbers are not here: {large}")
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(made), inductor_configs=ASKED)
     made.rename(file)
 
 
