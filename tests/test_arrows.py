@@ -80,6 +80,8 @@ FOREIGN = {
     "torch._C",
     "torch._dynamo",
     "torch._inductor",
+    "torch._ops",
+    "._schema",
     "._forward_hooks",
     "._forward_pre_hooks",
     "torch._foreach_copy_",

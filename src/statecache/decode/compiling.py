@@ -11,14 +11,16 @@ import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.func import functional_call
+from torch.fx import Graph, Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -29,7 +31,10 @@ from statecache.models.fingerprint import Weights
 
 FEW = 8  # rows whose linear layers are sums: so many fit into a processor's registers beside the weights
 ASKED: dict[str, Any] = {  # of the compiler
+    "reorder_for_locality": False,  # what is read before a ring's write stays before it, which then is in place
+    "score_fusion_memory_threshold": 512,  # bytes: loops of different layers that share a few numbers stay apart
     "realize_reads_threshold": 2,  # what all rows of a weight read, as what a norm gives, is made once
+    "cpp.enable_tiling_heuristics": False,  # a convolution is vectorised, though its taps lie apart
 }
 
 
@@ -85,6 +90,24 @@ class Sums(TorchFunctionMode):
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
+def _write_early(graph: Graph) -> None:
+    """Have tensors of the cache written where their new values are made, not at the end: what was read is near then."""
+    place = {node: n for n, node in enumerate(graph.nodes)}
+    for write in [node for node in graph.nodes if node.target is torch.ops.aten.copy_.default]:
+        held, new, *_ = write.args
+        readers = [reader for reader in _readers(held) if reader is not write]
+        max(new, *readers, key=place.__getitem__).append(write)
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads a tensor, or what may be a view of it: all that no operator says to be new."""
+    for user in node.users:
+        yield user
+        kind = user.target
+        if not isinstance(kind, OpOverload) or any(value.alias_info is not None for value in kind._schema.returns):
+            yield from _readers(user)
+
+
 @torch.no_grad()
 def compile_step(model: nn.Module, options: dict[str, Any], file: Path) -> None:
     """Compile the step of a prepared model over a fixed cache into a file."""
@@ -100,7 +123,8 @@ def compile_step(model: nn.Module, options: dict[str, Any], file: Path) -> None:
         own = {**exported.constants, **exported.state_dict}
         if large := [name for name, value in own.items() if isinstance(value, Tensor) and value.nbytes > SMALL]:
             raise RuntimeError(f"the step has tensors of its own, whose numbers are not here: {large}")
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(made), inductor_configs=ASKED)
+        asked = {**ASKED, "post_grad_custom_post_pass": _write_early}
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(made), inductor_configs=asked)
     made.rename(file)
 
 
