@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_rounds.py --model mamba2 --rows 1
     python benchmarks/gpu_rounds.py --model qwen3_5 --rows 4 --drafts 4 --accepted 0.7 --json result.json
+    python benchmarks/gpu_rounds.py --model mamba2 --assistant
 
 A round takes in a token and its drafts, decides which stay, and commits them: one graph. Drafts cost nothing here, and
 each stays with a probability, by a seeded coin in place of the model, whose weights are random: it decides too, in the
-same time.
+same time. --assistant: also whole texts by `sc.generate`, with a small model that drafts as many as are worth it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import statecache as sc
 import statecache.decode.decoder as of_decoder
 from gpu_decode import DEVICE, profiled, seconds, versions
-from gpu_shapes import SHAPES
+from gpu_shapes import SHAPES, drafting
 from statecache.decode.sampling import Drafts, Sampler, Verdict, agree
 
 
@@ -42,6 +43,52 @@ class Coins(Sampler):
     def verify(self, logits: Tensor, drafts: Drafts, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Verdict:
         own, _ = super().verify(logits, drafts, tokens, counts, lengths)
         return agree(torch.cat([tokens | 1, own[:, None]], 1), tokens, counts)
+
+
+class Tosses(Sampler):
+    """Decides as the model does, and then keeps the drafts before the first place whose coin, by its number, is bad."""
+
+    good = 0.7
+
+    def verify(self, logits: Tensor, drafts: Drafts, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Verdict:
+        own, _ = super().verify(logits, drafts, tokens, counts, lengths)
+        places = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        kept = tossed(places) % 1000 < 1000 * self.good
+        return agree(torch.cat([torch.where(kept, tokens, tokens ^ 1), own[:, None]], 1), tokens, counts)
+
+
+def tossed(places: Tensor) -> Tensor:
+    """A number for each place, as good as random: two rounds of multiplying and shifting."""
+    mixed = places
+    for factor in (2654435761, 2246822519):
+        mixed = mixed * factor & 0xFFFFFFFF
+        mixed = mixed ^ mixed >> 15
+    return mixed
+
+
+def rates(model: Any, prompt: list[list[int]], opts: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second that `generate` writes, with a model that drafts and without, and what a step of that costs."""
+    with torch.device(DEVICE):
+        small = AutoModelForCausalLM.from_config(drafting(opts.small), dtype=model.dtype).eval()
+    Tosses.good, of_decoder.Sampler = opts.accepted, Tosses
+
+    def took(new: int, given: dict[str, Any]) -> float:
+        runs = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            sc.generate(model, torch.tensor(prompt, device=DEVICE), max_new_tokens=new, **given)
+            torch.cuda.synchronize()
+            runs.append(time.perf_counter() - began)
+        return statistics.median(runs)
+
+    def rate(**given: Any) -> float:  # what two lengths differ by: each text captures anew
+        return 512 * opts.rows / (took(640, given) - took(128, given))
+
+    with decoder(small, opts.rows, opts.context + 1000, 1) as made:
+        made.prefill(prompt)
+        step = seconds(made.step, opts.rounds)
+    return {"assistant_step_ms": step * 1e3, "plain": rate(), "assisted": rate(assistant=small)}
 
 
 def rounds(made: sc.Decoder, coins: Tensor) -> Tensor:
@@ -99,6 +146,7 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
         "round_in_steps": took / plain,
         "tokens_in_plain": gained * plain / took,
         "kernels": kernels,
+        "texts": rates(model, prompt, opts) if opts.assistant else None,
     }
 
 
@@ -110,6 +158,13 @@ def show(found: dict[str, Any]) -> None:
         f"{found['tokens_a_round']:.2f} tokens a round, {found['tokens_in_plain']:.2f} x the tokens of steps; "
         f"first round {found['first_round_s']:.1f} s"
     )
+    if found["texts"]:
+        texts = found["texts"]
+        print(
+            f"    texts: {texts['plain']:.0f} tokens/s, with an assistant {texts['assisted']:.0f}, "
+            f"{texts['assisted'] / texts['plain']:.2f} x; "
+            f"its step is {texts['assistant_step_ms'] / found['step_ms']:.3f}"
+        )
     for kernel in found["kernels"]:
         print(f"    {kernel['us']:9.1f} us {kernel['calls']:7.1f} x {kernel['name']}")
 
@@ -123,6 +178,7 @@ def main() -> None:
     parser.add_argument("--accepted", type=float, default=0.7, help="the probability that a draft is right")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=60, help="of one timing")
+    parser.add_argument("--assistant", action="store_true", help="also texts with a model that drafts")
     parser.add_argument("--profile", action="store_true", help="also what kernels a round runs")
     parser.add_argument("--small", action="store_true", help="a tiny model of the same kind")
     parser.add_argument("--commit", default="", help="written into the result")
