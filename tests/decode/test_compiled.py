@@ -21,7 +21,7 @@ import statecache as sc
 from statecache.decode import compiled
 from statecache.decode.capturing import fixed_cache
 from statecache.decode.compiled import compiles, inputs, load_code, name_of
-from statecache.decode.compiling import FEW, Sums, compile_step
+from statecache.decode.compiling import FEW, Sums, _write_early, compile_step
 from statecache.decode.feed import advance
 from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
@@ -399,6 +399,34 @@ def test_rows_that_differ_and_wait_step_by_code_as_plainly(name: str, code: Path
         if takes.any():
             assert (got - want)[takes].abs().max() / want.abs().max() < 1e-5
         assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
+
+
+def traced(*steps: str) -> list[str]:
+    """The nodes of a graph of a and b, with these in it, after its writes have moved."""
+    graph, aten = torch.fx.Graph(), torch.ops.aten
+    nodes: dict[str, Any] = {name: graph.placeholder(name) for name in "ab"}
+    for step in steps:
+        name, form, *given = step.split()
+        made = {"add": aten.add.Tensor, "view": aten.t.default, "copy": aten.copy_.default}[form]
+        nodes[name] = graph.call_function(made, tuple(nodes[each] for each in given))
+        nodes[name].name = name
+    graph.output(nodes["out"])
+    _write_early(graph)
+    graph.lint()
+    return [node.name for node in graph.nodes]
+
+
+def test_writes_follow_the_last_reader() -> None:
+    assert traced("n add a b", "m add a n", "out add b m", "w copy a n") == ["a", "b", "n", "m", "w", "out", "output"]
+    # a view is a reader, and so is what reads it
+    assert traced("v view a", "n add a b", "m add v n", "out add b b", "w copy a n")[4:6] == ["m", "w"]
+    # never read
+    assert traced("n add b b", "out add b n", "w copy a n") == ["a", "b", "n", "w", "out", "output"]
+    # one write reads what another writes
+    order = traced("w copy a b", "n add b b", "m add b n", "x copy b n", "out add n m")
+    assert order.index("w") < order.index("m") < order.index("x") and order.index("n") < order.index("x")
+    # a view goes out
+    assert traced("n add a b", "out view a", "w copy a n") == ["a", "b", "n", "out", "w", "output"]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("qwen3_5", 1), ("mamba", 1), ("mamba2", FEW)])

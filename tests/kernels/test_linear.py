@@ -14,8 +14,6 @@ from statecache.kernels.norms import norm, unit
 
 ROWS = [1, 2, 16, 33]
 SIZES = [(37, 48), (64, 130)]
-
-
 FORMS = ["plain", "norm", "unit", "parts"]
 
 
@@ -43,8 +41,35 @@ def test_weights_held_in_registers(rows: int, size: Any, dtype: torch.dtype, for
 @pytest.mark.parametrize("rows", [1, 3, 10, 20, 40])
 def test_tiles_of_the_table(rows: int, size: Any) -> None:
     outputs, inputs = size
-    weight, x = draw(outputs, inputs, dtype=HALF), draw(rows, inputs, dtype=HALF)
-    assert error(linear(x, weight, dtype=torch.float32), x.double() @ weight.double().mT) < 5e-3
+    x = draw(rows, inputs, dtype=HALF) / inputs**0.5
+    weights = [draw(outputs, inputs, dtype=HALF) for _ in range(2 if outputs < 64 else 1)]
+    want = [x.double() @ weight.double().mT for weight in weights]
+    assert error(linear(x, weights[0], dtype=torch.float32), want[0]) < 5e-3
+    if len(weights) > 1:
+        assert error(linear(x, weights, unit=True, dtype=torch.float32), F.silu(want[0]) * want[1]) < 5e-3
+
+
+@pytest.mark.parametrize("outputs", [37, 3090, 6200])
+def test_tiles_of_the_table_in_registers(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    own = Held.takes
+    monkeypatch.setattr(Held, "takes", lambda *given: (taken.append(own(*given)), taken[-1])[1])
+    weights, x = [draw(outputs, 256, dtype=torch.bfloat16) for _ in range(2)], draw(5, 256)
+    by = draw(256)  # x and norm of other dtypes than the weight
+    want = [normed(x.double(), by, 1e-5, 0.0) @ weight.double().mT for weight in weights]
+    assert error(linear(x, weights[0], norm=by, eps=1e-5, dtype=torch.float32), want[0]) < 8e-3
+    if outputs < 6200:
+        got = linear(x, weights, norm=by, eps=1e-5, unit=True, dtype=torch.float32)
+        assert error(got, F.silu(want[0]) * want[1]) < 8e-3
+    assert taken and all(taken)
+
+
+@pytest.mark.parametrize("sizes", [(20, 33), (16, 3, 40), (33, 16, 1, 7)])
+def test_several_weights_share_a_launch_in_registers(sizes: tuple[int, ...]) -> None:
+    weights, x = [draw(n, 256, dtype=torch.float16) for n in sizes], draw(7, 256, dtype=torch.float16)
+    want = torch.cat([x.double() @ w.double().mT for w in weights], 1)
+    for tile in (Held(4, 1, 4), Held(8, 2, 1)):
+        assert error(linear(x, weights, dtype=torch.float32, tile=tile), want) < 1e-3
 
 
 def test_what_registers_cannot_take_is_multiplied_otherwise() -> None:
@@ -53,6 +78,8 @@ def test_what_registers_cannot_take_is_multiplied_otherwise() -> None:
         assert error(linear(x, weight, dtype=torch.float32), x.double() @ weight.double().mT) < 5e-3
         with pytest.raises(AssertionError):
             linear(x, weight, tile=Held(2, 1, 1))
+    wide = draw(3, 128, dtype=torch.float64)
+    assert error(linear(wide, weight, dtype=torch.float32), wide @ weight.double().mT) < 5e-3
     with pytest.raises(AssertionError):
         linear(draw(9, 128, dtype=HALF), weight, tile=Held(2, 1, 1))
 

@@ -79,7 +79,7 @@ class Sums(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args[0].numel() <= FEW * args[0].shape[-1]:
+        if func is F.linear and 0 < args[0].numel() <= FEW * args[0].shape[-1]:
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -92,11 +92,14 @@ class Sums(TorchFunctionMode):
 
 def _write_early(graph: Graph) -> None:
     """Have tensors of the cache written where their new values are made, not at the end: what was read is near then."""
-    place = {node: n for n, node in enumerate(graph.nodes)}
+    place: dict[Node, float] = {node: n for n, node in enumerate(graph.nodes)}
     for write in [node for node in graph.nodes if node.target is torch.ops.aten.copy_.default]:
         held, new, *_ = write.args
-        readers = [reader for reader in _readers(held) if reader is not write]
-        max(new, *readers, key=place.__getitem__).append(write)
+        last = max([new, *(reader for reader in _readers(held) if reader is not write)], key=place.__getitem__)
+        if last.op == "output":  # which gives a view of it
+            continue
+        last.append(write)
+        place[write] = place[last] + 0.5  # what follows this write follows it here
 
 
 def _readers(node: Node) -> Iterator[Node]:

@@ -36,7 +36,7 @@ def serves(kernel: str, *tensors: Tensor | None) -> bool:
     """
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device
-    if torch.compiler.is_compiling() or not available(device) or (kernel, device) in _refused or not _able(device):
+    if torch.compiler.is_compiling() or not available(device) or (kernel, device) in _refused or not able(device):
         return False
     wanted = torch.is_grad_enabled()
     return all(type(x) in (Tensor, Parameter) and x.dtype in DTYPES and not (wanted and x.requires_grad) for x in given)
@@ -56,8 +56,16 @@ def refuse(kernel: str, device: torch.device, error: Exception) -> None:
 
 
 @lru_cache
-def _able(device: torch.device) -> bool:
-    """Whether tensor cores take the products that these kernels ask for."""
+def able(device: torch.device) -> bool:
+    """Whether tensor cores take the products that kernels ask for, in bfloat16 and tf32, and as instructions."""
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def shared(device: torch.device) -> int:
+    """Bytes of memory that the threads of one program may share; more than any card has where there is none."""
+    if device.type != "cuda":
+        return 1 << 30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)

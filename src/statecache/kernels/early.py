@@ -67,16 +67,16 @@ def _can(device: torch.device) -> bool:
 
 
 def light(kernel: Any) -> None:
-    """Have a launched kernel, whose programs share little memory, run beside others of that kind.
+    """Have a launched kernel, whose programs share little memory, run beside others of that kind from now on.
 
     A processor must be idle to divide its first cache into shared memory and the rest in another way, and what the
     driver chooses by itself differs from kernel to kernel.
     """
-    function = getattr(kernel, "function", None)
-    if function is not None:  # as in the interpreter
-        _divide(function)
+    if kernel is not None:  # the interpreter gives none
+        _divide(kernel.function)
 
 
 @lru_cache(None)
 def _divide(function: int) -> None:
+    """What the driver is asked for here, it may as well not give: nothing but time depends on it."""
     ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, LITTLE)

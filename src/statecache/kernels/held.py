@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from statecache.kernels.early import launch, wait
-from statecache.kernels.mma import four, mma, numbers, once, pair
+from statecache.kernels.mma import load16, load16_once, mma, numbers, packed
 from statecache.kernels.weights import whose
 
 ROWS = 8  # which a product of a warp has
 
 
 @triton.jit
-def held(
+def multiply(
     x,
     norm,
     parts,
@@ -70,7 +70,7 @@ def held(
                 places += (weight + at,)
     for c in tl.static_range(AHEAD):
         for place in tl.static_range(2 * M):
-            words += once(places[place] + c * 32 * W)
+            words += load16_once(places[place] + c * 32 * W)
     if EARLY:
         wait()
     x += tl.minimum(g, rows - 1) * x_stride + column
@@ -81,7 +81,7 @@ def held(
     for c in tl.static_range(E // (32 * W)):
         if c + AHEAD < E // (32 * W):
             for place in tl.static_range(2 * M):
-                words += once(places[place] + (c + AHEAD) * 32 * W)
+                words += load16_once(places[place] + (c + AHEAD) * 32 * W)
         if NORMED or x.dtype.element_ty != dtype:
             row, seen = numbers(x + c * 32 * W), ()
             if NORMED:
@@ -90,9 +90,9 @@ def held(
                     squares += unscaled[k] * unscaled[k]
                     row += (unscaled[k] * (by[k] + offset),)
             for k in tl.static_range(4):
-                seen += (pair(row[2 * k], row[2 * k + 1], dtype),)
+                seen += (packed(row[2 * k], row[2 * k + 1], dtype),)
         else:
-            seen = four(x + c * 32 * W)
+            seen = load16(x + c * 32 * W)
         were, totals = totals, ()
         for k in tl.static_range(2):  # sums of their own, since each waits for the one before
             for m in tl.static_range(M):
@@ -109,12 +109,12 @@ def held(
                     were[4 * (k * M + m) + 3],
                     dtype,
                 )
-    g, t = tl.arange(0, 8), tl.arange(0, 4)
+    eight, four = tl.arange(0, 8), tl.arange(0, 4)
     factor = tl.full([8], scale, tl.float32)
     if PARTS:
         part = tl.arange(0, BS)
-        there = (g < rows)[:, None] & (part < PARTS)[None, :]
-        total = tl.sum(tl.load(parts + g[:, None] * PARTS + part[None, :], mask=there, other=0.0), 1)
+        there = (eight < rows)[:, None] & (part < PARTS)[None, :]
+        total = tl.sum(tl.load(parts + eight[:, None] * PARTS + part[None, :], mask=there, other=0.0), 1)
         factor *= tl.rsqrt(total / E + eps)
     if NORMED:
         total = tl.sum(tl.sum(tl.reshape(squares, [W, 8, 4]), 0), 1)
@@ -125,7 +125,7 @@ def held(
         if UNIT:
             through = _sums(totals, 4, M, W)
         for k in tl.static_range(4):
-            o, b = tile * BO + 16 * m + 8 * (k // 2) + g, 2 * t + k % 2
+            o, b = tile * BO + 16 * m + 8 * (k // 2) + eight, 2 * four + k % 2
             both = (o < size)[:, None] & (b < rows)[None, :]
             y = ys[k] * factors[k % 2][None, :]
             if UNIT:

@@ -14,20 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache import kernels
 from statecache.kernels import held
 from statecache.kernels.early import early, fetch, launch, light, wait
 from statecache.kernels.weights import whose
 
 FEW_ROWS = 16  # for which a norm is worth computing in every program
 MOST_ROWS = 64
+OWN = 1 << 13  # bytes that a program shares beside what it loads
 
 
 @dataclass(frozen=True)
 class Tile:
     """Outputs and inputs of a program's tile, its warps, and how many of its loads are under way at once.
 
-    For several rows: so many inputs' weights are in the second cache when it begins (`ahead`), and it lets the next
-    kernel begin when all of its own are there (`late`), which then asks for its own when the memory has less to do.
+    For several rows, on Hopper: it asks for the weights of so many inputs before the kernel in front ends (`ahead`), or
+    lets the next begin when all of its own are there (`late`), which then asks when the memory has less to do.
     """
 
     outputs: int
@@ -52,7 +54,9 @@ class Held:
         """Whether such programs can read these."""
         given = [x, *weights] if norm is None else [x, *weights, norm]
         dtype, inputs = weights[0].dtype, weights[0].shape[1]
-        return dtype in (torch.bfloat16, torch.float16) and inputs % (32 * self.warps) == 0 and all(map(_whole, given))
+        if dtype not in (torch.bfloat16, torch.float16) or any(t.dtype not in kernels.DTYPES for t in given):
+            return False
+        return kernels.able(x.device) and inputs % (32 * self.warps) == 0 and all(map(_whole, given))
 
 
 # by rows, up to so many, and outputs, up to so many: benchmarks/tune_linear.py, on an H100
@@ -233,7 +237,7 @@ def linear(
     if tile is None:
         tile = _tile(rows, sum(outputs))
         if isinstance(tile, Held) and not tile.takes(x, weights, norm):
-            tile = _tile(FEW_ROWS, sum(outputs))
+            tile = _tile(held.ROWS + 1, sum(outputs))
     parts = 0 if squares is None else squares.shape[1]
     more = [*weights, *[weights[0]] * (4 - len(weights))]
     sizes = [*outputs, *[0] * (4 - len(outputs))]
@@ -268,14 +272,19 @@ def linear(
         m = 2 if unit else tile.outputs
         ahead = min(tile.ahead, inputs // (32 * tile.warps))
         programs = sum(triton.cdiv(n, 16 if unit else 16 * m) for n in outputs)
-        light(held.held[(programs,)](*given, W=tile.warps, M=m, AHEAD=ahead, **form))
+        light(held.multiply[(programs,)](*given, W=tile.warps, M=m, AHEAD=ahead, **form))
         return out
-    width = tile.inputs if rows == 1 else tile.inputs * 2 // weights[0].element_size()  # of what memory is shared
+    padded = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
+    width = min(tile.inputs, triton.next_power_of_2(inputs))
+    if rows > 1:
+        each = tile.outputs * (2 if unit else 1) * weights[0].element_size() + padded * x.element_size()
+        while (tile.stages - 1) * width * each > kernels.shared(x.device) - OWN:  # as of float32, or on smaller cards
+            width //= 2
     _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
         *given,
-        BB=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
+        BB=padded,
         BO=tile.outputs,
-        BE=min(width, triton.next_power_of_2(inputs)),
+        BE=width,
         num_stages=tile.stages,
         AHEAD=min(tile.ahead, inputs) if all(map(_whole, weights)) else 0,
         LATE=tile.late,

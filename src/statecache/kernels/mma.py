@@ -15,18 +15,18 @@ import triton.language as tl
 if os.environ.get("TRITON_INTERPRET") == "1":
 
     @triton.jit
-    def four(place):
+    def load16(place):
         """The 16 bytes from each place on, as four int32."""
         words = place.to(tl.pointer_type(tl.int32))
         return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
 
     @triton.jit
-    def once(place):
+    def load16_once(place):
         """The same of what no kernel of a step writes, and nobody reads again."""
-        return four(place)
+        return load16(place)
 
     @triton.jit
-    def pair(low, high, dtype: tl.constexpr):
+    def packed(low, high, dtype: tl.constexpr):
         """Two float32 as one int32."""
         low, high = low.to(dtype).to(tl.uint16, bitcast=True), high.to(dtype).to(tl.uint16, bitcast=True)
         return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.int32, bitcast=True)
@@ -54,7 +54,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 else:
 
     @triton.jit
-    def four(place):
+    def load16(place):
         """The 16 bytes from each place on, as four int32."""
         return tl.inline_asm_elementwise(
             "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
@@ -66,7 +66,7 @@ else:
         )
 
     @triton.jit
-    def once(place):
+    def load16_once(place):
         """The same of what no kernel of a step writes, and nobody reads again."""
         return tl.inline_asm_elementwise(  # not as constant, which the assembler would load only when it is used
             "ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
@@ -78,7 +78,7 @@ else:
         )
 
     @triton.jit
-    def pair(low, high, dtype: tl.constexpr):
+    def packed(low, high, dtype: tl.constexpr):
         """Two float32 as one int32."""
         kind: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
         return tl.inline_asm_elementwise(
@@ -117,9 +117,9 @@ def halves(word, dtype: tl.constexpr):
 @triton.jit
 def numbers(place):
     """The 8 numbers from each place on, as float32."""
-    words, found = four(place), ()
+    words, found = load16(place), ()
     if place.dtype.element_ty == tl.float32:
-        words += four(place + 4)
+        words += load16(place + 4)
         for n in tl.static_range(8):
             found += (words[n].to(tl.float32, bitcast=True),)
     else:

@@ -179,7 +179,10 @@ def step(
         assert inputs.is_contiguous() and gates.is_contiguous() and inputs.shape[1] == gates.shape[1] >= tokens
     y = torch.empty(len(new), H * P, dtype=new.dtype, device=new.device)
     few = rows < 8 or log is not None  # programs must be many, else each loads more at once
-    block = min(triton.next_power_of_2(P), 64 if not few else 32 if log is not None and rows > 1 else 16)
+    block = 16 if few else 64
+    if log is not None and rows > 1:  # each convolves B and C of its group, for all tokens of a round
+        block = 32
+    block = min(triton.next_power_of_2(P), block)
     parts = triton.cdiv(P, block)
     squares = None if norm is None else torch.empty(len(new), H * parts, dtype=torch.float32, device=new.device)
     low, high = limits

@@ -1,11 +1,11 @@
 """What kernels of many tokens share: chunks of a sequence, and gates that say which tokens there are."""
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from statecache.kernels import shared
 
 MOST = 64  # tokens of a chunk
 ROOM = 1 << 25  # float32 elements that a launch may leave to the next, for each of its workspaces
@@ -55,14 +55,8 @@ def _thirds(x):
 
 def block(tokens: int, device: torch.device, size: int) -> int:
     """Tokens of a chunk, of keys or states of this size: a power of two, and as many as products take at least."""
-    ample = device.type != "cuda" or _own(device) >= AMPLE
+    ample = shared(device) >= AMPLE
     return max(16, min(MOST // (1 if ample else 2) // (1 if size <= 128 else 2), padded(tokens)))
-
-
-@lru_cache
-def _own(device: torch.device) -> int:
-    """Bytes of memory that one program has for itself."""
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", AMPLE)
 
 
 def room(each: int) -> int:

@@ -66,7 +66,7 @@ def step(
     # time before channels: a sum over four neighbours is several times slower on a processor
     wide = torch.cat([past.mT, x], 1)
     weight = weight.squeeze(1) if weight.dim() > 2 else weight
-    if heads is None and torch.compiler.is_exporting():  # of what lies where it lies: nothing is joined first
+    if heads is None and torch.compiler.is_exporting():  # each read where it lies: outputs wait for no copy
         taps = weight.to(x.dtype).unbind(-1)
         y = sum((past[..., w] * tap for w, tap in enumerate(taps[:-1])), x[:, 0] * taps[-1]).unsqueeze(1)
     elif heads is None:
