@@ -1,6 +1,6 @@
 """A decoding step on a CPU, compiled ahead of time, beside the model's linear layers alone; and how it loads.
 
-    python benchmarks/cpu_compiled.py                            # six models, 1 and 8 rows: twenty minutes
+    python benchmarks/cpu_compiled.py                            # six models, 1 and 8 rows: half an hour
     python benchmarks/cpu_compiled.py --only lfm2 --rows 1 --json result.json
 
 Sides, in turn in each round: a prepared model on a fixed StateCache, plainly and by the code that `sc.Decoder` and
