@@ -47,6 +47,7 @@ INSIDE = {
         "fused",
     ],
     "kernels": [
+        "cards",
         "convolve early tokens pointers mma weights",
         "held",
         "linear norms attend ssd_step delta_step ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",

@@ -285,7 +285,7 @@ def test_a_device_that_is_too_small_runs_the_plain_form(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("own", [99 << 10, 227 << 10])
 def test_chunks_are_as_long_as_a_device_has_room_for(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_own", lambda _: own)
+    monkeypatch.setattr(tokens, "shared", lambda _: own)
     device, small = torch.device("cuda"), own < tokens.AMPLE
     assert [tokens.block(n, device, 128) for n in (1, 17, 4096)] == [16, 32, 32 if small else 64]
     assert tokens.block(4096, device, 256) == (16 if small else 32)

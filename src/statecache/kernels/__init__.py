@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from statecache.kernels.cards import DTYPES, able
+
 _refused: set[tuple[str, torch.device]] = set()
 
 
@@ -53,19 +54,3 @@ def refuse(kernel: str, device: torch.device, error: Exception) -> None:
     """Have this kernel serve no more there, and say so."""
     _refused.add((kernel, device))
     warnings.warn(f"the kernel {kernel} does not fit {device}, and its plain form runs: {error}", stacklevel=2)
-
-
-@lru_cache
-def able(device: torch.device) -> bool:
-    """Whether tensor cores take the products that kernels ask for, in bfloat16 and tf32, and as instructions."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@lru_cache
-def shared(device: torch.device) -> int:
-    """Bytes of memory that the threads of one program may share; more than any card has where there is none."""
-    if device.type != "cuda":
-        return 1 << 30
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache import kernels
 from statecache.kernels import held
+from statecache.kernels.cards import DTYPES, able, shared
 from statecache.kernels.early import early, fetch, launch, light, wait
 from statecache.kernels.weights import whose
 
@@ -54,9 +54,9 @@ class Held:
         """Whether such programs can read these."""
         given = [x, *weights] if norm is None else [x, *weights, norm]
         dtype, inputs = weights[0].dtype, weights[0].shape[1]
-        if dtype not in (torch.bfloat16, torch.float16) or any(t.dtype not in kernels.DTYPES for t in given):
+        if dtype not in (torch.bfloat16, torch.float16) or any(t.dtype not in DTYPES for t in given):
             return False
-        return kernels.able(x.device) and inputs % (32 * self.warps) == 0 and all(map(_whole, given))
+        return able(x.device) and inputs % (32 * self.warps) == 0 and all(map(_whole, given))
 
 
 # by rows, up to so many, and outputs, up to so many: benchmarks/tune_linear.py, on an H100
@@ -278,7 +278,7 @@ def linear(
     width = min(tile.inputs, triton.next_power_of_2(inputs))
     if rows > 1:
         each = tile.outputs * (2 if unit else 1) * weights[0].element_size() + padded * x.element_size()
-        while (tile.stages - 1) * width * each > kernels.shared(x.device) - OWN:  # as of float32, or on smaller cards
+        while (tile.stages - 1) * width * each > shared(x.device) - OWN:  # as of float32, or on smaller cards
             width //= 2
     _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
         *given,

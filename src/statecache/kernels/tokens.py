@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels import shared
+from statecache.kernels.cards import shared
 
 MOST = 64  # tokens of a chunk
 ROOM = 1 << 25  # float32 elements that a launch may leave to the next, for each of its workspaces

@@ -200,6 +200,8 @@ class Prepared:
             return
         if len(mask) != clock.rows:  # of some rows, which the pass names
             return
+        if self.states.tentative is None:
+            self.states.check_whole()  # what was interrupted has a way out of its own
         for row, (real, held) in enumerate(zip((mask != 0).sum(1).tolist(), clock.known.lengths, strict=True)):
             if real < held:
                 raise RaggedError(
