@@ -54,10 +54,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 else:
 
     @triton.jit
-    def load16(place):
-        """The 16 bytes from each place on, as four int32."""
+    def _load16(place, how: tl.constexpr):
         return tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "ld.global" + how + ".v4.b32 {$0, $1, $2, $3}, [$4];",
             "=r,=r,=r,=r,l",
             [place],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -66,16 +65,15 @@ else:
         )
 
     @triton.jit
+    def load16(place):
+        """The 16 bytes from each place on, as four int32."""
+        return _load16(place, "")
+
+    @triton.jit
     def load16_once(place):
         """The same of what no kernel of a step writes, and nobody reads again."""
-        return tl.inline_asm_elementwise(  # not as constant, which the assembler would load only when it is used
-            "ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [place],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
+        # not as constant, which the assembler would load only when it is used
+        return _load16(place, ".L1::no_allocate.L2::128B")
 
     @triton.jit
     def packed(low, high, dtype: tl.constexpr):

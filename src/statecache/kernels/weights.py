@@ -12,25 +12,12 @@ def whose(
 
     The tiles of one weight come after those of another, their outputs lie side by side.
     """
-    if WEIGHTS > 1:
+    weights, sizes = (weight1, weight2, weight3), (size1, size2, size3)
+    for n in tl.static_range(WEIGHTS - 1):
         tiles = tl.cdiv(size, BO)
-        if tile >= tiles:
+        if tile >= tiles:  # false from the weight on that it is of
             tile -= tiles
             out += size
-            weight = weight1
-            size = size1
-            if WEIGHTS > 2:
-                tiles = tl.cdiv(size1, BO)
-                if tile >= tiles:
-                    tile -= tiles
-                    out += size1
-                    weight = weight2
-                    size = size2
-                    if WEIGHTS > 3:
-                        tiles = tl.cdiv(size2, BO)
-                        if tile >= tiles:
-                            tile -= tiles
-                            out += size2
-                            weight = weight3
-                            size = size3
+            weight = weights[n]
+            size = sizes[n]
     return tile, out, weight, size
