@@ -14,7 +14,7 @@ ROOT = Path(statecache.__file__).parent
 # Each may import what stands before it. A package's own order follows it; files of a package that share a line are one
 # floor, and do not import each other.
 FLOORS = (
-    *("errors", "rotary", "spec", "mask", "storage", "ops", "kernels", "step", "ring", "lease", "replay", "clock"),
+    *("errors", "rotary", "spec", "mask", "kernels", "storage", "ops", "step", "ring", "lease", "replay", "clock"),
     *("logs", "offload"),
     *("snapshot", "one_pass", "states", "round", "models", "decode", "cli", "__main__"),
 )
@@ -48,7 +48,7 @@ INSIDE = {
     ],
     "kernels": [
         "cards",
-        "convolve early tokens pointers mma weights",
+        "convolve early tokens pointers rows mma weights",
         "held",
         "linear norms attend ssd_step delta_step ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from statecache import kernels
+
 ALONE = 1 << 23  # bytes from which on a tensor is worth a launch of its own: torch's single copies are the faster ones
 ASIDE = 1 << 28  # bytes that are kept aside at once while rows trade places, and one buffer's at least
 MANY = 512  # tensors from which on more at once are no quicker, and cost the host: it walks through what is alive
@@ -122,7 +124,30 @@ def _picked(to: Tensor, held: Tensor, rows: Rows) -> Copies:
 
 
 def _take(taken: list[tuple[Tensor, Rows]]) -> None:
-    """Move rows in place, of as many buffers at once as what is kept aside allows."""
+    """Move rows in place: a kernel those that it can, at once, and copies the others."""
+    left, together = list[tuple[Tensor, Rows]](), dict[tuple[torch.device, Rows], list[Tensor]]()
+    for held, rows in taken:
+        if _by_kernel(held, rows):
+            together.setdefault((held.device, rows), []).append(held)
+        else:
+            left.append((held, rows))
+    for (_, rows), buffers in together.items():
+        from statecache.kernels.rows import take
+
+        take(buffers, rows)
+    _trade(left)
+
+
+def _by_kernel(held: Tensor, rows: Rows) -> bool:
+    if not kernels.available(held.device):
+        return False
+    from statecache.kernels.rows import takes
+
+    return takes(held, rows)
+
+
+def _trade(taken: list[tuple[Tensor, Rows]]) -> None:
+    """The same by copies, of as many buffers at once as what is kept aside allows."""
     orders = {rows: order(rows) for rows in {rows for _, rows in taken}}
     rounds: tuple[list[Copies], ...] = ([], [], [])
     size = views = 0
