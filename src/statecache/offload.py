@@ -42,7 +42,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
     """States by name, of which those of one layer are on the device, and on their way there those of the next.
 
     Looking a state up brings its layer; the copy began, on a stream of its own, when the layer before it was looked up.
-    The layer before goes back, as far as it was written. What is of no layer stays on the device.
+    The layer before goes back on another, as far as it was written: the bus carries both at once. What is of no layer
+    stays on the device.
     """
 
     def __init__(self) -> None:
@@ -54,8 +55,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._here: list[str] = []
         self.now: str | None = None  # the layer that is in use
         self._written: dict[str, Span | None] = {}  # of layers that are here, the positions written; None: any
-        self._streams: dict[torch.device, Any] = {}
-        self._arrivals: dict[str, list[Any]] = {}  # when a layer has come, or has gone
+        self._streams: dict[tuple[torch.device, bool], Any] = {}  # to a device, and back from it
+        self._arrivals: dict[str, list[tuple[torch.device, Any]]] = {}  # when a layer has come, or has gone
 
     # ---- looking up
 
@@ -146,14 +147,15 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if not homes:
             return
         if any(home.late for home in homes):
-            for event in self._arrivals.pop(layer, ()):
+            for _, event in self._arrivals.pop(layer, ()):
                 event.synchronize()
         for home in homes:
             for part, came in home.late:
                 _copy(part, came)
             home.late.clear()
             home.buffer.untyped_storage().resize_(home.buffer.nbytes)
-        with self._copying(layer, homes):
+            self._record(home.buffer, back=False)
+        with self._copying(layer, homes, back=False):
             for home in homes:  # `data` counts its own versions: a state that came back was not written
                 _copy(home.buffer.data, home.host)
         for home in homes:
@@ -161,8 +163,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def _arrive(self, layer: str) -> None:
         """Have the device wait for what is on its way."""
-        for event in self._arrivals.pop(layer, ()):
-            event.wait()
+        for device, event in self._arrivals.pop(layer, ()):
+            torch.cuda.current_stream(device).wait_event(event)
 
     def _put_away(self, layer: str) -> None:
         """Copy what was written of a layer's states to host memory, and free the device's."""
@@ -175,7 +177,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
             if not home.away and (always or home.version != buffer._version):
                 parts = None if ring is None or span is None or home.version is None else _parts(ring, span)
                 written.append((home, ring, parts))
-        with self._copying(layer, [home for home, _, _ in written]):
+        with self._copying(layer, [home for home, _, _ in written], back=True):
             for home, ring, parts in written:
                 self._copy_back(home, ring, parts)
         for home, _, _ in written:
@@ -183,9 +185,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._homes[layer] = homes
         for home in homes:
             if not home.away and home.buffer.untyped_storage().resizable():  # not what somebody else looks at, as numpy
-                stream = self._stream(home.buffer.device)
-                if stream is not None:
-                    home.buffer.record_stream(stream)  # its memory is no other's until the copy is made
+                self._record(home.buffer, back=True)
                 home.away = True
                 home.buffer.untyped_storage().resize_(0)
         self._here.remove(layer)
@@ -207,18 +207,29 @@ class Offloaded(dict[str, "Ring | Lease"]):
             home.late.append((host, came))
 
     @contextmanager
-    def _copying(self, layer: str, homes: Sequence[Home]) -> Iterator[None]:
-        """Copies of these buffers are made within, beside what the device does next; see `_arrive`."""
-        streams = {device: self._stream(device) for device in {home.buffer.device for home in homes}}
+    def _copying(self, layer: str, homes: Sequence[Home], back: bool) -> Iterator[None]:
+        """Copies of these buffers are made within, beside what the device does next; see `_arrive`.
+
+        What comes waits for the layer's own way back, which may not be over.
+        """
+        streams = {device: self._stream(device, back) for device in {home.buffer.device for home in homes}}
         with ExitStack() as within:
             for device, stream in streams.items():
                 if stream is not None:
                     stream.wait_stream(torch.cuda.current_stream(device))
+                    for _, event in self._arrivals.get(layer, ()):
+                        stream.wait_event(event)
                     within.enter_context(torch.cuda.stream(stream))
             yield
-        there = [stream.record_event() for stream in streams.values() if stream is not None]
+        there = [(device, stream.record_event()) for device, stream in streams.items() if stream is not None]
         if there:
             self._arrivals.setdefault(layer, []).extend(there)
+
+    def _record(self, buffer: Tensor, back: bool) -> None:
+        """Have a buffer's memory be no other's until the copy that is made on that stream is over."""
+        stream = self._stream(buffer.device, back)
+        if stream is not None:
+            buffer.record_stream(stream)
 
     def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
         """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""
@@ -234,13 +245,13 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 slots = buffer.dim() > state.axis and buffer.shape[state.axis] == state.capacity
                 yield buffer, state if slots else None, False
 
-    def _stream(self, device: torch.device) -> Any:
-        """The stream on which copies to and from a device are made; None where there is none."""
+    def _stream(self, device: torch.device, back: bool) -> Any:
+        """The stream on which copies to a device are made, or back from it; None where there is none."""
         if device.type != "cuda":
             return None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
+        if (device, back) not in self._streams:
+            self._streams[device, back] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device, back]
 
 
 def _layer(name: str) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from statecache import errors, offload, ring
+from statecache.offload import Offloaded
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
+from statecache.step import Step
 
 LAYERS, WINDOW, ROWS = 4, 5, 2
 SPEC = ModelSpec(
@@ -48,12 +51,17 @@ def feed(states: States, tokens: int, layers: Any = range(LAYERS), count: Any = 
     random = torch.Generator().manual_seed(seed)
     step = states.open(tokens, count)
     for n in layers:
-        states[f"{n}.key"].extend(torch.randn(ROWS, 2, tokens, 3, generator=random), step, exact=True)
-        states[f"{n}.near"].extend(torch.randn(ROWS, tokens, 3, generator=random), step)
-        lease = states[f"{n}.copied"]
-        lease.keep(step)
-        lease.write(torch.randn(ROWS, 3, generator=random), step)
+        feed_layer(states, n, step, random)
     states.close(step)
+
+
+def feed_layer(states: States, n: int, step: Step, random: torch.Generator) -> None:
+    """Every state of a layer takes in tokens."""
+    states[f"{n}.key"].extend(torch.randn(ROWS, 2, step.tokens, 3, generator=random), step, exact=True)
+    states[f"{n}.near"].extend(torch.randn(ROWS, step.tokens, 3, generator=random), step)
+    lease = states[f"{n}.copied"]
+    lease.keep(step)
+    lease.write(torch.randn(ROWS, 3, generator=random), step)
 
 
 def same(pair: list[States]) -> None:
@@ -211,6 +219,84 @@ def test_bytes_are_counted_wherever_they_are(pair: list[States]) -> None:
     for states in pair:
         feed(states, 70)
     assert pair[0].nbytes() == pair[1].nbytes()
+
+
+# ---- streams, of which a CPU has none
+
+
+class Stream:
+    """A queue of a device that says of each piece of work which others were over before it."""
+
+    def __init__(self) -> None:
+        self.before: set[object] = set()
+
+    def work(self) -> tuple[object, set[object]]:
+        """A new piece of work, and all that is over when it begins."""
+        made, before = object(), set(self.before)
+        self.before.add(made)
+        return made, before
+
+    def record_event(self) -> Stream:
+        event = Stream()
+        event.before = set(self.before)
+        return event
+
+    def wait_event(self, event: Stream) -> None:
+        self.before |= event.before
+
+    wait_stream = wait_event
+
+
+class Streams:
+    """Stands in for CUDA's streams in `offload`, and checks the order of everything that touches a buffer's memory."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = self.compute = Stream()
+        self.made: dict[bool, Stream] = {}
+        self.kept: set[tuple[int, bool]] = set()  # buffers whose memory is kept for a copy, and which way it goes
+        self.last: dict[int, list[object]] = {}  # what touched each piece of memory, on the device or the host
+        self.checked = 0
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.compute)
+        patch.setattr(torch.cuda, "stream", self.within)
+        patch.setattr(Offloaded, "_stream", lambda _, device, back: self.made.setdefault(back, Stream()))
+        plainly = offload._copy
+
+        def keep(buffer: torch.Tensor, stream: Stream) -> None:
+            self.kept.add((buffer.untyped_storage()._cdata, stream is self.made.get(True)))
+
+        patch.setattr(torch.Tensor, "record_stream", keep)
+        patch.setattr(offload, "_copy", lambda to, what: (self.touch(to, what), plainly(to, what)))
+
+    @contextmanager
+    def within(self, stream: Stream) -> Iterator[None]:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    def touch(self, *tensors: torch.Tensor) -> None:
+        """Work on these tensors, in this stream, begins when all before on any of them is over."""
+        work, before = self.now.work()
+        for tensor in tensors:
+            used = self.last.setdefault(tensor.untyped_storage()._cdata, [])
+            assert before.issuperset(used), "two streams touch one piece of memory at a time"
+            self.checked += len(used)
+            used.append(work)
+
+
+def test_no_two_streams_touch_the_same_memory_at_a_time(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    states, streams = pair[0], Streams(monkeypatch)
+    for seed in range(4):
+        step = states.open(3)
+        for n in range(LAYERS):
+            for name in ("key", "near", "copied"):
+                state = states[f"{n}.{name}"]
+                assert streams.now is streams.compute
+                streams.touch(*state.buffers())  # a layer reads and writes its states
+            feed_layer(states, n, step, torch.Generator().manual_seed(seed))
+        states.close(step)
+    assert streams.checked > 100 and len(streams.made) == 2
+    moved = {id_ for id_, _ in streams.kept}
+    assert moved and streams.kept == {(id_, back) for id_ in moved for back in (True, False)}
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
