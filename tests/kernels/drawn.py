@@ -8,6 +8,8 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers in products
 NAN = float("nan")
+# how far what is rounded to bfloat16 once may be off: to the nearest, and in the interpreter towards zero
+ROUNDED = 2.0 ** (-8 if DEVICE == "cuda" else -7) * (1 + 1e-3)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
