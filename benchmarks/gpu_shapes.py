@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GraniteMoeHybridConfig, Mamba2Config, Qwen3_5TextConfig
+from transformers import GraniteMoeHybridConfig, Lfm2Config, Mamba2Config, Qwen3_5TextConfig
 
 WIDTH, VOCABULARY = 2048, 65536
 
@@ -77,10 +77,30 @@ def qwen3_5(small: bool) -> Any:
     )
 
 
+def lfm2(small: bool) -> Any:
+    """1.2 B parameters, 10 layers of short convolutions and 6 of attention."""
+    given, attends = _common(small), {1} if small else {2, 5, 8, 10, 12, 14}
+    width, layers = given["hidden_size"], 4 if small else 16
+    return Lfm2Config(
+        num_hidden_layers=layers,
+        layer_types=["full_attention" if n in attends else "conv" for n in range(layers)],
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256),
+        intermediate_size=4 * width,
+        block_auto_adjust_ff_dim=False,
+        **given,
+    )
+
+
 def drafting(small: bool) -> Any:
     """A model that drafts for any of these: their tokens, a quarter of their width, four layers of Mamba-2."""
     given = {**_common(small), "hidden_size": 64 if small else WIDTH // 4}
     return Mamba2Config(num_hidden_layers=4, num_heads=given["hidden_size"] // 32, head_dim=64, n_groups=1, **given)
 
 
-SHAPES: dict[str, Callable[[bool], Any]] = {"mamba2": mamba2, "granite_h": granite_h, "qwen3_5": qwen3_5}
+SHAPES: dict[str, Callable[[bool], Any]] = {
+    "mamba2": mamba2,
+    "granite_h": granite_h,
+    "qwen3_5": qwen3_5,
+    "lfm2": lfm2,
+}

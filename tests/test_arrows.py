@@ -44,13 +44,16 @@ INSIDE = {
         "wrappers",
         "generation",
         "prepare",
+        "parts",
+        "whole",
         "fused",
     ],
     "kernels": [
         "cards",
         "convolve early tokens pointers rows mma weights",
         "held",
-        "linear norms attend ssd_step delta_step ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
+        "linear norms attend ssd_step delta_step conv_step scan_step",
+        "ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",
     ],
     "decode": [

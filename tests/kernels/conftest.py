@@ -28,6 +28,8 @@ if TRITON and not GPU:
         "attend",
         "ssd_step",
         "delta_step",
+        "conv_step",
+        "scan_step",
         "ssd_fold",
         "delta_fold",
     )

@@ -11,14 +11,33 @@ from drawn import DEVICE
 
 import statecache as sc
 from statecache.kernels import delta_step, ssd_step
+from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.fused import by_kernels, ways
 
 STEPS = 2
-DENSE = {"granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0}}
+TWO = ["linear_attention", "full_attention"]
+SMALL: dict[str, dict[str, Any]] = {  # a layer of each kind, and no experts
+    "mamba": {"num_hidden_layers": 2},
+    "falcon_mamba": {"num_hidden_layers": 2},
+    "mamba2": {"num_hidden_layers": 2},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.1,
+        "num_hidden_layers": 2,
+        "layer_types": TWO,
+    },
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "jamba": {"num_experts": 1, "num_experts_per_tok": 1},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
+    "qwen3_5": {"num_hidden_layers": 2, "layer_types": TWO},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+}
 
 
 def model_of(name: str) -> Any:
-    model, _ = families.build(name, **DENSE.get(name, {}))
+    model, _ = families.build(name, **SMALL.get(name, {}))
     return sc.prepare(model.to(DEVICE))
 
 
@@ -30,7 +49,7 @@ def logits(
     model: Any, ids: torch.Tensor, kernels: bool, counts: list[int] | None = None, store: str | None = None
 ) -> torch.Tensor:
     """Of the steps after a prompt of nine tokens, of which row 1 is one behind. `store`: of recurrent states."""
-    rows, kept = len(ids), {"dtype": torch.float32, "device": DEVICE, "recurrent_store": store}
+    rows, kept = len(ids), {"dtype": model.dtype, "device": DEVICE, "recurrent_store": store}
     cache = sc.StateCache(model.config, capacity=32, slack=1, back=False, rows=rows, **kept)
     prompt = ids[:, :9]
     name = families.cache_arg(model)
@@ -50,8 +69,10 @@ def logits(
 
 
 SLOW = () if DEVICE == "cuda" else pytest.mark.long  # in the interpreter
-CASES = [("mamba2", 1), ("granitemoehybrid", 2), ("qwen3_5", 2)]
+CASES = [("mamba2", 1), ("granitemoehybrid", 2), ("qwen3_5", 2), ("bamba", 1), ("nemotron_h", 2), ("lfm2", 2)]
+CASES += [("falcon_mamba", 2)]
 MORE = [("mamba2", 70), ("granitemoehybrid", 1), ("granitemoehybrid", 17), ("qwen3_5", 1), ("qwen3_5", 17)]
+MORE += [("lfm2", 17), ("nemotron_h", 70), ("mamba", 1), ("jamba", 2)]
 
 
 @pytest.mark.parametrize(("name", "rows"), [*CASES, *(pytest.param(*case, marks=SLOW) for case in MORE)])
@@ -79,13 +100,19 @@ def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: py
     assert second < 1e-2  # from states of which a last place may be another
 
 
-OTHERS = ["falcon_h1", "qwen3_next", "nemotron_h", "zamba2"]
+OTHERS = {
+    "falcon_h1": "in part",
+    "qwen3_next": "in part",
+    "zamba2": "in part",
+    "lfm2_moe": "in part",
+    "nemotron_h": "whole",
+}
 
 
-@pytest.mark.parametrize("name", ["bamba", *(pytest.param(name, marks=SLOW) for name in OTHERS)])
+@pytest.mark.parametrize("name", ["lfm2_moe", *(pytest.param(n, marks=SLOW) for n in OTHERS if n != "lfm2_moe")])
 def test_other_families_run_in_part(name: str) -> None:
-    model = model_of(name)
-    assert "in part" in {way.way for way in ways(model)}
+    model = sc.prepare(families.build(name)[0].to(DEVICE))
+    assert OTHERS[name] in {way.way for way in ways(model)} != {"whole"}
     ids = texts(3)
     want, got = logits(model, ids, False, [1, 0, 1]), logits(model, ids, True, [1, 0, 1])
     alive = [0, 2]
@@ -106,18 +133,122 @@ def test_a_model_is_left_as_it_was() -> None:
 
 
 def test_what_is_unusual_goes_through_its_own_module() -> None:
-    model = model_of("mamba2")
+    model = sc.prepare(families.build("mamba2")[0].to(DEVICE))
     layers = model.backbone.layers
-    called = []
+    called: list[int] = []
     layers[0].mixer.in_proj.register_forward_hook(lambda *_: called.append(0))
     layers[1].mixer.out_proj = torch.nn.Sequential(layers[1].mixer.out_proj)
     layers[2].mixer.in_proj.weight.data = layers[2].mixer.in_proj.weight.data.mT.contiguous().mT
     found = ways(model)
     assert [way.way for way in found] == ["in part", "in part", "in part", "whole"]
-    assert "in_proj is hooked" in found[0].why
-    assert "out_proj is a Sequential" in found[1].why
-    assert "in_proj has an unusual weight" in found[2].why
+    assert found[0].why == "its mixer.in_proj is hooked"
+    assert found[1].why == "its mixer.out_proj is a Sequential"
+    assert found[2].why == "mixer.in_proj has an unusual weight"
     ids = texts(1)
     want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
     assert len(called) == 2 * (1 + STEPS)
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+HOOKED = {
+    ("granitemoehybrid", 0): ["input_layernorm", "shared_mlp", "shared_mlp.activation", "post_attention_layernorm"],
+    ("granitemoehybrid", 1): ["self_attn", "self_attn.v_proj", "self_attn.o_proj", "shared_mlp.output_linear"],
+    ("lfm2", 0): ["", "conv", "conv.in_proj", "operator_norm", "feed_forward", "feed_forward.w3", "ffn_norm"],
+    ("lfm2", 1): ["self_attn", "self_attn.q_layernorm", "self_attn.out_proj"],
+    ("nemotron_h", 1): ["norm", "mixer", "mixer.act_fn", "mixer.up_proj"],
+    ("qwen3_5", 0): ["mlp", "mlp.act_fn", "mlp.gate_proj", "linear_attn", "linear_attn.norm", "linear_attn.in_proj_a"],
+    ("falcon_mamba", 0): ["mixer.x_proj", "mixer.dt_proj", "mixer.b_layernorm", "mixer"],
+}
+
+
+@pytest.mark.parametrize(("name", "index"), HOOKED)
+def test_no_layer_with_a_hook_in_it_runs_whole(name: str, index: int) -> None:
+    model = model_of(name)
+    layer = list(layers_of(decoder_of(model)))[index]
+    assert ways(model)[index].way == "whole"
+    for path in HOOKED[name, index]:
+        handle = layer.get_submodule(path).register_forward_hook(lambda *_: None)
+        assert ways(model)[index].why == f"its {path or type(layer).__name__} is hooked"
+        handle.remove()
+    assert ways(model)[index].way == "whole"
+
+
+@pytest.mark.parametrize("path", ["mlp.act_fn", "linear_attn.norm", "mlp"])
+def test_hooks_are_called(path: str) -> None:
+    model, called = model_of("qwen3_5"), []
+    model.model.layers[0].get_submodule(path).register_forward_hook(lambda *_: called.append(0))
+    logits(model, texts(1), kernels=True)
+    assert len(called) == 1 + STEPS
+
+
+def test_a_call_that_asked_for_hidden_states_leaves_no_hooks_that_count() -> None:
+    model, ids = model_of("lfm2"), texts(2)
+    assert model(ids, output_hidden_states=True).hidden_states and model.model.layers[0]._forward_hooks
+    assert {way.way for way in ways(model)} == {"whole"}
+    want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5 and not torch.equal(got, want)
+
+
+def test_what_no_family_made_is_not_run_as_if() -> None:
+    model = sc.prepare(families.build("lfm2")[0].to(DEVICE))
+    layers = model.model.layers
+
+    class Lfm2MLP(type(layers[0].feed_forward)):  # type: ignore[misc]
+        pass
+
+    layers[0].feed_forward.__class__ = Lfm2MLP
+    layers[1].self_attn.__class__ = type("Clamped", (type(layers[1].self_attn),), {})
+    layers[2].__class__ = type("Lfm2DecoderLayer", (type(layers[2]),), {})
+    assert [way.why for way in ways(model)[:3]] == [
+        "its feed_forward is a Lfm2MLP",
+        "its self_attn is a Clamped",
+        "Lfm2DecoderLayer is not in the table",
+    ]
+    model = model_of("qwen3_5")
+    layers = model.model.layers
+    layers[1].input_layernorm = layers[0].linear_attn.norm
+    layers[0].self_attn = layers[1].self_attn
+    assert ways(model)[0].why == "it mixes in several ways"
+    assert ways(model)[1].why == "input_layernorm is a Qwen3_5RMSNormGated"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "index", "why"),
+    [
+        ("granitemoehybrid", {}, 0, "its block_sparse_moe is a GraniteMoeHybridMoE"),
+        ("nemotron_h", {}, 1, "its mixer is a NemotronHMoE"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, 4, "its activation is SiLUActivation"),
+        ("bamba", {"hidden_act": "gelu"}, 0, "its feed_forward.act_fn is a GELUActivation"),
+        ("bamba", {"mamba_proj_bias": True}, 0, "mamba.in_proj has a bias"),
+        ("lfm2", {"conv_bias": True}, 0, "conv.in_proj has a bias"),
+        ("jamba", {}, 1, "its feed_forward is a JambaSparseMoeBlock"),
+    ],
+)
+def test_what_a_configuration_asks_for_besides(name: str, options: dict[str, Any], index: int, why: str) -> None:
+    model = sc.prepare(families.build(name, **options)[0].to(DEVICE))
+    assert ways(model)[index].why == why
+
+
+def test_keys_with_a_window_are_no_kernels() -> None:
+    model = sc.prepare(families.build("lfm3")[0].to(DEVICE))
+    assert ways(model)[1].why == "its keys have a window"
+
+
+def test_residual_sums_stay_as_wide_as_they_are() -> None:
+    model, seen = model_of("mamba2").bfloat16(), []
+    model.backbone.norm_f.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    assert model.config.residual_in_fp32 and {way.way for way in ways(model)} == {"whole"}
+    want, got = (logits(model, texts(1), kernels=each).float() for each in (False, True))
+    assert ((got - want).abs().max() / want.abs().max()).item() < 2e-2
+    assert set(seen) == {torch.float32} and not torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("slack", "back", "lent"), [(1, False, True), (1, True, False), (0, False, False)])
+def test_what_a_cache_lends_is_explained(slack: int, back: bool, lent: bool) -> None:
+    for name in ("lfm2", "mamba2"):
+        model = families.build(name)[0].to(DEVICE)
+        cache = sc.StateCache(
+            model.config, capacity=32, rows=1, slack=slack, back=back, dtype=torch.float32, device=DEVICE
+        )
+        lends = lent or (name == "lfm2" and slack == 1)  # which has no recurrence
+        assert sc.explain(model, cache)[0].way == ("whole" if lends else "modules")

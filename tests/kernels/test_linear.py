@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import HALF, draw, error, normed, strided
+from drawn import HALF, ROUNDED, draw, error, normed, strided
 from torch.nn import functional as F
 
 from statecache.kernels import held
 from statecache.kernels.linear import TILES, Held, Tile, linear
-from statecache.kernels.norms import norm, unit
+from statecache.kernels.norms import norm, squared, unit
 
 ROWS = [1, 2, 16, 33]
 SIZES = [(37, 48), (64, 130)]
@@ -25,8 +25,8 @@ FORMS = ["plain", "norm", "unit", "parts"]
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dtype, form: str) -> None:
     got, want = multiplied(rows, size, dtype, form, Tile(16, 32, 4))
-    # products of float32 would be 3e-4 off in tf32
-    assert error(got, want) < (2e-6 if dtype == torch.float32 else 5e-3)
+    # products of float32 would be 3e-4 off in tf32; of inputs that are rounded after a norm, a unit multiplies two
+    assert error(got, want) < (2e-6 if dtype == torch.float32 else 5e-3 * (1 + (form == "unit")))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -36,7 +36,7 @@ def test_linear_with_what_stands_around_it(rows: int, size: Any, dtype: torch.dt
 def test_weights_held_in_registers(rows: int, size: Any, dtype: torch.dtype, form: str) -> None:
     ahead = 1 if size[1] == 256 else 9  # fewer than there are, and more
     got, want = multiplied(rows, size, dtype, form, Held(2, 2, ahead))
-    assert error(got, want) < (1e-3 if dtype == torch.float16 else 8e-3)
+    assert error(got, want) < (1e-3 if dtype == torch.float16 else 8e-3) * (1 + (form == "unit"))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_tiles_of_the_table_in_registers(tile: Held) -> None:
     given = {"norm": draw(256), "eps": 1e-5, "dtype": torch.float32, "tile": tile}  # x and norm of other dtypes
     want = [normed(x.double(), given["norm"], 1e-5, 0.0) @ weight.double().mT for weight in weights]
     assert error(linear(x, weights[0], **given), want[0]) < 8e-3
-    assert error(linear(x, weights, unit=True, **given), F.silu(want[0]) * want[1]) < 8e-3
+    assert error(linear(x, weights, unit=True, **given), F.silu(want[0]) * want[1]) < 2 * 8e-3
 
 
 def test_few_rows_are_multiplied_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,11 +164,12 @@ def test_norm_of_groups_with_gates(dtype: torch.dtype, group: int | None, first:
         x, weight, eps=1e-5, offset=1.0, group=group, gate=None if first is None else gate, gate_first=bool(first)
     )
     assert got.dtype == dtype
-    assert error(got, want) < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert error(got, want) < (1e-6 if dtype == torch.float32 else ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gated_unit(dtype: torch.dtype) -> None:
-    x = strided(draw(3, 2 * 520, dtype=dtype))
-    want = F.silu(x[:, :520].double()) * x[:, 520:].double()
-    assert error(unit(x), want) < (1e-6 if dtype == torch.float32 else 5e-3)
+def test_units(dtype: torch.dtype) -> None:
+    x, close = strided(draw(3, 2 * 520, dtype=dtype)), 1e-6 if dtype == torch.float32 else ROUNDED
+    first, second = x.double().chunk(2, 1)
+    assert error(unit(x), F.silu(first) * second) < close
+    assert error(squared(x), x.double().relu().square()) < close

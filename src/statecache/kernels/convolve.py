@@ -22,11 +22,13 @@ def convolve(
     S: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    BY: tl.constexpr = 0,
 ):
     """Convolve the T new tokens of a row that stands at `at` in these channels: T outputs and T inputs, float32.
 
     new: the tokens' inputs (T, C), `stride` apart; ring: (C, S) of the row, which has those before `at`; weight:
-    (C, K); bias: (C,). `there`: which channels exist. All is read before anything is computed.
+    (C, K); bias: (C,). `there`: which channels exist. BY: how far behind an input lies what multiplies it; 0: nothing
+    does. All is read before anything is computed.
     """
     seen, taps = (), ()
     for n in tl.static_range(K - 1):
@@ -35,7 +37,11 @@ def convolve(
         x = tl.load(ring + channel * S + (position + S) % S, mask=there & held, other=0.0)
         seen += (x.to(tl.float32),)
     for t in tl.static_range(T):
-        seen += (tl.load(new + t * stride + channel, mask=there, other=0.0).to(tl.float32),)
+        x = tl.load(new + t * stride + channel, mask=there, other=0.0).to(tl.float32)
+        if BY:
+            x *= tl.load(new + t * stride + BY + channel, mask=there, other=0.0).to(tl.float32)
+            x = x.to(new.dtype.element_ty).to(tl.float32)  # as the ring has it, so that a round is its steps
+        seen += (x,)
     for tap in tl.static_range(K):
         taps += (tl.load(weight + channel * K + tap, mask=there, other=0.0).to(tl.float32),)
     if BIAS:

@@ -1,4 +1,4 @@
-"""RMS norms, with a gate before or after, one program a row and group; and gated units.
+"""RMS norms, with a gate before or after, one program a row and group; and the units of what feeds forward.
 
 B rows, E channels, in groups of M.
 """
@@ -107,4 +107,23 @@ def unit(x: Tensor) -> Tensor:
     rows, width = len(x), x.shape[1] // 2
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     _unit[(rows, triton.cdiv(width, 512))](x, out, x.stride(0), E=width, BE=512, num_warps=4, **early(x.device))
+    return out
+
+
+@triton.jit
+def _squared(x, out, x_stride, E: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
+    row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
+    if EARLY:
+        launch()
+        wait()
+    there = e < E
+    positive = tl.maximum(tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32), 0.0)
+    tl.store(out + row * E + e, (positive * positive).to(out.dtype.element_ty), mask=there)
+
+
+def squared(x: Tensor) -> Tensor:
+    """The squares of what is positive of x (B, E), whose rows may have any stride, and zero for the rest."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    _squared[(rows, triton.cdiv(width, 512))](x, out, x.stride(0), E=width, BE=512, num_warps=4, **early(x.device))
     return out

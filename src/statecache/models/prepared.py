@@ -243,13 +243,13 @@ class Lent:
     """What a kernel needs to take in tokens of each row by itself, and to keep its states in place.
 
     ring: (B, C, S), the inputs of the convolution, that of position p in slot p % S. state: (B, *D), the recurrence's,
-    in the dtype that it is kept in.
+    in the dtype that it is kept in; None where the layer has no recurrence.
     start: (B,) or (1,) long, where rows stand. count: (B,) long, how many of the tokens are theirs; None for all.
     log: of a round, which leaves the state as it is, and the inputs and gates (B, L, W) of position p in slot p % L.
     """
 
     ring: Tensor
-    state: Tensor
+    state: Tensor | None
     start: Tensor
     count: Tensor | None
     log: tuple[Tensor, Tensor] | None = None
@@ -359,32 +359,40 @@ class LayerState:
         return no_gradient(y, first) if first.requires_grad else y
 
     def lend(self) -> Lent | None:
-        """Both states for a kernel, which then updates them; None where the pass is none for it.
+        """The states of a mixer for a kernel, which then updates them; None where the pass is none for it.
 
         That is a pass of one token of all rows in order, or a round over few, with nothing to log, on states that lie
         in one tensor, the convolution's in a ring with a slot to spare for each.
         """
-        step, states = self._lending(), self.writer.states
+        step, held = self._lending(), self.writer.states.held
         if step is None:
             return None
-        conv, state = (states.held.get(f"{self.index}.{name}") for name in ("conv", "recurrent"))
-        if not isinstance(conv, Ring) or not isinstance(state, Lease):
+        conv, state, log = held.get(f"{self.index}.conv"), None, None
+        if not isinstance(conv, Ring) or not conv.store.shows or not conv.wraps:
             return None
-        logs = state.spec.logged and states.back
-        window, held = conv.spec.window, state.store.plain
-        if logs or state.copies is not None or held is None or not conv.store.shows or not conv.wraps:
+        if conv.spec.window is None or conv.capacity < conv.spec.window + step.tokens:
             return None
-        if window is None or conv.capacity < window + step.tokens:
-            return None
-        step.write()
-        here = step.on(conv.device)
-        ring, log = conv.store.read(slice(0, conv.capacity)), None
-        if step.tentative:
-            rings = states.logs[f"{self.index}.recurrent"]
-            log = None if rings is None else lent_log(rings)
-            if log is None:
+        if f"{self.index}.recurrent" in self.writer.states.declared:
+            state = self._lend_state()
+            if state is None:
                 return None
-        return Lent(ring, held.squeeze(1), here.starts_on(conv.device), here.count, log)
+            if step.tentative:
+                rings = self.writer.states.logs[f"{self.index}.recurrent"]
+                log = None if rings is None else lent_log(rings)
+                if log is None:
+                    return None
+        step.write()
+        here, ring = step.on(conv.device), conv.store.read(slice(0, conv.capacity))
+        return Lent(ring, state, here.starts_on(conv.device), here.count, log)
+
+    def _lend_state(self) -> Tensor | None:
+        """The recurrent state, if a kernel may keep it in place."""
+        states = self.writer.states
+        state = states.held.get(f"{self.index}.recurrent")
+        if not isinstance(state, Lease) or state.copies is not None or (state.spec.logged and states.back):
+            return None
+        held = state.store.plain
+        return None if held is None else held.squeeze(1)
 
     def lend_keys(self) -> LentKeys | None:
         """The keys and values for a kernel, which then writes them; None where the pass is none for it, as above.

@@ -41,6 +41,7 @@ class Mixer:
     convolutions: ClassVar[tuple[str, ...]] = ("conv1d",)  # submodules whose weights are used without a call
     asks: ClassVar[tuple[str, ...]] = ()  # what `mix` takes of the module's other arguments, by name
     layer: int
+    kernel: Kernel | None = None  # what few tokens are left to, while a step is captured
 
     def __init__(self, module: nn.Module, unmodified: Any) -> None:
         self.module, self.unmodified = module, unmodified
@@ -79,6 +80,14 @@ class Mixer:
         """With the module's weights, also outside of its forward."""
         return nullcontext() if self.inside else awake(self.module)
 
+    def by_kernel(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor | None:
+        """What the kernel makes of what the projections did; None in a pass that it is not for."""
+        lent = None if self.kernel is None else states.lend()
+        if self.kernel is None or lent is None:
+            return None
+        flat = tuple([part.flatten(0, 1) for part in projected])
+        return self.kernel(self, flat, lent).view(*projected[0].shape[:2], -1)
+
     def mix(self, hidden_states: Tensor, states: LayerState | Stateless, *asked: Any) -> Any:
         """From hidden_states (B, T, E) and what it `asks` for to what the module returns."""
         raise NotImplementedError
@@ -94,15 +103,6 @@ class Recurrent(Mixer):
     constant: Derived | None = None  # what the operator needs of the weights
     folded: ClassVar[tuple[str, ...]] = ()  # weights that `operator.folding` reads
     sizes: tuple[tuple[str, int], ...] = ()  # and what it is told besides
-    kernel: Kernel | None = None  # what `advance` leaves one token to, while a step is captured
-
-    def by_kernel(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor | None:
-        """What `advance` returns, by the kernel; None in a pass that it is not for."""
-        lent = states.lend()
-        if self.kernel is None or lent is None:
-            return None
-        flat = tuple([part.flatten(0, 1) for part in projected])
-        return self.kernel(self, flat, lent).view(*projected[0].shape[:2], -1)
 
     def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
         """Take in T tokens: from what the projections made of them, (B, T, ...) each, to what the gate takes (B, T, W).

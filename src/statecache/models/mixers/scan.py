@@ -24,7 +24,8 @@ class Scan(Recurrent):
     def __init__(self, module: nn.Module, unmodified: Any, *, groups: str = "", normed: bool = False) -> None:
         super().__init__(module, unmodified)
         m: Any = module
-        self.normed, self.silu = normed, m.activation in ("silu", "swish")
+        self.norms = ("dt_layernorm", "b_layernorm", "c_layernorm") if normed else ()
+        self.silu = m.activation in ("silu", "swish")
         self.grouped = bool(groups) and getattr(m, groups) > 1
         self.groups: int = getattr(m, groups) if self.grouped else 1
         self.split = (int(m.time_step_rank), m.ssm_state_size, m.ssm_state_size)
@@ -45,6 +46,8 @@ class Scan(Recurrent):
 
     def advance(self, projected: tuple[Tensor, ...], states: LayerState | Stateless) -> Tensor:
         """See `Recurrent.advance`. Projected: x (B, T, W)."""
+        if self.kernel is not None and (y := self.by_kernel(projected, states)) is not None:
+            return y
         m: Any = self.module
         (x,) = projected
         x = states.convolve(x, m.conv1d.weight.squeeze(1), m.conv1d.bias, self.silu)
@@ -57,8 +60,8 @@ class Scan(Recurrent):
         """Dt (B, T, 1, W) before its softplus, B and C (B, T, 1, N), of x (B, T, W)."""
         m: Any = self.module
         dt, B, C = m.x_proj(x).split_with_sizes(self.split, -1)
-        if self.normed:
-            dt, B, C = m.dt_layernorm(dt), m.b_layernorm(B), m.c_layernorm(C)
+        if self.norms:
+            dt, B, C = (getattr(m, name)(part) for name, part in zip(self.norms, (dt, B, C), strict=True))
         precise = torch.promote_types(x.dtype, torch.float32)
         plain = type(m.dt_proj) is nn.Linear and "_hf_hook" not in vars(m.dt_proj)
         if plain and m.dt_proj.bias is not None:  # its bias in full precision

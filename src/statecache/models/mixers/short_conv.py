@@ -17,6 +17,12 @@ class ShortConv(Mixer):
 
     def mix(self, hidden_states: Tensor, states: LayerState | Stateless) -> Tensor:
         m: Any = self.module
-        B, C, x = m.in_proj(hidden_states).chunk(3, -1)
-        y = states.convolve(B * x, m.conv.weight.squeeze(1), m.conv.bias, False)
-        return m.out_proj(C * y)  # type: ignore[no-any-return]
+        return m.out_proj(self.advance(m.in_proj(hidden_states), states))  # type: ignore[no-any-return]
+
+    def advance(self, projected: Tensor, states: LayerState | Stateless) -> Tensor:
+        """Take in T tokens: from both gates and what is convolved, as one (B, T, 3 E), to (B, T, E)."""
+        if self.kernel is not None and (y := self.by_kernel((projected,), states)) is not None:
+            return y
+        conv: Any = self.module.conv
+        B, C, x = projected.chunk(3, -1)
+        return C * states.convolve(B * x, conv.weight.squeeze(1), conv.bias, False)

@@ -1,0 +1,380 @@
+"""Layers that kernels run whole, from norm to residual sum, through the table `LAYERS`.
+
+A layer's linear layers are read where they lie: nothing is copied or joined. The table says by what names a family
+calls what all have in common. A layer is run whole only if every module in it is known here, one of transformers' or
+torch's own, and nobody hooks it or runs it otherwise; `whole` says what is not so.
+
+B rows, T tokens of each, E the model's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from statecache.models.given import layer_states
+from statecache.models.mixers import Mixer
+from statecache.models.mixers.delta import Delta
+from statecache.models.mixers.scan import Scan
+from statecache.models.mixers.short_conv import ShortConv
+from statecache.models.mixers.ssd import SSD
+from statecache.models.parts import (
+    GATED,
+    NORMS,
+    WEIGHTLESS,
+    changed,
+    delta,
+    eps_of,
+    gated_norm,
+    hooked,
+    kernel_of,
+    mixers_of,
+    plain,
+    scan_with,
+    short,
+    ssd,
+    ssd_with,
+)
+from statecache.models.prepared import LayerState, Lent, LentKeys
+
+# ---- what there is
+
+
+@dataclass(frozen=True)
+class Form:
+    """A layer that can run whole: a mixer or attention behind a norm, and behind another norm a gated unit.
+
+    By the names of its modules. before: the norm of the mixer; behind, into and out: that of the unit, what makes gate
+    and rest, two linear layers or one, and the linear layer that follows. A layer may have either part alone. family:
+    how the names of its classes begin. scale: the attribute that multiplies what is added to the residual sum; wide:
+    the one that says whether this is float32. gated: half of what attention's q_proj makes is a gate; squared: the unit
+    is no gated one, but the square of what is positive. pair: the layer returns attention's weights, too.
+    """
+
+    before: str
+    behind: str = ""
+    into: tuple[str, ...] = ()
+    out: str = ""
+    family: str = ""
+    attention: str = "self_attn"
+    scale: str = ""
+    wide: str = ""
+    gated: bool = False
+    squared: bool = False
+    pair: bool = False
+
+
+def _fed(behind: str, unit: str, **given: Any) -> Form:
+    """A form with the names that most families have."""
+    into = (f"{unit}.gate_proj", f"{unit}.up_proj")
+    return Form("input_layernorm", behind, into, f"{unit}.down_proj", **given)
+
+
+LAYERS = {
+    "MambaBlock": Form("norm", wide="residual_in_fp32"),
+    "FalconMambaBlock": Form("norm", wide="residual_in_fp32"),
+    "Mamba2Block": Form("norm", wide="residual_in_fp32"),
+    "GraniteMoeHybridDecoderLayer": Form(
+        "input_layernorm",
+        "post_attention_layernorm",
+        ("shared_mlp.input_linear",),
+        "shared_mlp.output_linear",
+        family="GraniteMoeHybrid",
+        scale="residual_multiplier",
+    ),
+    "BambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Bamba", pair=True),
+    "JambaMambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba"),
+    "JambaAttentionDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba"),
+    "NemotronHBlock": Form(
+        "norm", "norm", ("mixer.up_proj",), "mixer.down_proj", family="NemotronH", attention="mixer", squared=True
+    ),
+    "Qwen3_5DecoderLayer": _fed("post_attention_layernorm", "mlp", family="Qwen3_5", gated=True),
+    "Lfm2DecoderLayer": Form(
+        "operator_norm", "ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2", family="Lfm2"
+    ),
+}
+SILU, SQUARED = ("SiLU", "SiLUActivation"), ("ReLUSquaredActivation",)  # activations of units, by class name
+KNOWN = {"Linear", "Conv1d", *NORMS, *GATED, *WEIGHTLESS, *SILU, *SQUARED}
+
+
+def whole(layer: nn.Module) -> Callable[..., Any] | str:
+    """What runs a layer whole; or why nothing does."""
+    form = LAYERS.get(type(layer).__name__)
+    if form is None or not _native(layer):
+        return f"{type(layer).__name__} is not in the table"
+    mixers, attention = mixers_of(layer), _attention(form, layer)
+    why = _foreign(form, layer, [mixer.module for mixer in mixers])
+    if why:
+        return why
+    if len(mixers) + (attention is not None) > 1:
+        return "it mixes in several ways"
+    mixer = next(iter(mixers), None)
+    parts = _parts(form, layer, mixer, attention)
+    if isinstance(parts, str):
+        return parts
+    linear, norms = parts
+    for path in linear:
+        why = _unusual(layer.get_submodule(path))
+        if why:
+            return f"{path} {why}"
+    for path in norms:
+        name = type(layer.get_submodule(path)).__name__
+        if name not in NORMS:
+            return f"{path} is a {name}"
+    return _run(form, layer, mixer, attention)
+
+
+def _foreign(form: Form, layer: nn.Module, mixed: list[nn.Module]) -> str | None:
+    """What in a layer is not as its family made it; None if all is. `mixed`: the modules that mixers stand in for."""
+    known = {*KNOWN, f"{form.family}Attention", f"{form.family}MLP"}
+    for path, module in layer.named_modules():
+        name, mixes = type(module).__name__, module in mixed
+        if hooked(module) if mixes else changed(module):
+            return f"its {path or name} is hooked"
+        if module is not layer and not mixes and (name not in known or not _native(module)):
+            return f"its {path} is a {name}"
+    return None
+
+
+def _native(module: nn.Module) -> bool:
+    """Whether a module's class is transformers' or torch's own."""
+    return type(module).__module__.partition(".")[0] in ("transformers", "torch")
+
+
+def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) -> tuple[list[str], list[str]] | str:
+    """The linear layers and norms that kernels read of a layer, by name; or why they can run none of its parts."""
+    linear, norms = list[str](), list[str]()
+    if mixer is not None:
+        if kernel_of(mixer) is None:
+            return f"no kernel runs its {type(mixer.module).__name__}"
+        path = next(n for n, module in layer.named_modules() if module is mixer.module)
+        linear += [f"{path}.{n}" for n in MIXES[type(mixer)][1]]
+        norms.append(form.before)
+    if attention is not None:
+        linear += [f"{form.attention}.{n}" for n in ("q_proj", "k_proj", "v_proj", _out(attention))]
+        norms += [form.before, *(f"{form.attention}.{n}" for n in _head_norms(attention))]
+    if _feeds(form, layer):
+        unit: Any = layer.get_submodule(form.out.partition(".")[0])
+        activation = getattr(unit, "act_fn", getattr(unit, "activation", None))
+        if activation is not None and type(activation).__name__ not in (SQUARED if form.squared else SILU):
+            return f"its activation is {type(activation).__name__}"
+        linear += [*form.into, form.out]
+        norms.append(form.behind)
+    return (linear, norms) if linear else "no kernel runs any part of it"
+
+
+def _unusual(module: Any) -> str | None:
+    """Why a linear layer's weight is not read where it lies; None where it is."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}"
+    bias: Any = module.bias
+    if bias is not None:
+        return "has a bias"
+    if not plain(module.weight):
+        return "has an unusual weight"
+    return None
+
+
+# ---- how they run
+
+
+def _run(form: Form, layer: Any, mixer: Mixer | None, attention: Any) -> Callable[..., Any]:
+    """What runs a layer of this form whole, and leaves passes that are not for kernels to its own forward."""
+    own, before, feeds = layer.forward, layer.get_submodule(form.before), _feeds(form, layer)
+    scale = float(getattr(layer, form.scale)) if form.scale else 1.0
+    wide = bool(form.wide and getattr(layer, form.wide))
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lent: Any = None
+        if mixer is not None:
+            lent = _lent(mixer, args, kwargs)
+        elif attention is not None and not args:
+            lent = _lent_keys(attention, kwargs)
+        if torch.is_grad_enabled() or (lent is None and not (mixer is attention is None)):
+            return own(hidden_states, *args, **kwargs)
+        x = hidden_states.flatten(0, 1)
+        x = x.float() if wide else x
+        if mixer is not None:
+            x = MIXES[type(mixer)][0](mixer, before, x, lent, scale)
+        elif attention is not None:
+            x = _attend(attention, before, x, lent, kwargs.get("position_embeddings"), scale, form.gated)
+        x = _feed(form, layer, x, scale) if feeds else x
+        x = x.view(hidden_states.shape)
+        return (x, None) if form.pair else x
+
+    return forward
+
+
+def _feed(form: Form, layer: nn.Module, x: Tensor, scale: float) -> Tensor:
+    """The unit with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
+    from statecache.kernels.norms import squared
+
+    by, into = layer.get_submodule(form.behind), [_weight(layer, path) for path in form.into]
+    if form.squared:
+        inside = squared(_product(x, into[0], by=by))
+    else:
+        inside = _product(x, tuple(into) if len(into) > 1 else into[0].chunk(2), by=by, gated=True)
+    return _product(inside, _weight(layer, form.out), residual=x, scale=scale)
+
+
+def _weight(layer: nn.Module, path: str) -> Tensor:
+    weight: Tensor = layer.get_parameter(f"{path}.weight")
+    return weight
+
+
+def _attention(form: Form, layer: nn.Module) -> Any:
+    """The layer's attention; None where it has a mixer, or nothing of the kind."""
+    module = getattr(layer, form.attention, None)
+    return module if hasattr(module, "q_proj") else None
+
+
+def _feeds(form: Form, layer: nn.Module) -> bool:
+    """Whether the layer has the unit of its form."""
+    name, _, inner = form.out.partition(".")
+    return hasattr(getattr(layer, name, None), inner)
+
+
+def _head_norms(attention: nn.Module) -> list[str]:
+    """The norms of each head of queries and keys, by name, if there are some."""
+    return [name for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") if hasattr(attention, name)]
+
+
+def _out(attention: nn.Module) -> str:
+    return "o_proj" if hasattr(attention, "o_proj") else "out_proj"
+
+
+def _lent(mixer: Mixer, args: tuple[Any, ...], kwargs: Any) -> Lent | None:
+    """The states of a layer's mixer for a kernel; None in a pass that is none for it."""
+    states = layer_states(mixer.layer, args, kwargs)
+    return states.lend() if isinstance(states, LayerState) else None
+
+
+def _lent_keys(module: Any, kwargs: Any) -> LentKeys | None:
+    """The keys and values of an attention layer for a kernel; None in a pass that is none for it."""
+    states = layer_states(module.layer_idx, (), kwargs)
+    return states.lend_keys() if isinstance(states, LayerState) else None
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
+    *,
+    by: Any = None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
+
+    `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
+    a gated unit, whose outputs these are.
+    """
+    from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
+    from statecache.kernels.norms import norm, unit
+
+    eps, offset = (eps, 0.0) if by is None else (eps_of(by), NORMS[type(by).__name__])
+    weights = (weight,) if isinstance(weight, Tensor) else weight
+    if by is not None and len(x) > FEW_ROWS:  # every program would compute it
+        x, by = norm(x, by.weight, eps=eps, offset=offset, dtype=weights[0].dtype), None
+    if len(x) <= MOST_ROWS:
+        return linear(
+            x,
+            weights,
+            norm=None if by is None else by.weight,
+            eps=eps,
+            offset=offset,
+            squares=squares,
+            unit=gated,
+            residual=residual,
+            scale=scale,
+            dtype=None if residual is None else residual.dtype,
+        )
+    assert squares is None
+    y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
+    y = unit(y) if gated else y
+    return y if residual is None else torch.add(residual, y, alpha=scale)
+
+
+def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+    """A Mamba-2 mixer with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
+    from statecache.kernels.linear import MOST_ROWS
+
+    m: Any = mixer.module
+    z, new, dt = _product(x, m.in_proj.weight, by=by).split_with_sizes(mixer.projected, -1)
+    one = getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
+    if one and len(x) <= MOST_ROWS and z.dtype != torch.float16:  # which may have no place for what is not normed
+        y, squares = ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight)
+        return _product(y, m.out_proj.weight, squares=squares, eps=eps_of(m.norm), residual=x, scale=scale)
+    y = gated_norm(m.norm)(ssd(mixer, (new, dt), lent), z)
+    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+
+
+def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+    """The same of a gated delta net."""
+    from statecache.kernels.norms import norm
+
+    m: Any = mixer.module
+    four = (m.in_proj_qkv.weight, m.in_proj_z.weight, m.in_proj_b.weight, m.in_proj_a.weight)
+    qkv, z, b, a = _product(x, four, by=by).split_with_sizes([len(each) for each in four], -1)
+    y = delta(mixer, (qkv, b, a), lent)
+    y = norm(y, m.norm.weight, eps=eps_of(m.norm), group=mixer.inputs[1][1], gate=z, gate_first=False)
+    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+
+
+def _mix_short(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+    """The same of a gated short convolution."""
+    m: Any = mixer.module
+    y = short(mixer, (_product(x, m.in_proj.weight, by=by),), lent)
+    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+
+
+def _mix_scan(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+    """The same of a Mamba-1 mixer."""
+    m: Any = mixer.module
+    new, z = _product(x, m.in_proj.weight, by=by).chunk(2, -1)
+    y = scan_with(mixer, (new,), lent, lambda x: _product(x, m.x_proj.weight), gate=z)
+    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+
+
+Mix = Callable[[Any, Any, Tensor, Lent, float], Tensor]
+# what runs each kind of mixer between two residual sums, and its linear layers by name
+MIXES: dict[type[Mixer], tuple[Mix, tuple[str, ...]]] = {
+    SSD: (_mix_ssd, ("in_proj", "out_proj")),
+    Delta: (_mix_delta, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")),
+    ShortConv: (_mix_short, ("in_proj", "out_proj")),
+    Scan: (_mix_scan, ("in_proj", "x_proj", "out_proj")),
+}
+
+
+def _attend(m: Any, by: Any, x: Tensor, lent: LentKeys, turns: Any, scale: float, gated: bool) -> Tensor:
+    """The same of attention, `m` its module. `turns`: cosines and sines (B, T, R), or None; `gated`: by half of q."""
+    from statecache.kernels.attend import Norms, attend
+
+    three = (m.q_proj.weight, m.k_proj.weight, m.v_proj.weight)
+    q, k, v = _product(x, three, by=by).split_with_sizes([len(each) for each in three], -1)
+    norms, by_head = None, [getattr(m, name) for name in _head_norms(m)]
+    if by_head:
+        of_q, of_k = by_head
+        norms = Norms(of_q.weight, of_k.weight, eps_of(of_q), NORMS[type(of_q).__name__])
+    angles = None if turns is None else tuple(each.expand(len(lent.keys), -1, -1).flatten(0, 1) for each in turns)
+    y = attend(
+        q,
+        k,
+        v,
+        lent.keys,
+        lent.values,
+        lent.start,
+        lent.count,
+        scale=m.scaling,
+        norms=norms,
+        angles=angles,
+        gated=gated,
+    )
+    return _product(y, getattr(m, _out(m)).weight, residual=x, scale=scale)
