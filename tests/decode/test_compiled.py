@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +202,18 @@ def swap(model: Any) -> None:
 def test_what_cannot_be_known_is_not_compiled(change: Callable[[Any], object]) -> None:
     assert compiles(model_of())
     assert not compiles(rebuilt(change))
+
+
+def test_a_call_that_asked_for_hidden_states_changes_nothing() -> None:
+    model = model_of()
+    want = name_of(model, filled(model))
+    assert model(IDS, output_hidden_states=True).hidden_states
+    assert any(module._forward_hooks for module in model.modules()), "what transformers leaves there"
+    assert compiles(model) and name_of(model, filled(model)) == want
+    packed = io.BytesIO()
+    compiled.Hollow(packed).dump(model)
+    again = pickle.loads(packed.getvalue())
+    assert advance(again, StateCache(again.config), IDS, None).shape == (*IDS.shape, 101)
 
 
 def test_an_empty_folder_name_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:

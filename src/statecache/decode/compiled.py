@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import statecache
 from statecache.decode.feed import step
 from statecache.models.cache import StateCache
+from statecache.models.parts import collects, hooked
 from statecache.storage.table import Stores
 
 FOLDER = "STATECACHE_COMPILED"  # where code is kept, if this is set; nowhere, if it is empty
@@ -43,6 +44,7 @@ AFTER = 20.0  # and from which on it is made at once, which slows them meanwhile
 KEPT = 64  # files, the latest used
 TOLERANCE = 1e-4  # of the largest logit, between what is compiled and what is not
 OF_FILES = "_name_or_path", "transformers_version"  # in a configuration, of where it comes from
+OF_CALLS = "_output_capturing_hooks_installed"  # of a model that was asked for hidden states once
 SMALL = 2**16  # bytes of a tensor that goes to the process that compiles as it is; larger ones go without their numbers
 
 _spent: dict[Path, float] = {}  # seconds of plain steps, by the file that would hold their code
@@ -193,6 +195,8 @@ def _structure(model: nn.Module) -> Iterator[str]:
     for place, module in model.named_modules(remove_duplicate=False):
         yield f"{place} {_called(type(module))} {first.setdefault(id(module), place)}"
         for key, value in sorted(vars(module).items()):
+            if key == OF_CALLS:
+                continue
             if isinstance(value, (bool, int, float, str, type(None))):
                 yield f"{key} {value!r}"
             elif isinstance(value, Tensor):
@@ -233,10 +237,9 @@ def _called(value: Any) -> str:
 
 def _changed(module: nn.Module) -> bool:
     """Whether somebody hooks a module, or has put a function of his own on it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
     own = vars(module).get("forward")
     of = getattr(own, "__self__", own)
-    return any(hooks) or (own is not None and not type(of).__module__.startswith("statecache."))
+    return hooked(module) or (own is not None and not type(of).__module__.startswith("statecache."))
 
 
 # ---- files
@@ -355,7 +358,18 @@ class Hollow(pickle.Pickler):
             return _weight, (value.shape, value.stride(), value.dtype, value.requires_grad)
         if isinstance(value, Tensor) and value.nbytes > SMALL:
             return torch.empty_strided, (tuple(value.shape), value.stride(), value.dtype)
+        if collects(value):
+            return _collects_nothing, ()
         return NotImplemented
+
+
+def _collects_nothing() -> Any:
+    """A hook that does what one that collects does in a step: nothing."""
+    return _ignore
+
+
+def _ignore(*given: Any) -> None:
+    pass
 
 
 def _weight(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, learns: bool) -> nn.Parameter:
