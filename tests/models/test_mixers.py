@@ -63,7 +63,7 @@ def test_rows_say_what_modules_have(name: str) -> None:
     for mixer in mixers(build(name)):
         kind, m = type(mixer).__name__, mixer.module
         if kind == "Scan":
-            assert mixer.normed == hasattr(m, "dt_layernorm")
+            assert bool(mixer.norms) == hasattr(m, "dt_layernorm")
             assert mixer.groups == getattr(m, "n_mamba_heads", 1)
         if kind == "SSD":
             assert mixer.scaled == hasattr(m, "mup_vector")
