@@ -29,6 +29,16 @@ SMALL: dict[str, dict[str, Any]] = {  # a layer of each kind, and no experts
         "layer_types": TWO,
     },
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "falcon_h1": {
+        "num_hidden_layers": 2,
+        "attention_in_multiplier": 0.7,
+        "attention_out_multiplier": 0.6,
+        "ssm_in_multiplier": 0.8,
+        "ssm_out_multiplier": 1.3,
+        "key_multiplier": 0.4,
+        "mlp_multipliers": [0.9, 1.2],
+        "ssm_multipliers": [0.5, 0.6, 0.7, 1.8, 0.9],
+    },
     "jamba": {"num_experts": 1, "num_experts_per_tok": 1},
     "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "qwen3_5": {"num_hidden_layers": 2, "layer_types": TWO},
@@ -70,9 +80,9 @@ def logits(
 
 SLOW = () if DEVICE == "cuda" else pytest.mark.long  # in the interpreter
 CASES = [("mamba2", 1), ("granitemoehybrid", 2), ("qwen3_5", 2), ("bamba", 1), ("nemotron_h", 2), ("lfm2", 2)]
-CASES += [("falcon_mamba", 2)]
+CASES += [("falcon_mamba", 2), ("falcon_h1", 2)]
 MORE = [("mamba2", 70), ("granitemoehybrid", 1), ("granitemoehybrid", 17), ("qwen3_5", 1), ("qwen3_5", 17)]
-MORE += [("lfm2", 17), ("nemotron_h", 70), ("mamba", 1), ("jamba", 2)]
+MORE += [("falcon_h1", 70), ("lfm2", 17), ("nemotron_h", 70), ("mamba", 1), ("jamba", 2)]
 
 
 @pytest.mark.parametrize(("name", "rows"), [*CASES, *(pytest.param(*case, marks=SLOW) for case in MORE)])
@@ -101,7 +111,6 @@ def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: py
 
 
 OTHERS = {
-    "falcon_h1": "in part",
     "qwen3_next": "in part",
     "zamba2": "in part",
     "lfm2_moe": "in part",
@@ -157,6 +166,7 @@ HOOKED = {
     ("lfm2", 1): ["self_attn", "self_attn.q_layernorm", "self_attn.out_proj"],
     ("nemotron_h", 1): ["norm", "mixer", "mixer.act_fn", "mixer.up_proj"],
     ("qwen3_5", 0): ["mlp", "mlp.act_fn", "mlp.gate_proj", "linear_attn", "linear_attn.norm", "linear_attn.in_proj_a"],
+    ("falcon_h1", 0): ["mamba", "self_attn", "self_attn.k_proj", "feed_forward.act_fn", "input_layernorm"],
     ("falcon_mamba", 0): ["mixer.x_proj", "mixer.dt_proj", "mixer.b_layernorm", "mixer"],
 }
 
@@ -221,6 +231,7 @@ def test_what_no_family_made_is_not_run_as_if() -> None:
         ("bamba", {"hidden_act": "gelu"}, 0, "its feed_forward.act_fn is a GELUActivation"),
         ("bamba", {"mamba_proj_bias": True}, 0, "mamba.in_proj has a bias"),
         ("lfm2", {"conv_bias": True}, 0, "conv.in_proj has a bias"),
+        ("falcon_h1", {"mamba_rms_norm": True}, 0, "its mamba.norm is a FalconH1RMSNormGated"),
         ("jamba", {}, 1, "its feed_forward is a JambaSparseMoeBlock"),
     ],
 )

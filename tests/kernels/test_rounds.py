@@ -195,7 +195,7 @@ def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, c
     log = logs_of(rows, H * P + G * N, H)
     count = torch.tensor(counts, device=DEVICE) if counted else None
     given = (new, dt, weight, bias, A_log, dt_bias, D, ring, held, starts, count)
-    norm = draw(H * P, dtype=dtype) if H != 4 else None
+    norm = draw(H * P, dtype=dtype) if H not in (3, 4) else None
     got, squares = ssd_step.step(*given, groups=G, silu=silu, limits=limits, gate=gate, norm=norm, log=(log[0], log[1]))
     got = got.unflatten(0, (rows, T))
     if norm is not None:

@@ -53,7 +53,8 @@ class Form:
     and rest, two linear layers or one, and the linear layer that follows. A layer may have either part alone. family:
     how the names of its classes begin. scale: the attribute that multiplies what is added to the residual sum; wide:
     the one that says whether this is float32. gated: half of what attention's q_proj makes is a gate; squared: the unit
-    is no gated one, but the square of what is positive. pair: the layer returns attention's weights, too.
+    is no gated one, but the square of what is positive. parallel: it has a mixer and attention behind one norm, and a
+    multiplier for each part. also: what the layer returns besides, as a tuple; None: what it returns is no tuple.
     """
 
     before: str
@@ -66,7 +67,34 @@ class Form:
     wide: str = ""
     gated: bool = False
     squared: bool = False
-    pair: bool = False
+    parallel: bool = False
+    also: tuple[None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What multiplies in a layer.
+
+    mixed, attended, fed: what mixer, attention and unit add to the residual sum; seen: what attention projects; keys:
+    what it projects to keys; gate: that of the unit, before its activation.
+    """
+
+    mixed: float = 1.0
+    attended: float = 1.0
+    fed: float = 1.0
+    seen: float = 1.0
+    keys: float = 1.0
+    gate: float = 1.0
+
+    @staticmethod
+    def of(form: Form, layer: Any) -> Scales:
+        """Those of a layer."""
+        if form.parallel:
+            unit = layer.get_submodule(form.out.partition(".")[0])
+            added = layer.ssm_out_multiplier, layer.attn_out_multiplier, unit.down_multiplier
+            return Scales(*added, layer.attention_in_multiplier, layer.self_attn.key_multiplier, unit.gate_multiplier)
+        scale = float(getattr(layer, form.scale)) if form.scale else 1.0
+        return Scales(scale, scale, scale)
 
 
 def _fed(behind: str, unit: str, **given: Any) -> Form:
@@ -87,7 +115,8 @@ LAYERS = {
         family="GraniteMoeHybrid",
         scale="residual_multiplier",
     ),
-    "BambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Bamba", pair=True),
+    "BambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Bamba", also=(None,)),
+    "FalconH1DecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="FalconH1", parallel=True, also=()),
     "JambaMambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba"),
     "JambaAttentionDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba"),
     "NemotronHBlock": Form(
@@ -99,7 +128,7 @@ LAYERS = {
     ),
 }
 SILU, SQUARED = ("SiLU", "SiLUActivation"), ("ReLUSquaredActivation",)  # activations of units, by class name
-KNOWN = {"Linear", "Conv1d", *NORMS, *GATED, *WEIGHTLESS, *SILU, *SQUARED}
+KNOWN = {"Linear", "Conv1d", "Identity", *NORMS, *GATED, *WEIGHTLESS, *SILU, *SQUARED}
 
 
 def whole(layer: nn.Module) -> Callable[..., Any] | str:
@@ -111,7 +140,7 @@ def whole(layer: nn.Module) -> Callable[..., Any] | str:
     why = _foreign(form, layer, [mixer.module for mixer in mixers])
     if why:
         return why
-    if len(mixers) + (attention is not None) > 1:
+    if len(mixers) + (attention is not None) > 1 + form.parallel:
         return "it mixes in several ways"
     mixer = next(iter(mixers), None)
     parts = _parts(form, layer, mixer, attention)
@@ -186,40 +215,42 @@ def _unusual(module: Any) -> str | None:
 def _run(form: Form, layer: Any, mixer: Mixer | None, attention: Any) -> Callable[..., Any]:
     """What runs a layer of this form whole, and leaves passes that are not for kernels to its own forward."""
     own, before, feeds = layer.forward, layer.get_submodule(form.before), _feeds(form, layer)
-    scale = float(getattr(layer, form.scale)) if form.scale else 1.0
-    wide = bool(form.wide and getattr(layer, form.wide))
+    scales, wide = Scales.of(form, layer), bool(form.wide and getattr(layer, form.wide))
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        lent: Any = None
-        if mixer is not None:
-            lent = _lent(mixer, args, kwargs)
-        elif attention is not None and not args:
-            lent = _lent_keys(attention, kwargs)
-        if torch.is_grad_enabled() or (lent is None and not (mixer is attention is None)):
+        lent: Any = None if mixer is None else _lent(mixer, args, kwargs)
+        keys = None if attention is None or args else _lent_keys(attention, kwargs)
+        refused = (mixer is not None and lent is None) or (attention is not None and keys is None)
+        if refused or torch.is_grad_enabled():
             return own(hidden_states, *args, **kwargs)
         x = hidden_states.flatten(0, 1)
-        x = x.float() if wide else x
+        total = x = x.float() if wide else x
         if mixer is not None:
-            x = MIXES[type(mixer)][0](mixer, before, x, lent, scale)
-        elif attention is not None:
-            x = _attend(attention, before, x, lent, kwargs.get("position_embeddings"), scale, form.gated)
-        x = _feed(form, layer, x, scale) if feeds else x
-        x = x.view(hidden_states.shape)
-        return (x, None) if form.pair else x
+            total = MIXES[type(mixer)][0](mixer, before, x, lent, scales.mixed)
+        if attention is not None:
+            turns = kwargs.get("position_embeddings")
+            total = _attend(attention, before, x, keys, turns, scales, residual=total, gated=form.gated)
+        total = _feed(form, layer, total, scales) if feeds else total
+        total = total.view(hidden_states.shape)
+        return total if form.also is None else (total, *form.also)
 
     return forward
 
 
-def _feed(form: Form, layer: nn.Module, x: Tensor, scale: float) -> Tensor:
+def _feed(form: Form, layer: nn.Module, x: Tensor, scales: Scales) -> Tensor:
     """The unit with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
-    from statecache.kernels.norms import squared
+    from statecache.kernels.norms import squared, unit
 
     by, into = layer.get_submodule(form.behind), [_weight(layer, path) for path in form.into]
     if form.squared:
         inside = squared(_product(x, into[0], by=by))
+    elif scales.gate != 1.0:
+        both = _product(x, tuple(into), by=by)
+        both[:, : len(into[0])] *= scales.gate
+        inside = unit(both)
     else:
         inside = _product(x, tuple(into) if len(into) > 1 else into[0].chunk(2), by=by, gated=True)
-    return _product(inside, _weight(layer, form.out), residual=x, scale=scale)
+    return _product(inside, _weight(layer, form.out), residual=x, scale=scales.fed)
 
 
 def _weight(layer: nn.Module, path: str) -> Tensor:
@@ -299,7 +330,9 @@ def _product(
     assert squares is None
     y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
     y = unit(y) if gated else y
-    return y if residual is None else torch.add(residual, y, alpha=scale)
+    if residual is not None:
+        return torch.add(residual, y, alpha=scale)
+    return y if scale == 1.0 else y * scale
 
 
 def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
@@ -307,7 +340,13 @@ def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor
     from statecache.kernels.linear import MOST_ROWS
 
     m: Any = mixer.module
-    z, new, dt = _product(x, m.in_proj.weight, by=by).split_with_sizes(mixer.projected, -1)
+    projected = _product(x, m.in_proj.weight, by=by, scale=m.ssm_in_multiplier if mixer.scaled else 1.0)
+    if mixer.scaled:
+        projected *= m.mup_vector.flatten()
+    z, new, dt = projected.split_with_sizes(mixer.projected, -1)
+    if not mixer.normed:
+        y, _ = ssd_with(mixer, (new, dt), lent, gate=z)
+        return _product(y, m.out_proj.weight, residual=x, scale=scale)
     one = getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
     if one and len(x) <= MOST_ROWS and z.dtype != torch.float16:  # which may have no place for what is not normed
         y, squares = ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight)
@@ -353,12 +392,20 @@ MIXES: dict[type[Mixer], tuple[Mix, tuple[str, ...]]] = {
 }
 
 
-def _attend(m: Any, by: Any, x: Tensor, lent: LentKeys, turns: Any, scale: float, gated: bool) -> Tensor:
-    """The same of attention, `m` its module. `turns`: cosines and sines (B, T, R), or None; `gated`: by half of q."""
+def _attend(
+    m: Any, by: Any, x: Tensor, lent: Any, turns: Any, scales: Scales, *, residual: Tensor, gated: bool
+) -> Tensor:
+    """Attention, `m` its module, with the norm before it, added to a residual sum: x (B T, E) to (B T, E).
+
+    turns: cosines and sines (B, T, R), or None; `gated`: by half of q.
+    """
     from statecache.kernels.attend import Norms, attend
 
     three = (m.q_proj.weight, m.k_proj.weight, m.v_proj.weight)
-    q, k, v = _product(x, three, by=by).split_with_sizes([len(each) for each in three], -1)
+    projected = _product(x, three, by=by, scale=scales.seen)
+    q, k, v = projected.split_with_sizes([len(each) for each in three], -1)
+    if scales.keys != 1.0:
+        k *= scales.keys
     norms, by_head = None, [getattr(m, name) for name in _head_norms(m)]
     if by_head:
         of_q, of_k = by_head
@@ -377,4 +424,4 @@ def _attend(m: Any, by: Any, x: Tensor, lent: LentKeys, turns: Any, scale: float
         angles=angles,
         gated=gated,
     )
-    return _product(y, getattr(m, _out(m)).weight, residual=x, scale=scale)
+    return _product(y, getattr(m, _out(m)).weight, residual=residual, scale=scales.attended)
