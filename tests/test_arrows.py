@@ -88,6 +88,8 @@ FOREIGN = {
     "._schema",
     "._forward_hooks",
     "._forward_pre_hooks",
+    "._global_forward_hooks",
+    "._global_forward_pre_hooks",
     "torch._foreach_copy_",
     "torch._foreach_zero_",
     "._version",

@@ -19,11 +19,12 @@ from statecache.step import Step
 class Logs:
     """The logs among the states that a container has `held` so far.
 
-    `behind`: whether a state has yet to be brought to its row's end, for want of its operator.
+    `apart`: they are on the device one layer at a time. `behind`: whether a state has yet to be brought to its row's
+    end, for want of its operator.
     """
 
-    def __init__(self, held: dict[str, Ring | Lease]) -> None:
-        self._held = held
+    def __init__(self, held: dict[str, Ring | Lease], apart: bool) -> None:
+        self._held, self._apart = held, apart
         self._operators: weakref.ref[Operators] | None = None
         self.behind = False
         self._gathered: dict[Together, Together] = {}  # kept, since captured launches read what these hold
@@ -78,7 +79,7 @@ class Logs:
         """Take in what a round keeps of its pass: the first `count` (R,) tokens, at most `most`; None: all of these."""
         together: dict[Together, list[tuple[Recurrence, Log]]] = {}
         for recurrence, log in self._each():
-            run = recurrence.together(log) if isinstance(recurrence, Gathering) else None
+            run = recurrence.together(log) if isinstance(recurrence, Gathering) and not self._apart else None
             if run is None:
                 log.accept(recurrence, step, most, count)
             else:

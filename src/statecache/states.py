@@ -122,7 +122,7 @@ class States:
         self.offload = offload
         self.held: dict[str, Ring | Lease] = Offloaded() if offload else {}
         self._watch()
-        self.logs = Logs(self.held)
+        self.logs = Logs(self.held, apart=self.offload)
         self.clock: Clock | None = None
         self.marks = Marks()
         self.tentative: int | None = None  # the most tokens of the speculative round that is open

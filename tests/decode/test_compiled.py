@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from transformers.utils.output_capturing import OutputRecorder
 
 import statecache as sc
 from statecache.decode import compiled
@@ -27,6 +28,7 @@ from statecache.decode.compiling import FEW, Sums, _write_early, compile_step
 from statecache.decode.feed import advance
 from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
+from statecache.models.parts import collects
 from statecache.models.table import model_spec
 
 SHAPE: dict[str, Any] = {"rows": 2, "capacity": 512, "slack": 1, "back": False}
@@ -210,6 +212,7 @@ def test_a_call_that_asked_for_hidden_states_changes_nothing() -> None:
     assert model(IDS, output_hidden_states=True).hidden_states
     assert any(module._forward_hooks for module in model.modules()), "what transformers leaves there"
     assert compiles(model) and name_of(model, filled(model)) == want
+    assert not collects(OutputRecorder(nn.Linear)), "which is no hook"
     packed = io.BytesIO()
     compiled.Hollow(packed).dump(model)
     again = pickle.loads(packed.getvalue())

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from drawn import DEVICE
+from torch.nn.modules.module import register_module_forward_hook
 
 import statecache as sc
 from statecache.kernels import delta_step, ssd_step
@@ -114,6 +115,7 @@ OTHERS = {
     "qwen3_next": "in part",
     "zamba2": "in part",
     "lfm2_moe": "in part",
+    "zamba": "modules",
     "nemotron_h": "whole",
 }
 
@@ -127,6 +129,14 @@ def test_other_families_run_in_part(name: str) -> None:
     alive = [0, 2]
     assert ((got - want)[alive].abs().max() / want.abs().max()).item() < 1e-5
     assert not torch.equal(got[alive], want[alive])
+
+
+def test_every_family_says_how_its_layers_run() -> None:
+    for name in families.FAMILIES:
+        if "+" not in name:
+            model = sc.prepare(families.build(name)[0].to(DEVICE))
+            assert {way.way for way in ways(model)} <= {"whole", "in part", "modules"}
+            assert all(way.why for way in ways(model) if way.way != "whole")
 
 
 def test_a_model_is_left_as_it_was() -> None:
@@ -181,6 +191,27 @@ def test_no_layer_with_a_hook_in_it_runs_whole(name: str, index: int) -> None:
         assert ways(model)[index].why == f"its {path or type(layer).__name__} is hooked"
         handle.remove()
     assert ways(model)[index].way == "whole"
+
+
+def test_a_hook_of_all_modules_is_called() -> None:
+    model, called = model_of("lfm2"), []
+    handle = register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        assert ways(model)[0].why == "its Lfm2DecoderLayer is hooked"
+        logits(model, texts(1), kernels=True)
+    finally:
+        handle.remove()
+    assert called.count(model.model.layers[0].feed_forward.w2) == 1 + STEPS
+    assert ways(model)[0].way == "whole"
+
+
+def test_norms_that_a_kernel_takes_together_are_alike() -> None:
+    model = model_of("falcon_mamba")
+    model.backbone.layers[0].mixer.b_layernorm.eps = 5.0
+    assert [way.why for way in ways(model)] == ["no kernel runs its FalconMambaMixer", ""]
+    model = model_of("qwen3_5")
+    model.model.layers[1].self_attn.k_norm.eps = 5.0
+    assert [way.why for way in ways(model)] == ["", "its norms of queries and keys differ"]
 
 
 @pytest.mark.parametrize("path", ["mlp.act_fn", "linear_attn.norm", "mlp"])

@@ -67,6 +67,14 @@ def test_rows_that_are_no_whole_pieces_are_left_to_others() -> None:
         assert not takes(held, [1, 0])
 
 
+def test_what_a_default_device_is_does_not_matter() -> None:
+    held = torch.arange(16.0, device=DEVICE).view(2, 8)
+    want = held[[1, 0]]
+    with torch.device("meta"):
+        take([held], [1, 0])
+    assert torch.equal(held, want)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many buffers each launch had."""

@@ -68,5 +68,8 @@ def silu(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), as torch computes it: x itself above 20."""
-    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+    """log(1 + exp(x)) to the last places, however small: x itself above 20, as torch has it."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e  # rounded; the logarithm is of that, and e / (u - 1) makes up for it
+    small = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(x > 20.0, x, small)

@@ -7,10 +7,12 @@ B rows, T tokens of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from statecache import kernels
 from statecache.kernels.cards import DTYPES
@@ -50,6 +52,7 @@ GATED = {
     "Qwen3_5MoeRMSNormGated": False,
 }
 WEIGHTLESS = ("FalconMambaWeightlessRMSNorm",)  # norms whose weight is none
+PLAIN_NORMS = (*WEIGHTLESS, *(name for name, offset in NORMS.items() if not offset))  # to whose weight nothing is added
 
 
 # ---- norms
@@ -168,7 +171,7 @@ def scan_with(
 
 # the kernel of each kind of mixer, and what it reads besides the convolution's weight: weights, and those of modules
 KERNELS: dict[type[Mixer], tuple[Kernel, tuple[str, ...], tuple[str, ...]]] = {
-    SSD: (ssd, ("A_log", "dt_bias"), ()),
+    SSD: (ssd, ("A_log", "dt_bias", "D"), ()),
     Delta: (delta, ("A_log", "dt_bias"), ()),
     ShortConv: (short, (), ()),
     Scan: (scan, ("A_log", "D"), ("dt_proj",)),
@@ -181,13 +184,15 @@ def kernel_of(mixer: Mixer) -> Kernel | None:
     if made is None or not getattr(mixer, "silu", True) or hooked(mixer.module):
         return None
     kernel, own, read = made
-    m, modules = mixer.module, [mixer.module.get_submodule(name) for name in (*mixer.convolutions, *read)]
-    if any(type(module) not in (nn.Conv1d, nn.Linear) or changed(module) for module in modules):
+    m: Any = mixer.module
+    read_of: list[Any] = [getattr(m, name, None) for name in (*mixer.convolutions, *read)]
+    if any(type(module) not in (nn.Conv1d, nn.Linear) or changed(module) for module in read_of):
         return None
-    norms = [m.get_submodule(name) for name in getattr(mixer, "norms", ())]
-    if any(type(norm).__name__ not in (*NORMS, *WEIGHTLESS) or changed(norm) for norm in norms):
+    norms = [getattr(m, name) for name in getattr(mixer, "norms", ())]
+    if norms and not (alike(norms) and type(norms[0]).__name__ in PLAIN_NORMS):
         return None
-    weights = [module.weight for module in modules] + [getattr(m, name) for name in own]
+    weights = [getattr(m, name) for name in own]
+    weights += [w for module in read_of for w in (module.weight, module.bias) if w is not None]
     return kernel if all(map(plain, weights)) else None
 
 
@@ -199,14 +204,21 @@ def eps_of(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
+def alike(norms: Sequence[Any]) -> bool:
+    """Whether a kernel can take these norms for one: of one class, one eps, and with plain weights."""
+    first = norms[0]
+    same = all(type(norm) is type(first) and eps_of(norm) == eps_of(first) and not changed(norm) for norm in norms)
+    return same and all(type(norm).__name__ in WEIGHTLESS or plain(norm.weight) for norm in norms)
+
+
 def plain(weight: object) -> bool:
     """Whether a kernel can read this weight where it lies."""
     return type(weight) is nn.Parameter and weight.is_contiguous() and weight.dtype in DTYPES
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody hooks a module: not transformers itself, see `collects`."""
-    if "_hf_hook" in vars(module):
+    """Whether somebody hooks a module, or all modules: not transformers itself, see `collects`."""
+    if "_hf_hook" in vars(module) or modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return True
     hooks = (hook for name in ("_forward_hooks", "_forward_pre_hooks") for hook in vars(module)[name].values())
     return not all(map(collects, hooks))
@@ -215,9 +227,9 @@ def hooked(module: nn.Module) -> bool:
 def collects(hook: object) -> bool:
     """Whether a hook is one of those that transformers leaves in a model that was once asked for hidden states.
 
-    They collect what such calls ask for, and do nothing in any other, as the passes of a decoder are.
+    They collect what a call asks for, and do nothing in one that asks for nothing.
     """
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    return inspect.isfunction(hook) and hook.__module__ == "transformers.utils.output_capturing"
 
 
 def changed(module: nn.Module) -> bool:

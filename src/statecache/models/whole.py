@@ -27,6 +27,7 @@ from statecache.models.parts import (
     GATED,
     NORMS,
     WEIGHTLESS,
+    alike,
     changed,
     delta,
     eps_of,
@@ -187,6 +188,9 @@ def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) ->
     if attention is not None:
         linear += [f"{form.attention}.{n}" for n in ("q_proj", "k_proj", "v_proj", _out(attention))]
         norms += [form.before, *(f"{form.attention}.{n}" for n in _head_norms(attention))]
+        by_head = [getattr(attention, name) for name in _head_norms(attention)]
+        if by_head and not alike(by_head):
+            return "its norms of queries and keys differ"
     if _feeds(form, layer):
         unit: Any = layer.get_submodule(form.out.partition(".")[0])
         activation = getattr(unit, "act_fn", getattr(unit, "activation", None))
