@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache.kernels.convolve import silu
 from statecache.kernels.early import early, launch, wait
 
 
@@ -37,8 +38,7 @@ def _norm(
     there, e = m < M, group * M + m
     seen = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
     if BEFORE or AFTER:
-        by = tl.load(gate + row * gate_stride + e, mask=there, other=0.0).to(tl.float32)
-        by = by / (1.0 + tl.exp(-by))
+        by = silu(tl.load(gate + row * gate_stride + e, mask=there, other=0.0).to(tl.float32))
         if BEFORE:
             seen *= by
     seen *= tl.rsqrt(tl.sum(seen * seen, 0) / M + eps)
@@ -90,40 +90,33 @@ def norm(
 
 
 @triton.jit
-def _unit(x, out, x_stride, E: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
+def _unit(x, out, x_stride, E: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
     row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
     if EARLY:
         launch()
         wait()
     there = e < E
-    through = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
-    seen = tl.load(x + row * x_stride + E + e, mask=there, other=0.0).to(tl.float32)
-    through = through / (1.0 + tl.exp(-through)) * seen
-    tl.store(out + row * E + e, through.to(out.dtype.element_ty), mask=there)
+    y = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
+    if GATED:
+        y = silu(y) * tl.load(x + row * x_stride + E + e, mask=there, other=0.0).to(tl.float32)
+    else:
+        y = tl.maximum(y, 0.0)
+        y *= y
+    tl.store(out + row * E + e, y.to(out.dtype.element_ty), mask=there)
 
 
 def unit(x: Tensor) -> Tensor:
     """A gated unit of x (B, 2 E), whose rows may have any stride: silu(x[:, :E]) x[:, E:], (B, E)."""
-    rows, width = len(x), x.shape[1] // 2
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    _unit[(rows, triton.cdiv(width, 512))](x, out, x.stride(0), E=width, BE=512, num_warps=4, **early(x.device))
-    return out
-
-
-@triton.jit
-def _squared(x, out, x_stride, E: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
-    row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
-    if EARLY:
-        launch()
-        wait()
-    there = e < E
-    positive = tl.maximum(tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32), 0.0)
-    tl.store(out + row * E + e, (positive * positive).to(out.dtype.element_ty), mask=there)
+    return _units(x, x.shape[1] // 2, gated=True)
 
 
 def squared(x: Tensor) -> Tensor:
     """The squares of what is positive of x (B, E), whose rows may have any stride, and zero for the rest."""
-    rows, width = x.shape
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    _squared[(rows, triton.cdiv(width, 512))](x, out, x.stride(0), E=width, BE=512, num_warps=4, **early(x.device))
+    return _units(x, x.shape[1], gated=False)
+
+
+def _units(x: Tensor, width: int, gated: bool) -> Tensor:
+    out = torch.empty(len(x), width, dtype=x.dtype, device=x.device)
+    grid = len(x), triton.cdiv(width, 512)
+    _unit[grid](x, out, x.stride(0), E=width, GATED=gated, BE=512, num_warps=4, **early(x.device))
     return out

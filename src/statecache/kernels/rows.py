@@ -50,7 +50,6 @@ def take(buffers: Sequence[Tensor], rows: Sequence[int]) -> None:
     programs = min(PROGRAMS, max(triton.cdiv(width * PIECE // 4, columns) for *_, width in sizes))
     device = buffers[0].device
     with torch.cuda.device_of(buffers[0]):
-        there = torch.tensor(table, device="cpu", pin_memory=device.type == "cuda").to(
-            device, non_blocking=True
-        )  # waits for nothing
+        told = torch.tensor(table, device="cpu", pin_memory=device.type == "cuda")  # for which nobody waits
+        there = told.to(device, non_blocking=True)
         _take[(programs, len(buffers))](there, len(moved), BN=block, BC=columns, num_warps=8)

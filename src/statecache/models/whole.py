@@ -187,10 +187,10 @@ def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) ->
         norms.append(form.before)
     if attention is not None:
         linear += [f"{form.attention}.{n}" for n in ("q_proj", "k_proj", "v_proj", _out(attention))]
-        norms += [form.before, *(f"{form.attention}.{n}" for n in _head_norms(attention))]
-        by_head = [getattr(attention, name) for name in _head_norms(attention)]
-        if by_head and not alike(by_head):
+        by_head = _head_norms(attention)
+        if by_head and not alike([getattr(attention, name) for name in by_head]):
             return "its norms of queries and keys differ"
+        norms += [form.before, *(f"{form.attention}.{name}" for name in by_head)]
     if _feeds(form, layer):
         unit: Any = layer.get_submodule(form.out.partition(".")[0])
         activation = getattr(unit, "act_fn", getattr(unit, "activation", None))
@@ -258,8 +258,7 @@ def _feed(form: Form, layer: nn.Module, x: Tensor, scales: Scales) -> Tensor:
 
 
 def _weight(layer: nn.Module, path: str) -> Tensor:
-    weight: Tensor = layer.get_parameter(f"{path}.weight")
-    return weight
+    return layer.get_parameter(f"{path}.weight")
 
 
 def _attention(form: Form, layer: nn.Module) -> Any:
