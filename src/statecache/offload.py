@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from statecache.step import Step
 AHEAD = True  # whether the next layer comes while one runs
 
 Span = tuple[int, int]  # positions, from the first to before the last
+Told = dict[torch.device, tuple[int, Any, Any]]  # the device in use, a device's stream, and when all before is over
 
 
 @dataclass(eq=False)
@@ -107,7 +108,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         for layer in self._names:  # all at once: a pickle is written afterwards
-            self._fetch(layer)
+            self._fetch(layer, {})
             self._arrive(layer)
         return _restored, (dict(dict.items(self)),)
 
@@ -131,15 +132,16 @@ class Offloaded(dict[str, "Ring | Lease"]):
         """Have a layer on the device, the next one on its way, and no other."""
         if torch.compiler.is_compiling():
             raise StepError("a cache with offload=True copies between the layers of a step: do not compile it")
-        self._fetch(layer)
+        told: Told = {}
+        self._fetch(layer, told)
         self._arrive(layer)
         self.now, coming = layer, self._next.get(layer) if AHEAD else None
         for other in [n for n in self._here if n not in (layer, coming)]:
-            self._put_away(other)
+            self._put_away(other, told)
         if coming is not None:
-            self._fetch(coming)
+            self._fetch(coming, told)
 
-    def _fetch(self, layer: str) -> None:
+    def _fetch(self, layer: str, told: Told) -> None:
         """Begin to copy a layer's states to the device."""
         if layer not in self._here:
             self._here.append(layer)
@@ -155,20 +157,22 @@ class Offloaded(dict[str, "Ring | Lease"]):
             home.late.clear()
             home.buffer.untyped_storage().resize_(home.buffer.nbytes)
             self._record(home.buffer, back=False)
-        with self._copying(layer, homes, back=False):
-            for home in homes:  # `data` counts its own versions: a state that came back was not written
-                _copy(home.buffer.data, home.host)
+        for device in {home.buffer.device for home in homes}:
+            with self._beside(layer, device, told, back=False):
+                for home in homes:  # `data` counts its own versions: a state that came back was not written
+                    if home.buffer.device == device:
+                        _copy(home.buffer.data, home.host)
         for home in homes:
             home.away = False
 
     def _arrive(self, layer: str) -> None:
         """Have the device wait for what is on its way."""
         for device, event in self._arrivals.pop(layer, ()):
-            torch.cuda.current_stream(device).wait_event(event)
+            torch.cuda.current_stream(device.index).wait_event(event)
 
-    def _put_away(self, layer: str) -> None:
+    @torch.no_grad()
+    def _put_away(self, layer: str, told: Told) -> None:
         """Copy what was written of a layer's states to host memory, and free the device's."""
-        self._arrive(layer)
         known = {id(home.buffer): home for home in self._homes.get(layer, ())}
         homes, written, span = [], [], self._written.get(layer)
         for buffer, ring, always in self._buffers(layer):
@@ -177,17 +181,20 @@ class Offloaded(dict[str, "Ring | Lease"]):
             if not home.away and (always or home.version != buffer._version):
                 parts = None if ring is None or span is None or home.version is None else _parts(ring, span)
                 written.append((home, ring, parts))
-        with self._copying(layer, [home for home, _, _ in written], back=True):
-            for home, ring, parts in written:
-                self._copy_back(home, ring, parts)
+        for device in {home.buffer.device for home, _, _ in written}:
+            with self._beside(layer, device, told, back=True):
+                for home, ring, parts in written:
+                    if home.buffer.device == device:
+                        self._copy_back(home, ring, parts)
         for home, _, _ in written:
             home.version = home.buffer._version
         self._homes[layer] = homes
         for home in homes:
-            if not home.away and home.buffer.untyped_storage().resizable():  # not what somebody else looks at, as numpy
+            storage = home.buffer.untyped_storage()
+            if not home.away and storage.resizable():  # not what somebody else looks at, as numpy
                 self._record(home.buffer, back=True)
                 home.away = True
-                home.buffer.untyped_storage().resize_(0)
+                storage.resize_(0)
         self._here.remove(layer)
         self._written.pop(layer, None)
 
@@ -207,23 +214,30 @@ class Offloaded(dict[str, "Ring | Lease"]):
             home.late.append((host, came))
 
     @contextmanager
-    def _copying(self, layer: str, homes: Sequence[Home], back: bool) -> Iterator[None]:
-        """Copies of these buffers are made within, beside what the device does next; see `_arrive`.
+    def _beside(self, layer: str, device: torch.device, told: Told, back: bool) -> Iterator[None]:
+        """Copies of a layer to this device, or back from it, are made within, beside what it does next; see `_arrive`.
 
-        What comes waits for the layer's own way back, which may not be over.
+        They wait for what the device was told before, and for the layer's copies the other way, which may not be over.
         """
-        streams = {device: self._stream(device, back) for device in {home.buffer.device for home in homes}}
-        with ExitStack() as within:
-            for device, stream in streams.items():
-                if stream is not None:
-                    stream.wait_stream(torch.cuda.current_stream(device))
-                    for _, event in self._arrivals.get(layer, ()):
-                        stream.wait_event(event)
-                    within.enter_context(torch.cuda.stream(stream))
+        stream = self._stream(device, back)
+        if stream is None:
             yield
-        there = [(device, stream.record_event()) for device, stream in streams.items() if stream is not None]
-        if there:
-            self._arrivals.setdefault(layer, []).extend(there)
+            return
+        if device not in told:
+            compute = torch.cuda.current_stream(device.index)
+            told[device] = torch.cuda.current_device(), compute, compute.record_event()
+        current, compute, event = told[device]
+        stream.wait_event(event)
+        for _, event in self._arrivals.get(layer, ()):
+            stream.wait_event(event)
+        torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(compute)
+            if current != device.index:
+                torch.cuda.set_device(current)
+        self._arrivals.setdefault(layer, []).append((device, stream.record_event()))
 
     def _record(self, buffer: Tensor, back: bool) -> None:
         """Have a buffer's memory be no other's until the copy that is made on that stream is over."""
@@ -282,5 +296,4 @@ def _narrow(buffer: Tensor, axis: int, at: slice) -> Tensor:
 
 
 def _copy(to: Tensor, what: Tensor) -> None:
-    with torch.no_grad():
-        to.copy_(what, non_blocking=True)
+    to.copy_(what, non_blocking=True)

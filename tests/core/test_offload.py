@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -256,8 +255,9 @@ class Streams:
         self.kept: set[tuple[int, bool]] = set()  # buffers whose memory is kept for a copy, and which way it goes
         self.last: dict[int, list[object]] = {}  # what touched each piece of memory, on the device or the host
         self.checked = 0
-        patch.setattr(torch.cuda, "current_stream", lambda device: self.compute)
-        patch.setattr(torch.cuda, "stream", self.within)
+        patch.setattr(torch.cuda, "current_device", lambda: None)
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.now)
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "now", stream))
         patch.setattr(Offloaded, "_stream", lambda _, device, back: self.made.setdefault(back, Stream()))
         plainly = offload._copy
 
@@ -266,12 +266,6 @@ class Streams:
 
         patch.setattr(torch.Tensor, "record_stream", keep)
         patch.setattr(offload, "_copy", lambda to, what: (self.touch(to, what), plainly(to, what)))
-
-    @contextmanager
-    def within(self, stream: Stream) -> Iterator[None]:
-        before, self.now = self.now, stream
-        yield
-        self.now = before
 
     def touch(self, *tensors: torch.Tensor) -> None:
         """Work on these tensors, in this stream, begins when all before on any of them is over."""
