@@ -168,7 +168,9 @@ def test_time_steps_are_exact_however_small() -> None:
     log = logs_of(1, 142, 141)
     scan_step.step(*given, torch.zeros(1, 141, 1, device=DEVICE), start, None, log=(log[0], log[1]))
     want = F.softplus(x.double())
-    assert ((log[1][0, 0].double() - want) / want).abs().max() < 1e-6
+    off = (log[1][0, 0].double() - want) / want
+    # a GPU's exponential is of its argument times log2(e), which is rounded
+    assert (off.abs() < 2**-22 + x.double().abs() * 2**-24).all()
 
 
 def test_a_round_of_an_offloaded_cache_gives_what_one_on_the_device_gives() -> None:
