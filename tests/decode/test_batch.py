@@ -212,3 +212,26 @@ def test_assistant_drafts_what_it_would_write_itself(story, draft, always_drafts
         assert drafts.counts == [2]
         assert drafts.tokens[0, :2].tolist() == alone[1][len(starts[1]) :][:2]
     sc.unprepare(draft)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_may_begin_before_the_tokens_of_the_one_before_are_known(prepared_story, monkeypatch, ahead):
+    model, prompt = prepared_story, [2529, 828, 259, 522]
+    (whole,), _ = write(model, None, 40, [prompt])
+    monkeypatch.setattr(Batch, "_may_run_ahead", property(lambda batch: batch.runs_ahead))
+    cache = sc.StateCache(model.config, capacity=44, rows=3, slack=1, back=False, dtype=torch.float32, device="cpu")
+    batch = Batch(model, cache, keep_rows=True, captured=True, runs_ahead=ahead)
+    ends = frozenset([whole[20]])
+    rows = batch.join([Request(prompt, 40), Request(prompt, 40, ends), Request(prompt, 9)])
+    rounds = 0
+    while batch.running:
+        new = batch.round()
+        rounds += 1
+        assert all(len(each) == 1 for each in new.values())
+        if rounds == 3:
+            at_once = batch._coming is not None
+    batch.close()
+    assert at_once is ahead
+    assert [row.tokens for row in rows] == [whole, whole[: 1 + whole.index(whole[20], 4)], whole[:13]]
+    assert rounds == 40 and batch.report().compiled == 0
+    assert cache.lengths.tolist()[0] == 43  # its last step was not begun

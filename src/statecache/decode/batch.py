@@ -25,6 +25,30 @@ from statecache.errors import RowsError
 from statecache.models.prepared import AHEAD
 
 
+@dataclass(frozen=True, eq=False)
+class Coming:
+    """What a step has written, on its way from the device: `told` (B,), of these rows, once `there` is over."""
+
+    rows: list[Row]
+    told: Tensor
+    there: Any
+
+    @staticmethod
+    def of(rows: list[Row], tokens: Tensor) -> Coming:
+        """Begin to copy the tokens (B,) of a step."""
+        if not tokens.is_cuda:
+            return Coming(rows, tokens.clone(), None)
+        told = tokens.to("cpu", non_blocking=True)
+        return Coming(rows, told, torch.cuda.current_stream(tokens.device).record_event())
+
+    def by_row(self) -> dict[Row, int]:
+        """The token of each row. Waits for it."""
+        if self.there is not None:
+            self.there.synchronize()
+        last = self.told.tolist()
+        return {row: last[row.place] for row in self.rows}
+
+
 @dataclass(eq=False)
 class Row:
     """A request on its way. `text`: of its new tokens, if a string of it may end the row, or if anybody reads it."""
@@ -76,6 +100,9 @@ class Batch:
     captured: steps and rounds are those of a `Decoder`, captured or compiled, on a cache that one takes; with
     `keep_rows` and without processors. Where there are drafts, which then are certain, a row that a string ends within
     them leaves more in the cache than it has written. Until `close` it has the model prepared.
+
+    runs_ahead: nobody looks at the cache, so that captured steps need not wait until the host has the tokens of the one
+    before: rows that have ended may hold one more.
     """
 
     def __init__(
@@ -86,14 +113,16 @@ class Batch:
         *,
         keep_rows: bool = False,
         captured: bool = False,
+        runs_ahead: bool = False,
     ) -> None:
         self.model, self.cache, self.drafter = model, cache, drafter
-        self.keep_rows, self.captured = keep_rows, captured
+        self.keep_rows, self.captured, self.runs_ahead = keep_rows, captured, runs_ahead
         self.waiting: list[Row] = []  # joined since the last round
         self.live: list[Row] = []  # the others that have not ended
         self.device = input_device(model)
         self._sampler: Sampler | None = None  # of the live rows
         self._decoder: Decoder | None = None  # which these rows write with
+        self._coming: Coming | None = None  # of a step that was begun ahead
         self._goes_on = False  # whether those that wait are all rows of the cache
         self._prompt = self._tokens = self._forwards = self._turns = 0
         self._drafted = self._accepted = self._with_drafts = self._compiled = 0
@@ -164,9 +193,9 @@ class Batch:
         """Drop what was captured. Idempotent; runs nothing."""
         if self._decoder is not None:
             counts = self._decoder.counts
-            self._compiled += counts.replayed + counts.compiled
+            self._compiled += counts.replayed + counts.compiled - (self._coming is not None)
             self._decoder.close()
-            self._decoder = None
+            self._decoder = self._coming = None
         if self.drafter is not None:
             self.drafter.close()
 
@@ -183,6 +212,11 @@ class Batch:
             compiled=self._compiled,
             assistant_forwards=0 if self.drafter is None else self.drafter.forwards,
         )
+
+    @property
+    def _may_run_ahead(self) -> bool:
+        """Whether the step after the one whose tokens are awaited may begin."""
+        return self.runs_ahead and self.drafter is None and self._decoder is not None and self._decoder.captures
 
     # ---- a round
 
@@ -249,8 +283,10 @@ class Batch:
         if self.drafter is not None:
             drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], sampler)
         if drafts is None:
-            last = decoder.step().tolist()
-            return {row: row.write([last[row.place]]) for row in rows}
+            coming = self._coming or Coming.of(rows, decoder.step())
+            goes_on = self._may_run_ahead and all(row.left > 1 for row in rows)  # with the token that is coming too
+            self._coming = Coming.of(rows, decoder.step()) if goes_on else None
+            return {row: row.write([token]) for row, token in coming.by_row().items() if row in rows}
         assert drafts.probabilities is None and self.drafter is not None
         lists = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
         most = _width(max(drafts.counts), self.cache.slack - 1)

@@ -219,7 +219,9 @@ def generate(
         room = fixed_cache(assistant, len(rows), longest, max_new_tokens, most) if captured else None
         about = assistant, most, cost, input_device(model)
         drafter = Assistant(*about) if room is None else CapturedAssistant(*about, room)
-    batch = Batch(model, used, drafter, keep_rows=captured or cache is not None, captured=captured)
+    batch = Batch(
+        model, used, drafter, keep_rows=captured or cache is not None, captured=captured, runs_ahead=cache is None
+    )
     written = batch.join(requests, texts, goes_on=cache is not None)
     if cache is not None:
         _written[cache] = history, [row.tokens for row in written]
