@@ -599,6 +599,22 @@ class States:
                         state.empty(changes)  # as before its first write, in whatever form it was kept
                 changes.make()
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Passes within are gone at its end, of which only the device need know: it may be part of a captured graph."""
+        clock = self.clock
+        assert clock is not None and not self.offload
+        changes, back = Changes(), Changes()
+        kept = [(state, tuple(changes.clone(held) for held in state.snapshot())) for state in self.held.values()]
+        changes.make()
+        numbers = clock.data.clone()
+        yield
+        for state, copies in kept:
+            state.load(copies, back)
+        back.make()
+        clock.data.copy_(numbers)
+        clock.moved()
+
     def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
         """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.
 

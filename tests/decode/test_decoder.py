@@ -170,6 +170,32 @@ def test_tokens_that_are_known_are_taken_in_as_steps_take_them(story: Any) -> No
             decoder.take(torch.ones(3, 6, dtype=torch.long), [6, 6, 6])
 
 
+@pytest.mark.parametrize("way", [0, 1])
+def test_what_is_looked_at_ahead_becomes_no_part_of_rows(story: Any, way: int) -> None:
+    with sc.Decoder(story, cache_for(story, slack=5)) as decoder:
+        want = write(decoder, decoder.prefill(PROMPTS, **WAYS[way]), 14)
+    with sc.Decoder(story, cache_for(story, slack=5, capacity=17)) as decoder:
+        decoder.prefill(PROMPTS, **WAYS[way])
+        decoder.leave([1])
+        held, at = decoder.lengths, [0, 0, 0]
+        for counts, n in (([3, 0, 5], 4), ([1, 9, 1], 1), ([2, 0, 2], 3)):
+            rows = torch.tensor([text[begin : begin + 5] for text, begin in zip(want, at, strict=True)])
+            got = decoder.draft(rows, counts, n).tolist()
+            at = [0 if row == 1 else begin + counts[row] for row, begin in enumerate(at)]
+            for row in (0, 2):
+                assert got[row] == want[row][at[row] : at[row] + n]
+            assert decoder.tokens.tolist() == [want[row][at[row]] for row in range(3)]
+            assert decoder.lengths == [n + more for n, more in zip(held, at, strict=True)]
+            assert decoder.lengths == decoder.cache.lengths.tolist()
+        assert decoder.step().tolist()[::2] == [want[row][at[row] + 1] for row in (0, 2)]
+        with pytest.raises(ShapeError, match="two columns and one token ahead at least"):
+            decoder.draft(rows[:, :1], [1, 0, 1], 2)
+        room = 17 - decoder.lengths[2]
+        with pytest.raises(CapacityError, match=f"row 2 has room for {room} tokens of {room + 1}"):
+            decoder.draft(rows, [1, 0, 1], room + 1)
+        assert decoder.draft(rows, [1, 0, 1], room).shape == (3, room)
+
+
 def test_idle_rows_take_no_part_in_rounds(story: Any) -> None:
     with sc.Decoder(story, cache_for(story, slack=4)) as decoder:
         want = write(decoder, decoder.prefill(PROMPTS), 6)

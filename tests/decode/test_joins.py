@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -11,6 +12,7 @@ import torch
 
 import statecache as sc
 from statecache.decode.batch import Batch, Row
+from statecache.decode.captured_assistant import CapturedAssistant
 from statecache.decode.drafters import Assistant, Lookup
 from statecache.decode.request import Request
 from statecache.decode.sampling import Drafts
@@ -118,6 +120,37 @@ def test_what_an_assistant_drafts_for_a_row_depends_on_no_other(family):
     each = [write([request])[0] for request in some]
     assert write(some) == each
     assert write(some[2:], some[:1], some[1:2]) == [*each[2:], *each[:2]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_assistant_of_a_decoder_drafts_what_another_drafts(family, monkeypatch):
+    """On a CPU its graphs run plainly."""
+    model, some = build(family), [Request(each.prompt, 16) for each in requests()[:5]]
+    monkeypatch.setattr(CapturedAssistant, "_length", Assistant._length)  # the same numbers of drafts
+    told = []
+    for captured in (False, True):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)).to(weight)
+        drafter = Assistant(other, 4, 0.1, torch.device("cpu"))
+        if captured:
+            fixed = {"rows": 5, "capacity": 60, "dtype": torch.float64, "device": "cpu"}
+            cache = sc.StateCache(model.config, slack=5, back=False, **fixed)
+            drafter = CapturedAssistant(other, 4, 0.1, torch.device("cpu"), cache)
+        batch = Batch(model, sc.StateCache(model.config, slack=5), drafter)
+        rows = batch.join(some[:3])
+        for turn in range(30):
+            if turn == 4:
+                rows += batch.join(some[3:])
+            if batch.running:
+                batch.round()
+        assert [row.tokens for row in rows] == [alone(model, each) for each in some]
+        report = batch.report()
+        told.append((report.drafted, report.accepted))
+        batch.close()
+    assert told[0] == told[1]
+    assert 0 < told[0][1] < told[0][0]
 
 
 def test_rows_may_leave_before_their_end(always_drafts):

@@ -16,6 +16,7 @@ import torch
 from steps import build
 
 import statecache as sc
+from statecache.decode.draft_length import plain_round
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +39,13 @@ def decoder_for(name: str, rows: int, slack: int = 1, **options: Any) -> sc.Deco
 def prompts(rows: int, width: int = 11) -> list[list[int]]:
     ids = torch.randint(1, 90, (rows, width), generator=torch.Generator().manual_seed(3))
     return [row[: width - n % 3].tolist() for n, row in enumerate(ids)]
+
+
+@pytest.fixture
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have as many tokens drafted for captured rounds as for others, which cost more."""
+    for user in ("generate", "captured_assistant"):
+        monkeypatch.setattr(f"statecache.decode.{user}.captured_round", lambda rows, drafts: plain_round(drafts))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -185,7 +193,7 @@ def test_generate_checks_drafts_by_captured_rounds(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "granitemoehybrid", "lfm2"])
 @pytest.mark.parametrize("back", [True, False])
-def test_rounds_on_a_cache_that_is_given_leave_in_it_what_was_written(name: str, back: bool) -> None:
+def test_rounds_on_a_cache_that_is_given_leave_in_it_what_was_written(name: str, back: bool, alike: None) -> None:
     model, config, _ = build(name, **DENSE.get(name, {}))
     ids = torch.tensor([[5, 9, 33, 7] * 4, [8, 3, 90, 61] * 4], device="cuda")
     whole = sc.generate(model, ids, max_new_tokens=40, stop=[])[:, 16:].tolist()
@@ -204,6 +212,28 @@ def test_rounds_on_a_cache_that_is_given_leave_in_it_what_was_written(name: str,
             seen.append([(report.drafted, report.accepted, report.forwards) for report in reports])
             assert more or all(report.compiled == report.forwards - 1 for report in reports)
         assert turns[0] == turns[1]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "granitemoehybrid", "lfm2"])
+def test_what_is_looked_at_ahead_becomes_no_part_of_rows(name: str) -> None:
+    given = prompts(3)
+    with decoder_for(name, 3, slack=5, buckets=[3]) as decoder:
+        first = decoder.prefill(given)
+        want = torch.stack([first.clone(), *[decoder.step().clone() for _ in range(30)]], 1)
+    with decoder_for(name, 3, slack=5, buckets=[3]) as decoder:
+        decoder.prefill(given)
+        decoder.leave([1])
+        held, at, looked = decoder.lengths, [0, 0, 0], 0
+        for counts in ([3, 0, 5], [1, 0, 1], [2, 0, 2], [5, 0, 4]):
+            tokens = torch.stack([text[begin : begin + 5] for text, begin in zip(want, at, strict=True)])
+            got = decoder.draft(tokens, counts, 4)
+            at = [begin + n for begin, n in zip(at, counts, strict=True)]
+            looked += 1
+            assert all(torch.equal(got[row], want[row][at[row] : at[row] + 4]) for row in (0, 2))
+            assert decoder.tokens.tolist() == [want[row][at[row]] for row in range(3)]
+            assert decoder.lengths == decoder.cache.lengths.tolist() == [h + n for h, n in zip(held, at, strict=True)]
+        assert decoder.counts.graphs == 1 and decoder.counts.replayed == looked
+        assert decoder.step().tolist()[::2] == [want[row][at[row] + 1] for row in (0, 2)]
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "lfm2"])
@@ -239,7 +269,7 @@ def test_the_command_line_checks_drafts_by_captured_rounds() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "granitemoehybrid", "lfm2"])
-def test_an_assistant_drafts_by_captured_steps(name: str) -> None:
+def test_an_assistant_drafts_by_captured_steps(name: str, alike: None) -> None:
     model, _, _ = build(name, **DENSE.get(name, {}))
     other, _, _ = build(name, **DENSE.get(name, {}))
     with torch.no_grad():

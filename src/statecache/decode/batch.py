@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from statecache.decode.decoder import Decoder
 from statecache.decode.drafters import Drafter
-from statecache.decode.feed import advance, feed, input_device
+from statecache.decode.feed import advance, feed, input_device, upload
 from statecache.decode.processors import processed
 from statecache.decode.report import Reason, Report
 from statecache.decode.request import Request
@@ -288,15 +289,16 @@ class Batch:
             self._coming = Coming.of(rows, decoder.step()) if goes_on else None
             return {row: row.write([token]) for row, token in coming.by_row().items() if row in rows}
         assert drafts.probabilities is None and self.drafter is not None
-        lists = drafts.tokens.tolist() if isinstance(drafts.tokens, Tensor) else drafts.tokens
-        most = _width(max(drafts.counts), self.cache.slack - 1)
-        lists = [tokens[:n] for tokens, n in zip(lists, drafts.counts, strict=True)]
-        total = len(decoder.tokens)
-        packed, counts = [[0] * most for _ in range(total)], [0] * total
-        for row, n, tokens in zip(rows, drafts.counts, lists, strict=True):
-            packed[row.place], counts[row.place] = [*tokens, *[0] * (most - n)], n
-        kept, places = decoder.check(torch.tensor(packed, device=self.device), counts), [row.place for row in rows]
-        agreed, written = self._download(Drafts(lists, drafts.counts), (kept[places], decoder.tokens[places]))
+        total, most = len(decoder.tokens), _width(max(drafts.counts), self.cache.slack - 1)
+        places, counts = [row.place for row in rows], [0] * total
+        for place, n in zip(places, drafts.counts, strict=True):
+            counts[place] = n
+        kept = decoder.check(self._packed(drafts, places, total, most), counts)
+        verdict = (kept, decoder.tokens)
+        if places != list(range(total)):
+            at = upload(places, self.device)
+            verdict = kept[at], decoder.tokens[at]
+        agreed, written, lists = self._download(drafts, verdict)
         # an end token among the drafts is no part of what is kept, and follows it
         agreed = [n + (tokens[n : n + 1] == each[n:]) for n, tokens, each in zip(agreed, lists, written, strict=True)]
         new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
@@ -339,7 +341,7 @@ class Batch:
             logits = advance(self.model, self.cache, ids, counts, places, counted)
             logits = _processed(logits, rows, drafts)
             verdict = sampler.verify(logits, drafts, tokens, counted - 1, lengths)
-            agreed, written = self._download(drafts, verdict)
+            agreed, written, _ = self._download(drafts, verdict)
             new = {row: row.write(each) for row, each in zip(rows, written, strict=True)}
             # of what was fed, the token before the drafts, and the new ones but the last: as many as are new
             draft.commit([len(each) for each in new.values()])
@@ -359,15 +361,31 @@ class Batch:
             ids = packed[:, 2:]
         return ids, packed[:, 1], packed[:, 0]
 
-    def _download(self, drafts: Drafts, verdict: tuple[Tensor, Tensor]) -> tuple[list[int], list[list[int]]]:
-        """How many drafts each row keeps, and those with the token that follows them: all that comes back."""
-        back = torch.stack(verdict, 1)
+    def _packed(self, drafts: Drafts, places: list[int], total: int, most: int) -> Tensor:
+        """Drafted tokens where their rows are in the cache, (R, `most`) on the device, zeros beside them."""
         if isinstance(drafts.tokens, Tensor):
-            told = torch.cat([back, drafts.tokens], 1).tolist()
-            return [n for n, *_ in told], [[*tokens[:n], token] for n, token, *tokens in told]
-        told = back.tolist()
-        pairs = zip(told, drafts.tokens, strict=True)
-        return [n for n, _ in told], [[*tokens[:n], token] for (n, token), tokens in pairs]
+            tokens = pad(drafts.tokens, (0, most - drafts.tokens.shape[1]))
+            if places == list(range(total)):
+                return tokens
+            return tokens.new_zeros(total, most).index_copy_(0, upload(places, self.device), tokens)
+        packed = [[0] * most for _ in range(total)]
+        for place, tokens_of, n in zip(places, drafts.tokens, drafts.counts, strict=True):
+            packed[place][:n] = tokens_of[:n]
+        return upload(packed, self.device)
+
+    def _download(
+        self, drafts: Drafts, verdict: tuple[Tensor, Tensor]
+    ) -> tuple[list[int], list[list[int]], list[list[int]]]:
+        """How many drafts each row keeps, those with the token that follows them, and all drafts: what comes back."""
+        back = torch.stack(verdict, 1)
+        drafted = drafts.tokens
+        if isinstance(drafted, Tensor):
+            told = torch.cat([back, drafted], 1).tolist()
+            drafted = [tokens[2 : 2 + n] for tokens, n in zip(told, drafts.counts, strict=True)]
+        else:
+            told = back.tolist()
+        written = [[*tokens[:n], token] for (n, token, *_), tokens in zip(told, drafted, strict=True)]
+        return [n for n, *_ in told], written, [list(tokens) for tokens in drafted]
 
     # ---- rotary factors that change with the length of a row
 

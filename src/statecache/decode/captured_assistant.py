@@ -6,13 +6,16 @@ B rows that have not ended, R rows of the cache, K drafted tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statecache.decode.decoder import Decoder
+from statecache.decode.draft_length import DraftLength, captured_round
 from statecache.decode.drafters import Assistant
+from statecache.decode.feed import upload
 from statecache.decode.sampling import Sampler
 from statecache.models.cache import StateCache
 from statecache.models.prepared import AHEAD
@@ -40,15 +43,31 @@ class CapturedAssistant(Assistant):
     # ---- rows of the cache
 
     def _draft(self, rows: Sequence[list[int]], n: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
-        decoder = self._catch_up(rows)
-        self._mark = self.cache.checkpoint() if n > 1 else None
-        drafted = [decoder.tokens.clone(), *[decoder.step().clone() for _ in range(n - 1)]]
-        self.forwards += n - 1
-        return torch.stack(drafted, 1)[self._places].to(self.device), None
+        decoder = self._read(rows)
+        missing = [row[held:] for row, held in zip(rows, self.held, strict=True)]
+        ahead, width = _length(n, self.most), _width(min(max(map(len, missing)), 1 + self.most), 1 + self.most)
+        if decoder.captures and not decoder.counts.graphs:
+            decoder.captures = decoder.try_capture("the assistant's", lambda: decoder.capture_draft(width, ahead))
+        passes = -(-max(map(len, missing)) // (1 + self.most))
+        for left in reversed(range(passes)):
+            now = [min(1 + self.most, len(tokens) - left) for tokens in missing]
+            packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
+            for place, tokens, taken in zip(self._places, missing, now, strict=True):
+                packed[place][:taken], counts[place] = tokens[:taken], taken
+            if left:
+                decoder.take(upload(packed, decoder.device), counts)
+            missing = [tokens[taken:] for tokens, taken in zip(missing, now, strict=True)]
+        drafted = decoder.draft(upload(packed, decoder.device), counts, ahead)[:, :n]
+        self.forwards += passes + n - 1
+        if self._places != list(range(self._rows)):
+            drafted = drafted[upload(self._places, decoder.device)]
+        return drafted.to(self.device), None
 
-    def _go_back(self) -> None:
-        assert self._decoder is not None
-        self._decoder.restore(self._mark)
+    def _length(self) -> DraftLength:
+        return DraftLength(self.cost, self.most, accepted=7, tried=8, dearer=partial(captured_round, self._rows))
+
+    def _holds_ahead(self, n: int) -> int:
+        return 0
 
     def _make_room(self, known: int, rows: int) -> None:
         free = [place for place in range(self._rows) if place not in self._places]
@@ -60,35 +79,23 @@ class CapturedAssistant(Assistant):
             self._decoder.reset(gone)
         self._places = [self._places[row] for row in known]
 
-    # ---- a pass
-
-    def _catch_up(self, rows: Sequence[list[int]]) -> Decoder:
-        """Take in what rows have become: the decoder, whose `tokens` follow them."""
+    def _read(self, rows: Sequence[list[int]]) -> Decoder:
+        """Take in all but the last token of rows that joined: the decoder, with which all write."""
         decoder = self._decoder = self._decoder or Decoder(self.model, self.cache, buckets=[self._rows])
-        read = sum(held > 0 for held in self.held)  # the others come behind them
-        if read:
-            self._take(decoder, [row[held:] for row, held in zip(rows[:read], self.held, strict=False)])
-        if read < len(rows):
-            decoder.prefill(rows[read:], self._places[read:])
-            self.forwards += len({len(row) for row in rows[read:]})
-            if decoder.captures and not decoder.counts.graphs:
-                decoder.captures = decoder.try_capture("the assistant's")
+        new = [n for n, held in enumerate(self.held) if not held]
+        if new:
+            decoder.prefill([rows[n][:-1] for n in new], [self._places[n] for n in new])
+            self.forwards += len({len(rows[n]) for n in new})
+            for n in new:
+                self.held[n] = len(rows[n]) - 1
         return decoder
 
-    def _take(self, decoder: Decoder, missing: list[list[int]]) -> None:
-        """Take in these tokens of each row, one at least, in as few passes as the slack lets them be."""
-        passes = -(-max(map(len, missing)) // (1 + self.most))
-        for left in reversed(range(passes)):
-            now = [min(1 + self.most, len(tokens) - left) for tokens in missing]
-            width = _width(max(now), 1 + self.most)
-            packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
-            for place, tokens, n in zip(self._places, missing, now, strict=False):
-                packed[place][:n], counts[place] = tokens[:n], n
-            decoder.take(torch.tensor(packed, device=decoder.device), counts)
-            missing = [tokens[n:] for tokens, n in zip(missing, now, strict=True)]
-        self.forwards += passes
+
+def _length(drafts: int, most: int) -> int:
+    """For how many drafts there is a graph where so many are needed: few lengths, so that there are few graphs."""
+    return next(n for n in (1, 2, 4, 8, most) if drafts <= n <= most)
 
 
 def _width(tokens: int, most: int) -> int:
-    """For how many tokens a pass is captured that takes in so many: few sizes, so that there are few graphs."""
-    return next(n for n in (1, 5, AHEAD, most) if tokens <= n <= most)
+    """For how many tokens there is a pass that takes in so many: fewer, since kernels are compiled for each."""
+    return next(n for n in (5, AHEAD, most) if tokens <= n <= most)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from statecache import kernels
 from statecache.decode.compiled import Ahead
-from statecache.decode.feed import advance, feed, input_device, step
+from statecache.decode.feed import advance, feed, input_device, step, upload
 from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
 from statecache.decode.sampling import Columns, Drafts, Sampler, Uses, until
@@ -98,7 +98,7 @@ class Decoder:
             self._by_bucket = {n: self._columns.first(n) for n in self.buckets}
             self._ends = torch.empty(rows, 0, dtype=torch.long, device=self.device)
         self._requests: list[Request | None] = [None] * rows  # of the rows that write
-        self._lengths = cache.lengths.tolist()
+        self._lengths, self._limit = cache.lengths.tolist(), cache.get_max_length()
         self._uses = Uses()
         self.captures = self.device.type == "cuda"  # False from now on: all runs plainly
         self._ahead = Ahead(model, cache)
@@ -106,6 +106,8 @@ class Decoder:
         self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
         self._rounds: dict[tuple[int, int, Uses, bool], torch.cuda.CUDAGraph] = {}
         self._drafted: dict[int, Draft] = {}  # by the number of drafts
+        self._drafts: dict[tuple[int, int, Uses, int], torch.cuda.CUDAGraph] = {}
+        self._proposed: dict[int, Tensor] = {}  # (B, n), by n
         self._ahead_of = False  # whether the device may hold less of rows than `_lengths` says, after a round
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
@@ -153,7 +155,7 @@ class Decoder:
         given = {name: each_row(name, value, len(texts)) for name, value in options.items()}
         requests = [Request(text, **{name: v[n] for name, v in given.items()}) for n, text in enumerate(texts)]
         requests = [replace(r, seed=s) for r, s in zip(requests, seeds_of(seed, requests), strict=True)]
-        limit = self.cache.get_max_length()
+        limit = self._limit
         self._catch_up()
         for place, text in zip(places, texts, strict=True):
             if 0 <= limit < self._lengths[place] + len(text):
@@ -198,11 +200,16 @@ class Decoder:
         if self.captures and (rows := self.writing):
             self._graphs(rows)
 
-    def try_capture(self, whose: str) -> bool:
+    def capture_draft(self, columns: int, n: int) -> None:
+        """Capture what a draft of n tokens is, behind up to so many that it takes in. Nothing is fed."""
+        if self.captures and (rows := self.writing):
+            self._draft_graph(self._bucket(rows), self._draft_of(columns - 1), n)
+
+    def try_capture(self, whose: str, capture: Callable[[], object] | None = None) -> bool:
         """The same; where that cannot be, warn of it, and leave rows, tokens and cache as they were: False."""
         mark, last = self.cache.checkpoint(), self.tokens.clone()
         try:
-            self.capture()
+            (capture or self.capture)()
         except RuntimeError as error:
             self.restore(mark)
             self.tokens.copy_(last)
@@ -242,7 +249,7 @@ class Decoder:
         places = self._some(range(len(held)) if rows is None else rows)
         if len(places) != len(held):
             raise RowsError(f"a cache of {len(held)} rows came for {len(places)}: give one row for each")
-        limit = self.cache.get_max_length()
+        limit = self._limit
         if 0 <= limit < max(held, default=0):
             raise CapacityError(
                 f"the cache holds a row of {max(held)} tokens: make the decoder's with more than "
@@ -306,6 +313,39 @@ class Decoder:
         Gives what follows: `tokens`, (B,) long. Rows that write take one at least. As `check` of drafts that are known
         to be right, and as a `step` where T is 1; raises what they do.
         """
+        rows, most = self._ready_to_take(tokens, counts, 0), tokens.shape[1] - 1
+        self._put(tokens[:, 0])
+        if not most:
+            return self.step()
+        drafted = [max(n - 1, 0) for n in counts]
+        self._run(tokens[:, 1:], drafted, drafted, rows, sure=True)
+        return self.tokens
+
+    @torch.no_grad()
+    def draft(self, tokens: Tensor, counts: Sequence[int], n: int) -> Tensor:
+        """Take in tokens as `take` does, two columns at least, and look n tokens ahead: what steps would give, (B, n).
+
+        The first is `tokens`; no other becomes part of a row, whose states come back to where they were. One graph. On
+        the device, live: the next call overwrites it. Rows need room for n - 1 tokens more. Raises what `take` does.
+        """
+        rows, most = self._ready_to_take(tokens, counts, n - 1), tokens.shape[1] - 1
+        if most < 1 or n < 1:
+            raise ShapeError(f"tokens {tuple(tokens.shape)} and n={n}: give two columns and one token ahead at least")
+        self._put(tokens[:, 0])
+        draft = self._fill(tokens[:, 1:], [max(taken - 1, 0) for taken in counts])
+        if self.captures:
+            self._draft_graph(self._bucket(rows), draft, n).replay()
+            self.counts.replayed += 1
+        else:
+            with self._kernels():
+                self._look_ahead(len(self._lengths), draft, n)
+            self.counts.plain += 1
+        for row in rows:
+            self._lengths[row] += counts[row]
+        return self._ahead_by(n)
+
+    def _ready_to_take(self, tokens: Tensor, counts: Sequence[int], more: int) -> list[int]:
+        """The rows that write, each of which has room for its part of these tokens (B, T), and so many more."""
         total = len(self._lengths)
         wrong = len(counts) != total or any(not 1 <= counts[row] <= tokens.shape[1] for row in self.writing)
         if tokens.dim() != 2 or len(tokens) != total or wrong:
@@ -313,37 +353,53 @@ class Decoder:
                 f"tokens {tuple(tokens.shape)}, counts={list(counts)}: give ({total}, T), and of each row that writes "
                 "1 to T"
             )
-        most = tokens.shape[1] - 1
-        self._check_slack(most)
-        rows = self._ready(counts)
+        self._check_slack(tokens.shape[1] - 1)
+        return self._ready([taken + more for taken in counts])
+
+    def _put(self, tokens: Tensor) -> None:
+        """Have these (B,) be the last tokens of the rows that write."""
         last = self._ids[:, 0]
-        last.copy_(torch.where(self._count > 0, tokens[:, 0].to(self.device), last))
-        if not most:
-            return self.step()
-        drafted = [max(n - 1, 0) for n in counts]
-        self._run(tokens[:, 1:], drafted, drafted, rows, sure=True)
-        return self.tokens
+        last.copy_(torch.where(self._count > 0, tokens.to(self.device), last))
+
+    def _fill(self, drafts: Tensor, counts: Tensor | Sequence[int] | None) -> Draft:
+        """Where a round reads so many drafts (B, K), of which there are so many (B,), or all."""
+        most = drafts.shape[1]
+        draft = self._draft_of(most)
+        draft.tokens.copy_(drafts)
+        if counts is None:
+            draft.counts.fill_(most)
+        else:
+            given = counts if isinstance(counts, Tensor) else upload(counts, self.device)
+            draft.counts.copy_(given).clamp_(0, most)
+        return draft
+
+    def _draft_of(self, most: int) -> Draft:
+        """Where a round reads K drafts."""
+        made = self._drafted.get(most)
+        if made is None:
+            with torch.inference_mode(False):
+                made = self._drafted[most] = Draft.empty(len(self._lengths), most, self.device)
+        return made
+
+    def _ahead_by(self, n: int) -> Tensor:
+        """Where a draft of n tokens is written."""
+        made = self._proposed.get(n)
+        if made is None:
+            with torch.inference_mode(False):
+                made = self._proposed[n] = torch.zeros(len(self._lengths), n, dtype=torch.long, device=self.device)
+        return made
 
     def _run(
         self, drafts: Tensor, counts: Tensor | Sequence[int] | None, most_of: list[int], rows: list[int], sure: bool
     ) -> Tensor:
         """A round of these rows, over at most so many drafts (B,) as the host knows; how many are kept (B,)."""
-        total, most = drafts.shape
-        draft = self._drafted.get(most)
-        if draft is None:
-            with torch.inference_mode(False):
-                draft = self._drafted[most] = Draft.empty(total, most, self.device)
-        draft.tokens.copy_(drafts)
-        if counts is None:
-            draft.counts.fill_(most)
-        else:
-            draft.counts.copy_(torch.as_tensor(counts)).clamp_(0, most)
+        draft = self._fill(drafts, counts)
         if self.captures:
             self._round_graph(self._bucket(rows), draft, sure).replay()
             self.counts.replayed += 1
         else:
             with self._kernels():
-                self._round(total, draft, sure)
+                self._round(len(self._lengths), draft, sure)
             self.counts.plain += 1
         for row in rows:
             self._lengths[row] += 1 + most_of[row]
@@ -371,6 +427,17 @@ class Decoder:
         draft.kept.zero_()
         draft.kept[:bucket].copy_(writes * kept)
         last.copy_(torch.where(writes > 0, token, last))
+
+    def _look_ahead(self, bucket: int, draft: Draft, n: int) -> None:
+        """Take in the last tokens and the drafts of the first b rows, and find what n steps would choose then."""
+        last, ahead = self._ids[:bucket, 0], self._ahead_by(n)[:bucket]
+        self._round(bucket, draft, sure=True)
+        ahead[:, 0].copy_(last)
+        with self.cache.states.undone():
+            for k in range(1, n):
+                self._choose(bucket, self._forward(bucket))
+                ahead[:, k].copy_(last)
+        last.copy_(ahead[:, 0])
 
     def _uncaptured(self) -> Tensor:
         """The logits (B, V) after the last tokens of all rows, by compiled code where there is some."""
@@ -416,6 +483,15 @@ class Decoder:
                 made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft, sure))[0]
         return made
 
+    def _draft_graph(self, bucket: int, draft: Draft, n: int) -> torch.cuda.CUDAGraph:
+        key = bucket, draft.tokens.shape[1], self._uses, n
+        made = self._drafts.get(key)
+        if made is None:
+            self._ahead_by(n)
+            with self.cache.narrowed(bucket), self._kernels():
+                made = self._drafts[key] = self._captured(lambda: self._look_ahead(bucket, draft, n))[0]
+        return made
+
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
         made = self._passes.get(bucket)
         if made is None:
@@ -456,7 +532,7 @@ class Decoder:
 
     def _ready(self, tokens: Sequence[int]) -> list[int]:
         """The rows that write, each of which has room for so many tokens (B,)."""
-        rows, limit = self.writing, self.cache.get_max_length()
+        rows, limit = self.writing, self._limit
         if self._loan.model is None:
             raise StepError("the decoder was closed: make another")
         if not rows:
@@ -527,6 +603,7 @@ class Decoder:
         self._passes.clear()
         self._choices.clear()
         self._rounds.clear()
+        self._drafts.clear()
 
     def __enter__(self) -> Self:
         return self

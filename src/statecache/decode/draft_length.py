@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-# in forward passes of the model over one token; fitted to the embedded models on a CPU, where passes cost what their
-# layers do, as on a GPU: see docs/measured.md
-ROUND = 0.5  # what a pass over several costs more, however many they are
-WIDTH = 0.1  # what each of them adds, the fold of what is kept of it included
+import math
+from collections.abc import Callable
+
+# What a round of so many drafts costs more than a step, in steps. Run plainly: fitted to the embedded models on a CPU,
+# where passes cost what their layers do, as on a GPU: see docs/measured.md
+ROUND = 0.5  # however many drafts there are
+WIDTH = 0.1  # each of them, the fold of what is kept of it included
+
+# As captured on a GPU, by kernels: fitted to rounds of four drafts at 1, 4 and 64 rows, see benchmarks/RESULTS.md
+CAPTURED = 0.05
+SPREAD = 0.13  # times the square root of all rows' drafts
 
 MEMORY = 0.9  # weight of what was known, at each new evidence
 PROBE = 16  # rounds without a draft before one is tried again; every refusal in a row doubles them
 PATIENCE = 64  # up to so many
 
 
+Dearer = Callable[[int], float]
+
+
+def plain_round(drafts: int) -> float:
+    """What a round of so many drafts a row costs more than a step, in steps."""
+    return ROUND + WIDTH * drafts
+
+
+def captured_round(rows: int, drafts: int) -> float:
+    """The same of captured rounds of so many rows."""
+    return CAPTURED + SPREAD * math.sqrt(rows * drafts)
+
+
 class DraftLength:
     """The draft length that the rate of acceptance makes the best of, 0..`most` tokens.
 
     With rate a, a round of k drafts yields (1 - a**(k + 1)) / (1 - a) tokens (Leviathan et al. 2023, eq. 1) and costs
-    1 + ROUND + WIDTH k + `cost` (k + 1) forward passes of the model: a drafter of that `cost` first takes in what was
-    kept before. Where no draft pays, a single token is tried now and then, less often while it is refused.
-    `accepted` of `tried`: what to expect at first, and how firmly.
+    1 + `dearer`(k) + `cost` (k + 1) steps of the model: a drafter of that `cost` first takes in what was kept before.
+    Where no draft pays, a single token is tried now and then, less often while it is refused. `accepted` of `tried`:
+    what to expect at first, and how firmly.
     """
 
-    def __init__(self, cost: float, most: int, accepted: float, tried: float) -> None:
-        self.cost, self.most = cost, most
+    def __init__(self, cost: float, most: int, accepted: float, tried: float, dearer: Dearer | None = None) -> None:
+        self.cost, self.most, self.dearer = cost, most, dearer or plain_round
         self.accepted, self.tried = accepted, tried
         self.idle = self.wait = PROBE  # rounds without a draft, and how many there are to be
 
@@ -44,7 +64,7 @@ class DraftLength:
         rate, expected, best, speed = self.rate, 1.0, 0, 1.0
         for k in range(1, self.most + 1):
             expected += rate**k
-            cost = 1 + ROUND + k * WIDTH + (k + 1) * self.cost
+            cost = 1 + self.dearer(k) + (k + 1) * self.cost
             if expected / cost > speed:
                 best, speed = k, expected / cost
         return best

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from statecache.decode.draft_length import DraftLength
+from statecache.decode.draft_length import Dearer, DraftLength
 from statecache.decode.feed import feed
 from statecache.decode.noise import Purpose
 from statecache.decode.sampling import Drafts, Sampler
@@ -41,11 +41,14 @@ class Drafter(Protocol):
 
 
 class Lookup:
-    """Proposes what followed the newest earlier occurrence of a row's last `n` tokens, or fewer, down to one."""
+    """Proposes what followed the newest earlier occurrence of a row's last `n` tokens, or fewer, down to one.
 
-    def __init__(self, n: int, most: int) -> None:
+    `dearer`: see `DraftLength`.
+    """
+
+    def __init__(self, n: int, most: int, dearer: Dearer | None = None) -> None:
         self.n, self.forwards = n, 0
-        self.lengths = {run: DraftLength(0.0, most, accepted=2, tried=3) for run in range(1, n + 1)}
+        self.lengths = {run: DraftLength(0.0, most, accepted=2, tried=3, dearer=dearer) for run in range(1, n + 1)}
         self.past: list[dict[tuple[int, ...], int]] = []  # of each row: where what followed a run of tokens begins
         self.known: list[int] = []  # how far each row is in `past`
         self._last: list[tuple[int, int]] = []  # run length and drafts of each row's last proposal
@@ -135,7 +138,7 @@ class Assistant:
         if not n:
             return None
         tokens, chances = self._draft(rows, n, sampler)
-        self.held, self._ahead, self._last = [len(row) for row in rows], n - 1, wanted
+        self.held, self._ahead, self._last = [len(row) for row in rows], self._holds_ahead(n), wanted
         return Drafts(tokens, wanted, chances)
 
     def learn(self, accepted: Sequence[int]) -> None:
@@ -163,7 +166,11 @@ class Assistant:
         if known < rows:
             self._make_room(known, rows)
         self.held += [0] * (rows - known)
-        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8) for _ in range(known, rows)]
+        self.lengths += [self._length() for _ in range(known, rows)]
+
+    def _length(self) -> DraftLength:
+        """That of a row that joins."""
+        return DraftLength(self.cost, self.most, accepted=7, tried=8)
 
     # ---- rows of the cache
 
@@ -181,6 +188,10 @@ class Assistant:
             if ahead < n - 1:
                 logits = self._feed(token[:, None])
         return torch.stack(tokens, 1), torch.stack(chances, 1) if chances else None
+
+    def _holds_ahead(self, n: int) -> int:
+        """How many of n drafted tokens the cache has taken in."""
+        return n - 1
 
     def _go_back(self) -> None:
         """Drop what was taken in of the drafts."""

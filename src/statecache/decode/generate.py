@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from statecache.decode.batch import Batch, Row
 from statecache.decode.captured_assistant import CapturedAssistant
 from statecache.decode.capturing import fixed_cache, takes, worth_capturing
+from statecache.decode.draft_length import captured_round
 from statecache.decode.drafters import Assistant, Drafter, Lookup
 from statecache.decode.feed import input_device
 from statecache.decode.options import (
@@ -214,7 +216,7 @@ def generate(
             used = StateCache(model.config, slack=1 + most if most else 0, back=False)
     drafter: Drafter | None = None
     if lookup:
-        drafter = Lookup(lookup, most)
+        drafter = Lookup(lookup, most, partial(captured_round, len(rows)) if captured else None)
     elif assistant is not None:
         room = fixed_cache(assistant, len(rows), longest, max_new_tokens, most) if captured else None
         about = assistant, most, cost, input_device(model)
