@@ -109,7 +109,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
     def __reduce__(self) -> tuple[Any, ...]:
         for layer in self._names:  # all at once: a pickle is written afterwards
             self._fetch(layer, {})
-            self._arrive(layer)
+            self._arrive(layer, {})
         return _restored, (dict(dict.items(self)),)
 
     # ---- coming and going
@@ -134,7 +134,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
             raise StepError("a cache with offload=True copies between the layers of a step: do not compile it")
         told: Told = {}
         self._fetch(layer, told)
-        self._arrive(layer)
+        self._arrive(layer, told)
         self.now, coming = layer, self._next.get(layer) if AHEAD else None
         for other in [n for n in self._here if n not in (layer, coming)]:
             self._put_away(other, told)
@@ -165,10 +165,10 @@ class Offloaded(dict[str, "Ring | Lease"]):
         for home in homes:
             home.away = False
 
-    def _arrive(self, layer: str) -> None:
+    def _arrive(self, layer: str, told: Told) -> None:
         """Have the device wait for what is on its way."""
         for device, event in self._arrivals.pop(layer, ()):
-            torch.cuda.current_stream(device.index).wait_event(event)
+            _until_now(device, told)[1].wait_event(event)
 
     @torch.no_grad()
     def _put_away(self, layer: str, told: Told) -> None:
@@ -223,10 +223,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if stream is None:
             yield
             return
-        if device not in told:
-            compute = torch.cuda.current_stream(device.index)
-            told[device] = torch.cuda.current_device(), compute, compute.record_event()
-        current, compute, event = told[device]
+        current, compute, event = _until_now(device, told)
         stream.wait_event(event)
         for _, event in self._arrivals.get(layer, ()):
             stream.wait_event(event)
@@ -266,6 +263,14 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if (device, back) not in self._streams:
             self._streams[device, back] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device, back]
+
+
+def _until_now(device: torch.device, told: Told) -> tuple[int, Any, Any]:
+    """The device in use, this one's stream, and when all is over that it was told before it was first asked for."""
+    if device not in told:
+        compute = torch.cuda.current_stream(device.index)
+        told[device] = torch.cuda.current_device(), compute, compute.record_event()
+    return told[device]
 
 
 def _layer(name: str) -> str:
