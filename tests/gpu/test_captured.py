@@ -324,6 +324,26 @@ def test_a_step_that_cannot_be_captured_is_run_plainly() -> None:
     assert torch.equal(sc.generate(model, ids, max_new_tokens=70), want)  # and captured again without the hook
 
 
+def test_a_round_that_cannot_be_captured_is_run_plainly() -> None:
+    model, _, _ = build("qwen3_5")
+    ids = torch.tensor([each[:9] * 2 for each in prompts(2)], device="cuda")
+    want = sc.generate(model, ids, max_new_tokens=70, processors=PLAIN)
+
+    def looks(module: Any, args: Any, out: Any) -> None:
+        if out[0].shape[-2] > 1:
+            out[0].sum().item()  # waits for the device, which a capture forbids
+
+    hook = model.model.layers[2].register_forward_hook(looks)
+    reports: list[sc.Report] = []
+    try:
+        with pytest.warns(UserWarning, match="this model's round could not be captured, and is run plainly"):
+            got = sc.generate(model, ids, max_new_tokens=70, lookup=1, report=reports.append)
+    finally:
+        hook.remove()
+    assert torch.equal(got, want)
+    assert reports[0].drafted and reports[0].compiled < reports[0].forwards - 1
+
+
 def test_an_assistant_that_cannot_be_captured_drafts_plainly() -> None:
     model, other = (build("qwen3_5")[0] for _ in range(2))
     ids = torch.tensor([each[:9] for each in prompts(2)], device="cuda")

@@ -123,6 +123,7 @@ class Batch:
         self.device = input_device(model)
         self._sampler: Sampler | None = None  # of the live rows
         self._decoder: Decoder | None = None  # which these rows write with
+        self._sizes: set[int] = set()  # numbers of drafts of rounds that were captured, or cannot be
         self._coming: Coming | None = None  # of a step that was begun ahead
         self._goes_on = False  # whether those that wait are all rows of the cache
         self._prompt = self._tokens = self._forwards = self._turns = 0
@@ -274,7 +275,7 @@ class Batch:
         """Have the live rows write with a decoder, unless its step cannot be captured."""
         decoder = self._decoder = Decoder(self.model, self.cache, buckets=[self.cache.rows])
         self._begin(decoder, self.live, torch.tensor([row.tokens[-1] for row in self.live]))
-        if not decoder.try_capture("this model's"):
+        if not decoder.try_capture("this model's step"):
             decoder.close()
             self.captured, self._decoder = False, None
 
@@ -293,6 +294,9 @@ class Batch:
         places, counts = [row.place for row in rows], [0] * total
         for place, n in zip(places, drafts.counts, strict=True):
             counts[place] = n
+        if decoder.captures and most not in self._sizes:
+            self._sizes.add(most)
+            decoder.captures = decoder.try_capture("this model's round", lambda: decoder.capture_round(most))
         kept = decoder.check(self._packed(drafts, places, total, most), counts)
         verdict = (kept, decoder.tokens)
         if places != list(range(total)):

@@ -47,7 +47,7 @@ class CapturedAssistant(Assistant):
         missing = [row[held:] for row, held in zip(rows, self.held, strict=True)]
         ahead, width = _length(n, self.most), _width(min(max(map(len, missing)), 1 + self.most), 1 + self.most)
         if decoder.captures and not decoder.counts.graphs:
-            decoder.captures = decoder.try_capture("the assistant's", lambda: decoder.capture_draft(width, ahead))
+            decoder.captures = decoder.try_capture("the assistant's step", lambda: decoder.capture_draft(width, ahead))
         passes = -(-max(map(len, missing)) // (1 + self.most))
         for left in reversed(range(passes)):
             now = [min(1 + self.most, len(tokens) - left) for tokens in missing]

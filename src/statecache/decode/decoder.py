@@ -200,8 +200,13 @@ class Decoder:
         if self.captures and (rows := self.writing):
             self._graphs(rows)
 
+    def capture_round(self, drafts: int) -> None:
+        """Capture what a check of (B, `drafts`) is, if it was not yet. Nothing is fed."""
+        if self.captures and (rows := self.writing):
+            self._round_graph(self._bucket(rows), self._draft_of(drafts), sure=False)
+
     def capture_draft(self, columns: int, n: int) -> None:
-        """Capture what a draft of n tokens is, behind up to so many that it takes in. Nothing is fed."""
+        """The same for a draft of n tokens, behind up to so many that it takes in."""
         if self.captures and (rows := self.writing):
             self._draft_graph(self._bucket(rows), self._draft_of(columns - 1), n)
 
@@ -213,7 +218,7 @@ class Decoder:
         except RuntimeError as error:
             self.restore(mark)
             self.tokens.copy_(last)
-            warnings.warn(f"{whose} step could not be captured, and is run plainly: {error}", stacklevel=2)
+            warnings.warn(f"{whose} could not be captured, and is run plainly: {error}", stacklevel=2)
             return False
         return True
 
