@@ -601,19 +601,28 @@ class States:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Passes within are gone at its end, of which only the device need know: it may be part of a captured graph."""
-        clock = self.clock
+        """Passes within are gone at its end, of which only the device need know: it may be part of a captured graph.
+
+        Copies what a mark does, but for logs where rows do not go back. After an exception within, nothing goes on but
+        a reset or a restore.
+        """
+        clock, changes, back = self.clock, Changes(), Changes()
         assert clock is not None and not self.offload
-        changes, back = Changes(), Changes()
-        kept = [(state, tuple(changes.clone(held) for held in state.snapshot())) for state in self.held.values()]
+        writes = [state for state in self.held.values() if self.back or state.spec.kind != "log"]
+        kept = [(state, tuple(changes.clone(held) for held in state.snapshot())) for state in writes]
         changes.make()
         numbers = clock.data.clone()
-        yield
-        for state, copies in kept:
-            state.load(copies, back)
-        back.make()
-        clock.data.copy_(numbers)
-        clock.moved()
+        try:
+            yield
+        except BaseException:
+            self.broken = "a look ahead"
+            raise
+        with self._changing("a look ahead"):
+            for state, copies in kept:
+                state.load(copies, back)
+            back.make()
+            clock.data.copy_(numbers)
+            clock.moved()
 
     def rollback(self, tokens: int | Tensor | Sequence[int]) -> None:
         """Forget the last `tokens` (int, or (B,) long) of each row. No entry moves. May wait for the device once.

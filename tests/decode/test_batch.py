@@ -235,3 +235,20 @@ def test_a_step_may_begin_before_the_tokens_of_the_one_before_are_known(prepared
     assert [row.tokens for row in rows] == [whole, whole[: 1 + whole.index(whole[20], 4)], whole[:13]]
     assert rounds == 40 and batch.report().compiled == 0
     assert cache.lengths.tolist()[0] == 43  # its last step was not begun
+
+
+def test_a_step_that_nobody_waits_for_is_dropped(prepared_story, monkeypatch):
+    model, prompt = prepared_story, [2529, 828, 259, 522]
+    (whole,), _ = write(model, None, 12, [prompt])
+    monkeypatch.setattr(Batch, "_may_run_ahead", property(lambda batch: batch.runs_ahead))
+    cache = sc.StateCache(model.config, capacity=44, rows=2, slack=1, back=False, dtype=torch.float32, device="cpu")
+    batch = Batch(model, cache, keep_rows=True, captured=True, runs_ahead=True)
+    (first,) = batch.join([Request(prompt, 40, frozenset([whole[9]]))])
+    while batch.running:
+        batch.round()
+    (second,) = batch.join([Request(prompt, 12)])
+    while batch.running:
+        assert set(batch.round()) == {second}
+    batch.close()
+    assert [first.tokens, second.tokens] == [whole[: 1 + whole.index(whole[9], 4)], whole]
+    assert batch.report().forwards == len(first.tokens) + len(second.tokens) - 8

@@ -196,6 +196,30 @@ def test_what_is_looked_at_ahead_becomes_no_part_of_rows(story: Any, way: int) -
         assert decoder.draft(rows, [1, 0, 1], room).shape == (3, room)
 
 
+def test_a_look_ahead_that_is_interrupted_is_no_part_of_rows(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sc.Decoder(story, cache_for(story, slack=5)) as decoder:
+        want = decoder.prefill(PROMPTS).clone()
+        mark, choose, chosen = decoder.cache.checkpoint(), decoder._choose, 0
+
+        def interrupted(*args: Any) -> None:
+            nonlocal chosen
+            chosen += 1
+            if chosen == 3:
+                raise KeyboardInterrupt
+            choose(*args)
+
+        monkeypatch.setattr(decoder, "_choose", interrupted)
+        tokens = torch.stack([want, want], 1)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.draft(tokens, [1, 1, 1], 6)
+        with pytest.raises(StepError, match="a look ahead was interrupted"):
+            decoder.step()
+        decoder.restore(mark)
+        first = decoder.draft(tokens, [1, 1, 1], 4).clone()
+        decoder.restore(mark)
+        assert torch.equal(decoder.draft(tokens, [1, 1, 1], 4), first)
+
+
 def test_idle_rows_take_no_part_in_rounds(story: Any) -> None:
     with sc.Decoder(story, cache_for(story, slack=4)) as decoder:
         want = write(decoder, decoder.prefill(PROMPTS), 6)

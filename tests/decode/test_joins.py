@@ -123,10 +123,9 @@ def test_what_an_assistant_drafts_for_a_row_depends_on_no_other(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_assistant_of_a_decoder_drafts_what_another_drafts(family, monkeypatch):
+def test_an_assistant_of_a_decoder_drafts_what_another_drafts(family):
     """On a CPU its graphs run plainly."""
     model, some = build(family), [Request(each.prompt, 16) for each in requests()[:5]]
-    monkeypatch.setattr(CapturedAssistant, "_length", Assistant._length)  # the same numbers of drafts
     told = []
     for captured in (False, True):
         other = copy.deepcopy(model)
@@ -151,6 +150,28 @@ def test_an_assistant_of_a_decoder_drafts_what_another_drafts(family, monkeypatc
         batch.close()
     assert told[0] == told[1]
     assert 0 < told[0][1] < told[0][0]
+
+
+@pytest.mark.parametrize("before", [16, 20])
+def test_a_row_joins_after_rounds_without_drafts(before):
+    """The other has more to take in then than one pass does, and it has one token."""
+    model, wrong = (build("lfm2") for _ in range(2))
+    with torch.no_grad():
+        for weight in wrong.parameters():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)))
+    fixed = {"rows": 2, "capacity": 120, "dtype": torch.float64, "device": "cpu"}
+    cache = sc.StateCache(model.config, slack=5, back=False, **fixed)
+    drafter = CapturedAssistant(wrong, 4, 0.1, torch.device("cpu"), cache)
+    batch, some = Batch(model, sc.StateCache(model.config, slack=5), drafter), [Request([3, 4, 5], 60)]
+    rows = batch.join(some)
+    for _ in range(before):
+        batch.round()
+    assert len(rows[0].tokens) - drafter.held[0] > 5
+    some.append(Request([7, 8, 9, 10], 20))
+    rows += batch.join(some[1:])
+    while batch.running:
+        batch.round()
+    assert [row.tokens for row in rows] == [alone(model, each) for each in some]
 
 
 def test_rows_may_leave_before_their_end(always_drafts):

@@ -44,8 +44,7 @@ def prompts(rows: int, width: int = 11) -> list[list[int]]:
 @pytest.fixture
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have as many tokens drafted for captured rounds as for others, which cost more."""
-    for user in ("generate", "captured_assistant"):
-        monkeypatch.setattr(f"statecache.decode.{user}.captured_round", lambda rows, drafts: plain_round(drafts))
+    monkeypatch.setattr("statecache.decode.generate.captured_round", lambda rows, drafts: plain_round(drafts))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -354,7 +353,7 @@ def test_an_assistant_that_cannot_be_captured_drafts_plainly() -> None:
 
     other.model.layers[2].register_forward_hook(looks)
     reports: list[sc.Report] = []
-    with pytest.warns(UserWarning, match="the assistant's step could not be captured, and is run plainly"):
+    with pytest.warns(UserWarning, match="the assistant's draft could not be captured, and is run plainly"):
         got = sc.generate(model, ids, max_new_tokens=70, assistant=other, report=reports.append)
     assert torch.equal(got, want)
     assert reports[0].accepted > 0.9 * reports[0].drafted > 0  # of a model with the same weights

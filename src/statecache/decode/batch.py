@@ -42,6 +42,10 @@ class Coming:
         told = tokens.to("cpu", non_blocking=True)
         return Coming(rows, told, torch.cuda.current_stream(tokens.device).record_event())
 
+    def of_any(self, rows: Sequence[Row]) -> bool:
+        """Whether any of these rows took part."""
+        return not set(self.rows).isdisjoint(rows)
+
     def by_row(self) -> dict[Row, int]:
         """The token of each row. Waits for it."""
         if self.there is not None:
@@ -95,15 +99,16 @@ class Row:
 class Batch:
     """Rows that a prepared model writes side by side. Requests may join, and rows leave, between any two rounds.
 
-    After every round the cache holds each row's tokens but the last. Rows that have ended leave it; or with `keep_rows`
-    they stay where they are, taking nothing in, until a request joins in their place.
+    After every round the cache holds each row's tokens but the last, or all of them with `runs_ahead`. Rows that have
+    ended leave it; or with `keep_rows` they stay where they are, taking nothing in, until a request joins in their
+    place.
 
     captured: steps and rounds are those of a `Decoder`, captured or compiled, on a cache that one takes; with
     `keep_rows` and without processors. Where there are drafts, which then are certain, a row that a string ends within
     them leaves more in the cache than it has written. Until `close` it has the model prepared.
 
-    runs_ahead: nobody looks at the cache, so that captured steps need not wait until the host has the tokens of the one
-    before: rows that have ended may hold one more.
+    runs_ahead: nobody looks at the cache, so that a captured step need not wait until the host has the tokens of the
+    one before. One that nobody waits for, since all of its rows had ended, counts nowhere.
     """
 
     def __init__(
@@ -123,7 +128,6 @@ class Batch:
         self.device = input_device(model)
         self._sampler: Sampler | None = None  # of the live rows
         self._decoder: Decoder | None = None  # which these rows write with
-        self._sizes: set[int] = set()  # numbers of drafts of rounds that were captured, or cannot be
         self._coming: Coming | None = None  # of a step that was begun ahead
         self._goes_on = False  # whether those that wait are all rows of the cache
         self._prompt = self._tokens = self._forwards = self._turns = 0
@@ -285,6 +289,8 @@ class Batch:
         if self.drafter is not None:
             drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], sampler)
         if drafts is None:
+            if self._coming is not None and not self._coming.of_any(rows):
+                self._coming, self._compiled = None, self._compiled - 1
             coming = self._coming or Coming.of(rows, decoder.step())
             goes_on = self._may_run_ahead and all(row.left > 1 for row in rows)  # with the token that is coming too
             self._coming = Coming.of(rows, decoder.step()) if goes_on else None
@@ -294,9 +300,7 @@ class Batch:
         places, counts = [row.place for row in rows], [0] * total
         for place, n in zip(places, drafts.counts, strict=True):
             counts[place] = n
-        if decoder.captures and most not in self._sizes:
-            self._sizes.add(most)
-            decoder.captures = decoder.try_capture("this model's round", lambda: decoder.capture_round(most))
+        decoder.try_capture("this model's round", most)
         kept = decoder.check(self._packed(drafts, places, total, most), counts)
         verdict = (kept, decoder.tokens)
         if places != list(range(total)):

@@ -1,4 +1,4 @@
-"""A smaller model that drafts by a decoder: its steps, and the pass over what was kept, are captured.
+"""A smaller model that drafts by a decoder: one graph takes in what was kept and looks ahead.
 
 B rows that have not ended, R rows of the cache, K drafted tokens.
 """
@@ -6,14 +6,13 @@ B rows that have not ended, R rows of the cache, K drafted tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statecache.decode.decoder import Decoder
-from statecache.decode.draft_length import DraftLength, captured_round
+from statecache.decode.draft_length import Dearer
 from statecache.decode.drafters import Assistant
 from statecache.decode.feed import upload
 from statecache.decode.sampling import Sampler
@@ -28,8 +27,16 @@ class CapturedAssistant(Assistant):
     draft until `close`.
     """
 
-    def __init__(self, model: Any, most: int, cost: float, device: torch.device, cache: StateCache) -> None:
-        super().__init__(model, most, cost, device, cache)
+    def __init__(
+        self,
+        model: Any,
+        most: int,
+        cost: float,
+        device: torch.device,
+        cache: StateCache,
+        dearer: Dearer | None = None,
+    ) -> None:
+        super().__init__(model, most, cost, device, cache, dearer)
         self._rows = cache.rows or 1
         self._places: list[int] = []  # of each row in the cache
         self._decoder: Decoder | None = None
@@ -43,28 +50,36 @@ class CapturedAssistant(Assistant):
     # ---- rows of the cache
 
     def _draft(self, rows: Sequence[list[int]], n: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
-        decoder = self._read(rows)
-        missing = [row[held:] for row, held in zip(rows, self.held, strict=True)]
-        ahead, width = _length(n, self.most), _width(min(max(map(len, missing)), 1 + self.most), 1 + self.most)
-        if decoder.captures and not decoder.counts.graphs:
-            decoder.captures = decoder.try_capture("the assistant's step", lambda: decoder.capture_draft(width, ahead))
-        passes = -(-max(map(len, missing)) // (1 + self.most))
-        for left in reversed(range(passes)):
-            now = [min(1 + self.most, len(tokens) - left) for tokens in missing]
-            packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
-            for place, tokens, taken in zip(self._places, missing, now, strict=True):
-                packed[place][:taken], counts[place] = tokens[:taken], taken
-            if left:
-                decoder.take(upload(packed, decoder.device), counts)
-            missing = [tokens[taken:] for tokens, taken in zip(missing, now, strict=True)]
-        drafted = decoder.draft(upload(packed, decoder.device), counts, ahead)[:, :n]
-        self.forwards += passes + n - 1
+        decoder = self._decoder = self._decoder or Decoder(self.model, self.cache, buckets=[self._rows])
+        old = [(row[held:], at) for row, held, at in zip(rows, self.held, self._places, strict=True) if held]
+        # all have taken part in as many rounds since, with a token or more in each: enough for so many passes
+        longest = max((len(tokens) for tokens, _ in old), default=0)
+        for left in reversed(range(1, -(-longest // (1 + self.most)))):
+            now = [(tokens[: min(1 + self.most, len(tokens) - left)], at) for tokens, at in old]
+            self._take(decoder, now, 1)
+            old = [(tokens[len(taken) :], at) for (tokens, at), (taken, _) in zip(old, now, strict=True)]
+        drafted = self._take(decoder, old + self._read(decoder, rows), n)[:, :n]
         if self._places != list(range(self._rows)):
             drafted = drafted[upload(self._places, decoder.device)]
         return drafted.to(self.device), None
 
-    def _length(self) -> DraftLength:
-        return DraftLength(self.cost, self.most, accepted=7, tried=8, dearer=partial(captured_round, self._rows))
+    def _take(self, decoder: Decoder, missing: Sequence[tuple[list[int], int]], n: int) -> Tensor:
+        """Take in these tokens, each with the place of its row, and look n tokens ahead, or more: (R, n or more)."""
+        width, ahead = _width(max(len(tokens) for tokens, _ in missing), 1 + self.most), _length(n, self.most)
+        packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
+        for tokens, place in missing:
+            packed[place][: len(tokens)], counts[place] = tokens, len(tokens)
+        decoder.try_capture("the assistant's draft", width - 1, ahead)
+        self.forwards += ahead
+        return decoder.draft(upload(packed, decoder.device), counts, ahead)
+
+    def _read(self, decoder: Decoder, rows: Sequence[list[int]]) -> list[tuple[list[int], int]]:
+        """Take in all but the last token of rows that joined: those, each with the place of its row."""
+        new = [(row, at) for row, held, at in zip(rows, self.held, self._places, strict=True) if not held]
+        if new:
+            decoder.prefill([row[:-1] for row, _ in new], [at for _, at in new])
+            self.forwards += len({len(row) for row, _ in new})
+        return [(row[-1:], at) for row, at in new]
 
     def _holds_ahead(self, n: int) -> int:
         return 0
@@ -79,21 +94,10 @@ class CapturedAssistant(Assistant):
             self._decoder.reset(gone)
         self._places = [self._places[row] for row in known]
 
-    def _read(self, rows: Sequence[list[int]]) -> Decoder:
-        """Take in all but the last token of rows that joined: the decoder, with which all write."""
-        decoder = self._decoder = self._decoder or Decoder(self.model, self.cache, buckets=[self._rows])
-        new = [n for n, held in enumerate(self.held) if not held]
-        if new:
-            decoder.prefill([rows[n][:-1] for n in new], [self._places[n] for n in new])
-            self.forwards += len({len(rows[n]) for n in new})
-            for n in new:
-                self.held[n] = len(rows[n]) - 1
-        return decoder
-
 
 def _length(drafts: int, most: int) -> int:
     """For how many drafts there is a graph where so many are needed: few lengths, so that there are few graphs."""
-    return next(n for n in (1, 2, 4, 8, most) if drafts <= n <= most)
+    return next(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, most) if drafts <= n <= most)
 
 
 def _width(tokens: int, most: int) -> int:

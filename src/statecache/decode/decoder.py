@@ -1,7 +1,8 @@
 """Decoder: a model's step captured once, for all lengths and for any rows of one cache.
 
 On a CUDA device a step is two graphs: the forward pass of a prepared model, with kernels where there are some, and the
-choice of the next tokens. A round, which checks drafted tokens, is one graph: pass, verdict and commit. On a CPU the
+choice of the next tokens. A round, which checks drafted tokens, is one graph: pass, verdict and commit. So is a draft,
+which takes in tokens and looks ahead. On a CPU the
 pass of a step is code that torch compiled ahead of time, as soon as there is some, see `compiled`. Elsewhere, and until
 then, the same steps and rounds run plainly.
 
@@ -195,32 +196,42 @@ class Decoder:
         self._count[index] = 1
         self._changed()
 
-    def capture(self) -> None:
-        """Capture the step that the rows that write now take next, which otherwise happens in it. Nothing is fed."""
-        if self.captures and (rows := self.writing):
+    @torch.no_grad()
+    def capture(self, drafts: int = 0, ahead: int = 0) -> None:
+        """Capture the step that the rows that write now take next, which otherwise happens in it. Nothing is fed.
+
+        drafts: a `check` of so many instead, or with `ahead` a `draft` of that many, which takes in 1 + `drafts`.
+        """
+        if not self.captures or not (rows := self.writing):
+            return
+        if ahead:
+            self._draft_graph(self._bucket(rows), self._draft_of(drafts), ahead)
+        elif drafts:
+            self._round_graph(self._bucket(rows), self._draft_of(drafts), sure=False)
+        else:
             self._graphs(rows)
 
-    def capture_round(self, drafts: int) -> None:
-        """Capture what a check of (B, `drafts`) is, if it was not yet. Nothing is fed."""
-        if self.captures and (rows := self.writing):
-            self._round_graph(self._bucket(rows), self._draft_of(drafts), sure=False)
-
-    def capture_draft(self, columns: int, n: int) -> None:
-        """The same for a draft of n tokens, behind up to so many that it takes in."""
-        if self.captures and (rows := self.writing):
-            self._draft_graph(self._bucket(rows), self._draft_of(columns - 1), n)
-
-    def try_capture(self, whose: str, capture: Callable[[], object] | None = None) -> bool:
-        """The same; where that cannot be, warn of it, and leave rows, tokens and cache as they were: False."""
+    def try_capture(self, whose: str, drafts: int = 0, ahead: int = 0) -> bool:
+        """The same. Where it cannot be: False, with a warning; nothing is changed, and all runs plainly from now on."""
+        if not self.captures or self._has(drafts, ahead):
+            return True
         mark, last = self.cache.checkpoint(), self.tokens.clone()
         try:
-            (capture or self.capture)()
+            self.capture(drafts, ahead)
         except RuntimeError as error:
             self.restore(mark)
             self.tokens.copy_(last)
+            self.captures = False
             warnings.warn(f"{whose} could not be captured, and is run plainly: {error}", stacklevel=2)
             return False
         return True
+
+    def _has(self, drafts: int, ahead: int) -> bool:
+        """Whether that is captured for the rows that write now."""
+        bucket = self._bucket(self.writing)
+        if ahead:
+            return (bucket, drafts, self._uses, ahead) in self._drafts
+        return (bucket, drafts, self._uses, False) in self._rounds if drafts else (bucket, self._uses) in self._choices
 
     def leave(self, rows: Sequence[int]) -> None:
         """Have these rows write no longer. They keep what they hold: all their tokens but the last."""

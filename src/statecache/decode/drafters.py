@@ -114,13 +114,21 @@ class Assistant:
     missing: a pass over a few tokens costs about one step, where a log would make every step of the drafting dearer.
 
     Each row has a draft length of its own, so that what is drafted for it, and so what is drawn, depends on no other.
-    `cost`: of its forward pass, as a part of one of the large model. Drafts come on `device`.
+    `cost`: of its forward pass, as a part of one of the large model; `dearer`: see `DraftLength`. Drafts come on
+    `device`.
     """
 
     def __init__(
-        self, model: Any, most: int, cost: float, device: torch.device, cache: StateCache | None = None
+        self,
+        model: Any,
+        most: int,
+        cost: float,
+        device: torch.device,
+        cache: StateCache | None = None,
+        dearer: Dearer | None = None,
     ) -> None:
         self.model, self.most, self.cost, self.device, self.forwards = model, most, cost, device, 0
+        self.dearer = dearer
         with promised():
             self.cache: Any = StateCache(model.config) if cache is None else cache
         self._mark: Any = None  # before the drafts
@@ -166,11 +174,8 @@ class Assistant:
         if known < rows:
             self._make_room(known, rows)
         self.held += [0] * (rows - known)
-        self.lengths += [self._length() for _ in range(known, rows)]
-
-    def _length(self) -> DraftLength:
-        """That of a row that joins."""
-        return DraftLength(self.cost, self.most, accepted=7, tried=8)
+        new = range(known, rows)
+        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8, dearer=self.dearer) for _ in new]
 
     # ---- rows of the cache
 

@@ -70,7 +70,7 @@ def step(model: Any, cache: Any, ids: Tensor, count: Tensor) -> Tensor:
 
 def upload(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """These integers, nested lists or not, on a device; the host waits for nothing that it does."""
-    held = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    held = torch.tensor(numbers, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
     return held.to(device, non_blocking=True)
 
 

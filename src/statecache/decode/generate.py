@@ -215,12 +215,13 @@ def generate(
         with promised():
             used = StateCache(model.config, slack=1 + most if most else 0, back=False)
     drafter: Drafter | None = None
+    dearer = partial(captured_round, len(rows)) if captured else None
     if lookup:
-        drafter = Lookup(lookup, most, partial(captured_round, len(rows)) if captured else None)
+        drafter = Lookup(lookup, most, dearer)
     elif assistant is not None:
         room = fixed_cache(assistant, len(rows), longest, max_new_tokens, most) if captured else None
         about = assistant, most, cost, input_device(model)
-        drafter = Assistant(*about) if room is None else CapturedAssistant(*about, room)
+        drafter = Assistant(*about, dearer=dearer) if room is None else CapturedAssistant(*about, room, dearer)
     batch = Batch(
         model, used, drafter, keep_rows=captured or cache is not None, captured=captured, runs_ahead=cache is None
     )
