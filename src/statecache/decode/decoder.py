@@ -105,9 +105,9 @@ class Decoder:
         self._ahead = Ahead(model, cache)
         self._passes: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
-        self._rounds: dict[tuple[int, int, Uses, bool], torch.cuda.CUDAGraph] = {}
+        self._rounds: dict[tuple[int, int, Uses], torch.cuda.CUDAGraph] = {}
         self._drafted: dict[int, Draft] = {}  # by the number of drafts
-        self._drafts: dict[tuple[int, int, Uses, int], torch.cuda.CUDAGraph] = {}
+        self._looks: dict[tuple[int, int, Uses, int], torch.cuda.CUDAGraph] = {}
         self._proposed: dict[int, Tensor] = {}  # (B, n), by n
         self._ahead_of = False  # whether the device may hold less of rows than `_lengths` says, after a round
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
@@ -207,7 +207,7 @@ class Decoder:
         if ahead:
             self._draft_graph(self._bucket(rows), self._draft_of(drafts), ahead)
         elif drafts:
-            self._round_graph(self._bucket(rows), self._draft_of(drafts), sure=False)
+            self._round_graph(self._bucket(rows), self._draft_of(drafts))
         else:
             self._graphs(rows)
 
@@ -230,8 +230,8 @@ class Decoder:
         """Whether that is captured for the rows that write now."""
         bucket = self._bucket(self.writing)
         if ahead:
-            return (bucket, drafts, self._uses, ahead) in self._drafts
-        return (bucket, drafts, self._uses, False) in self._rounds if drafts else (bucket, self._uses) in self._choices
+            return (bucket, drafts, self._uses, ahead) in self._looks
+        return (bucket, drafts, self._uses) in self._rounds if drafts else (bucket, self._uses) in self._choices
 
     def leave(self, rows: Sequence[int]) -> None:
         """Have these rows write no longer. They keep what they hold: all their tokens but the last."""
@@ -320,7 +320,18 @@ class Decoder:
         most_of = [most] * total if counts is None or isinstance(counts, Tensor) else [int(n) for n in counts]
         if len(most_of) != total or not all(0 <= n <= most for n in most_of):
             raise ShapeError(f"counts={counts}: give {total}, of 0 to {most} drafts, one for each row of the cache")
-        return self._run(drafts, counts, most_of, self._ready([1 + n for n in most_of]), sure=False)
+        rows, draft = self._ready([1 + n for n in most_of]), self._fill(drafts, counts)
+        if self.captures:
+            self._round_graph(self._bucket(rows), draft).replay()
+            self.counts.replayed += 1
+        else:
+            with self._kernels():
+                self._round(total, draft)
+            self.counts.plain += 1
+        for row in rows:
+            self._lengths[row] += 1 + most_of[row]
+        self._ahead_of = True
+        return draft.kept
 
     @torch.no_grad()
     def take(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
@@ -329,13 +340,12 @@ class Decoder:
         Gives what follows: `tokens`, (B,) long. Rows that write take one at least. As `check` of drafts that are known
         to be right, and as a `step` where T is 1; raises what they do.
         """
-        rows, most = self._ready_to_take(tokens, counts, 0), tokens.shape[1] - 1
+        if tokens.dim() == 2 and tokens.shape[1] > 1:
+            self.draft(tokens, counts, 1)
+            return self.tokens
+        self._ready_to_take(tokens, counts, 0)
         self._put(tokens[:, 0])
-        if not most:
-            return self.step()
-        drafted = [max(n - 1, 0) for n in counts]
-        self._run(tokens[:, 1:], drafted, drafted, rows, sure=True)
-        return self.tokens
+        return self.step()
 
     @torch.no_grad()
     def draft(self, tokens: Tensor, counts: Sequence[int], n: int) -> Tensor:
@@ -405,24 +415,7 @@ class Decoder:
                 made = self._proposed[n] = torch.zeros(len(self._lengths), n, dtype=torch.long, device=self.device)
         return made
 
-    def _run(
-        self, drafts: Tensor, counts: Tensor | Sequence[int] | None, most_of: list[int], rows: list[int], sure: bool
-    ) -> Tensor:
-        """A round of these rows, over at most so many drafts (B,) as the host knows; how many are kept (B,)."""
-        draft = self._fill(drafts, counts)
-        if self.captures:
-            self._round_graph(self._bucket(rows), draft, sure).replay()
-            self.counts.replayed += 1
-        else:
-            with self._kernels():
-                self._round(len(self._lengths), draft, sure)
-            self.counts.plain += 1
-        for row in rows:
-            self._lengths[row] += 1 + most_of[row]
-        self._ahead_of = self._ahead_of or not sure
-        return draft.kept
-
-    def _round(self, bucket: int, draft: Draft, sure: bool) -> None:
+    def _round(self, bucket: int, draft: Draft, sure: bool = False) -> None:
         """Check the drafts of the first b rows, of which idle ones take nothing in. `sure`: keep all of them."""
         clock = self.cache.states.clock
         assert clock is not None
@@ -449,7 +442,7 @@ class Decoder:
         last, ahead = self._ids[:bucket, 0], self._ahead_by(n)[:bucket]
         self._round(bucket, draft, sure=True)
         ahead[:, 0].copy_(last)
-        with self.cache.states.undone():
+        with self.cache.states.undone() if n > 1 else nullcontext():
             for k in range(1, n):
                 self._choose(bucket, self._forward(bucket))
                 ahead[:, k].copy_(last)
@@ -491,21 +484,21 @@ class Decoder:
         """Of how many rows there are graphs in which these take part."""
         return next(n for n in self.buckets if n > rows[-1])
 
-    def _round_graph(self, bucket: int, draft: Draft, sure: bool) -> torch.cuda.CUDAGraph:
-        key = bucket, draft.tokens.shape[1], self._uses, sure
+    def _round_graph(self, bucket: int, draft: Draft) -> torch.cuda.CUDAGraph:
+        key = bucket, draft.tokens.shape[1], self._uses
         made = self._rounds.get(key)
         if made is None:
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft, sure))[0]
+                made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft))[0]
         return made
 
     def _draft_graph(self, bucket: int, draft: Draft, n: int) -> torch.cuda.CUDAGraph:
         key = bucket, draft.tokens.shape[1], self._uses, n
-        made = self._drafts.get(key)
+        made = self._looks.get(key)
         if made is None:
             self._ahead_by(n)
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._drafts[key] = self._captured(lambda: self._look_ahead(bucket, draft, n))[0]
+                made = self._looks[key] = self._captured(lambda: self._look_ahead(bucket, draft, n))[0]
         return made
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
@@ -619,7 +612,7 @@ class Decoder:
         self._passes.clear()
         self._choices.clear()
         self._rounds.clear()
-        self._drafts.clear()
+        self._looks.clear()
 
     def __enter__(self) -> Self:
         return self
