@@ -185,12 +185,20 @@ def test_a_stream_gives_its_model_back_when_it_is_closed_or_dropped(story: Any, 
 def test_what_cannot_be_captured_is_run_plainly_with_a_warning(
     story: Any, taken: Taken, monkeypatch: pytest.MonkeyPatch, slack: int
 ) -> None:
-    def fail(decoder: Decoder) -> None:
+    def fail(decoder: Decoder, drafts: int, ahead: int) -> None:
+        decoder.captures = False  # as on a CPU
         decoder.step()  # leaves something behind
         raise RuntimeError("operation not permitted")
 
+    def as_on_a_gpu(decoder: Decoder, *what: Any) -> bool:
+        decoder.captures = True
+        return tried(decoder, *what)
+
+    tried = Decoder.try_capture
+
     want = sc.generate(story, IDS, max_new_tokens=9, **DRAWN)
     monkeypatch.setattr(Decoder, "capture", fail)
+    monkeypatch.setattr(Decoder, "try_capture", as_on_a_gpu)
     cache = cache_for(story, 2, 64, slack=slack)
     with pytest.warns(UserWarning, match=r"could not be captured, and is run plainly: operation not permitted"):
         got = sc.generate(story, IDS, max_new_tokens=9, cache=cache, **DRAWN)
