@@ -206,6 +206,34 @@ def test_what_cannot_be_captured_is_run_plainly_with_a_warning(
     assert not is_prepared(story)
 
 
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+def test_so_are_rounds_and_drafts_that_cannot_be(
+    story: Any, draft: Any, taken: Taken, monkeypatch: pytest.MonkeyPatch, drafts: str
+) -> None:
+    failing = "this model's round" if drafts == "lookup" else "the assistant's draft"
+
+    def fail(decoder: Decoder, *what: int) -> None:
+        decoder.captures = False  # as on a CPU
+        decoder.check(torch.ones(2, 1, dtype=torch.long))  # leaves something behind
+        raise RuntimeError("operation not permitted")
+
+    def as_on_a_gpu(decoder: Decoder, whose: str, *what: int) -> bool:
+        decoder.captures = whose == failing and not tries
+        tries.extend([whose] * decoder.captures)
+        return tried(decoder, whose, *what)
+
+    tries: list[str] = []
+    tried, ids = Decoder.try_capture, torch.tensor([[5, 9, 33, 70] * 3, [8, 8, 90, 3] * 3])
+    given: dict[str, Any] = {"lookup": 2} if drafts == "lookup" else {"assistant": draft}
+    want = sc.generate(story, ids, max_new_tokens=40, processors=[])
+    monkeypatch.setattr(Decoder, "capture", fail)
+    monkeypatch.setattr(Decoder, "try_capture", as_on_a_gpu)
+    reports: list[sc.Report] = []
+    with pytest.warns(UserWarning, match=f"{failing} could not be captured, and is run plainly: operation not permi"):
+        got = sc.generate(story, ids, max_new_tokens=40, report=reports.append, **given)
+    assert torch.equal(got, want) and reports[0].drafted
+
+
 def test_it_pays_on_a_device_that_has_all_of_the_model_alone(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not capturing.worth_capturing(story, 1000)  # on a CPU
     assert capturing.fixed_cache(story, 1, 10, 1000) is None
