@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from statecache.decode.decoder import Decoder
+from statecache.decode.decoder import Decoder, size_of
 from statecache.decode.drafters import Drafter
-from statecache.decode.feed import advance, feed, input_device, upload
+from statecache.decode.feed import advance, feed, input_device
 from statecache.decode.processors import processed
 from statecache.decode.report import Reason, Report
 from statecache.decode.request import Request
 from statecache.decode.sampling import Drafts, Sampler
 from statecache.decode.text import Text
 from statecache.errors import RowsError
+from statecache.kernels.cards import upload
 from statecache.models.prepared import AHEAD
+
+DRAFTS = (1, 2, 4, 8, AHEAD - 1)  # for how many of them rounds are captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +44,6 @@ class Coming:
             return Coming(rows, tokens.clone(), None)
         told = tokens.to("cpu", non_blocking=True)
         return Coming(rows, told, torch.cuda.current_stream(tokens.device).record_event())
-
-    def of_any(self, rows: Sequence[Row]) -> bool:
-        """Whether any of these rows took part."""
-        return not set(self.rows).isdisjoint(rows)
 
     def by_row(self) -> dict[Row, int]:
         """The token of each row. Waits for it."""
@@ -199,9 +198,10 @@ class Batch:
         """Drop what was captured. Idempotent; runs nothing."""
         if self._decoder is not None:
             counts = self._decoder.counts
-            self._compiled += counts.replayed + counts.compiled - (self._coming is not None)
+            self._drop_coming()
+            self._compiled += counts.replayed + counts.compiled
             self._decoder.close()
-            self._decoder = self._coming = None
+            self._decoder = None
         if self.drafter is not None:
             self.drafter.close()
 
@@ -289,14 +289,12 @@ class Batch:
         if self.drafter is not None:
             drafts = self.drafter.propose([row.tokens for row in rows], [row.left - 1 for row in rows], sampler)
         if drafts is None:
-            if self._coming is not None and not self._coming.of_any(rows):
-                self._coming, self._compiled = None, self._compiled - 1
             coming = self._coming or Coming.of(rows, decoder.step())
             goes_on = self._may_run_ahead and all(row.left > 1 for row in rows)  # with the token that is coming too
             self._coming = Coming.of(rows, decoder.step()) if goes_on else None
             return {row: row.write([token]) for row, token in coming.by_row().items() if row in rows}
         assert drafts.probabilities is None and self.drafter is not None
-        total, most = len(decoder.tokens), _width(max(drafts.counts), self.cache.slack - 1)
+        total, most = len(decoder.tokens), size_of(max(drafts.counts), self.cache.slack - 1, DRAFTS)
         places, counts = [row.place for row in rows], [0] * total
         for place, n in zip(places, drafts.counts, strict=True):
             counts[place] = n
@@ -430,6 +428,13 @@ class Batch:
             self._decoder.leave([row.place for row in self.live if row in gone])
         self.live = [self.live[n] for n in staying]
         self._sampler = None
+        if self._coming is not None and set(self._coming.rows).isdisjoint(self.live):
+            self._drop_coming()
+
+    def _drop_coming(self) -> None:
+        """Wait no longer for a step that was begun ahead, if there is one, and count it nowhere."""
+        self._compiled -= self._coming is not None
+        self._coming = None
 
     def _parts(self, rows: list[Row], tokens: Mapping[Row, Sequence[int]]) -> list[list[Row]]:
         """The rows in passes that bring all of their rows as many tokens, so that there is no padding."""
@@ -463,11 +468,6 @@ class Batch:
         if free:
             self.cache.reset(free)
         return free
-
-
-def _width(drafts: int, most: int) -> int:
-    """For how many drafts a round is captured that has so many: few sizes, so that there are few graphs."""
-    return next(n for n in (1, 2, 4, 8, AHEAD - 1, most) if drafts <= n <= most)
 
 
 def _processed(logits: Tensor, rows: Sequence[Row], drafts: Drafts | None = None) -> Tensor:

@@ -8,36 +8,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from statecache.decode.decoder import Decoder
-from statecache.decode.draft_length import Dearer
+from statecache.decode.decoder import Decoder, size_of
 from statecache.decode.drafters import Assistant
-from statecache.decode.feed import upload
 from statecache.decode.sampling import Sampler
-from statecache.models.cache import StateCache
+from statecache.kernels.cards import upload
 from statecache.models.prepared import AHEAD
+
+WIDTHS = (5, AHEAD)  # tokens that a graph takes in: few, since kernels are compiled for each
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # tokens that one drafts
 
 
 class CapturedAssistant(Assistant):
-    """An assistant that drafts its likeliest tokens, on a cache that a decoder takes.
+    """An `Assistant`, made as one, that drafts its likeliest tokens, on a cache that a decoder takes.
 
     The cache has a row for each that will ever be, and a slack of 1 + `most`. The model is prepared from the first
     draft until `close`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        most: int,
-        cost: float,
-        device: torch.device,
-        cache: StateCache,
-        dearer: Dearer | None = None,
-    ) -> None:
-        super().__init__(model, most, cost, device, cache, dearer)
-        self._rows = cache.rows or 1
+    def __init__(self, *about: Any, **more: Any) -> None:
+        super().__init__(*about, **more)
+        self._rows = self.cache.rows or 1
         self._places: list[int] = []  # of each row in the cache
         self._decoder: Decoder | None = None
 
@@ -65,7 +57,8 @@ class CapturedAssistant(Assistant):
 
     def _take(self, decoder: Decoder, missing: Sequence[tuple[list[int], int]], n: int) -> Tensor:
         """Take in these tokens, each with the place of its row, and look n tokens ahead, or more: (R, n or more)."""
-        width, ahead = _width(max(len(tokens) for tokens, _ in missing), 1 + self.most), _length(n, self.most)
+        width = size_of(max(len(tokens) for tokens, _ in missing), 1 + self.most, WIDTHS)
+        ahead = size_of(n, self.most, LENGTHS)
         packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
         for tokens, place in missing:
             packed[place][: len(tokens)], counts[place] = tokens, len(tokens)
@@ -93,13 +86,3 @@ class CapturedAssistant(Assistant):
         if self._decoder is not None:
             self._decoder.reset(gone)
         self._places = [self._places[row] for row in known]
-
-
-def _length(drafts: int, most: int) -> int:
-    """For how many drafts there is a graph where so many are needed: few lengths, so that there are few graphs."""
-    return next(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, most) if drafts <= n <= most)
-
-
-def _width(tokens: int, most: int) -> int:
-    """For how many tokens there is a pass that takes in so many: fewer, since kernels are compiled for each."""
-    return next(n for n in (5, AHEAD, most) if tokens <= n <= most)

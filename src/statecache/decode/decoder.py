@@ -24,11 +24,12 @@ from torch import Tensor
 
 from statecache import kernels
 from statecache.decode.compiled import Ahead
-from statecache.decode.feed import advance, feed, input_device, step, upload
+from statecache.decode.feed import advance, feed, input_device, step
 from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
 from statecache.decode.sampling import Columns, Drafts, Sampler, Uses, until
 from statecache.errors import CapacityError, OptionError, RowsError, ShapeError, SlackError, StepError
+from statecache.kernels.cards import upload
 from statecache.models.cache import StateCache
 from statecache.models.fused import by_kernels
 from statecache.models.prepare import lend
@@ -105,9 +106,8 @@ class Decoder:
         self._ahead = Ahead(model, cache)
         self._passes: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._choices: dict[tuple[int, Uses], torch.cuda.CUDAGraph] = {}
-        self._rounds: dict[tuple[int, int, Uses], torch.cuda.CUDAGraph] = {}
+        self._rounds: dict[tuple[int, int, Uses, int], torch.cuda.CUDAGraph] = {}  # of checks, and of drafts
         self._drafted: dict[int, Draft] = {}  # by the number of drafts
-        self._looks: dict[tuple[int, int, Uses, int], torch.cuda.CUDAGraph] = {}
         self._proposed: dict[int, Tensor] = {}  # (B, n), by n
         self._ahead_of = False  # whether the device may hold less of rows than `_lengths` says, after a round
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
@@ -204,10 +204,8 @@ class Decoder:
         """
         if not self.captures or not (rows := self.writing):
             return
-        if ahead:
-            self._draft_graph(self._bucket(rows), self._draft_of(drafts), ahead)
-        elif drafts:
-            self._round_graph(self._bucket(rows), self._draft_of(drafts))
+        if drafts:
+            self._round_graph(self._bucket(rows), self._draft_of(drafts), ahead)
         else:
             self._graphs(rows)
 
@@ -228,10 +226,8 @@ class Decoder:
 
     def _has(self, drafts: int, ahead: int) -> bool:
         """Whether that is captured for the rows that write now."""
-        bucket = self._bucket(self.writing)
-        if ahead:
-            return (bucket, drafts, self._uses, ahead) in self._looks
-        return (bucket, drafts, self._uses) in self._rounds if drafts else (bucket, self._uses) in self._choices
+        bucket, uses = self._bucket(self.writing), self._uses
+        return (bucket, drafts, uses, ahead) in self._rounds if drafts else (bucket, uses) in self._choices
 
     def leave(self, rows: Sequence[int]) -> None:
         """Have these rows write no longer. They keep what they hold: all their tokens but the last."""
@@ -321,13 +317,7 @@ class Decoder:
         if len(most_of) != total or not all(0 <= n <= most for n in most_of):
             raise ShapeError(f"counts={counts}: give {total}, of 0 to {most} drafts, one for each row of the cache")
         rows, draft = self._ready([1 + n for n in most_of]), self._fill(drafts, counts)
-        if self.captures:
-            self._round_graph(self._bucket(rows), draft).replay()
-            self.counts.replayed += 1
-        else:
-            with self._kernels():
-                self._round(total, draft)
-            self.counts.plain += 1
+        self._run(rows, draft, 0)
         for row in rows:
             self._lengths[row] += 1 + most_of[row]
         self._ahead_of = True
@@ -359,13 +349,7 @@ class Decoder:
             raise ShapeError(f"tokens {tuple(tokens.shape)} and n={n}: give two columns and one token ahead at least")
         self._put(tokens[:, 0])
         draft = self._fill(tokens[:, 1:], [max(taken - 1, 0) for taken in counts])
-        if self.captures:
-            self._draft_graph(self._bucket(rows), draft, n).replay()
-            self.counts.replayed += 1
-        else:
-            with self._kernels():
-                self._look_ahead(len(self._lengths), draft, n)
-            self.counts.plain += 1
+        self._run(rows, draft, n)
         for row in rows:
             self._lengths[row] += counts[row]
         return self._ahead_by(n)
@@ -414,6 +398,22 @@ class Decoder:
             with torch.inference_mode(False):
                 made = self._proposed[n] = torch.zeros(len(self._lengths), n, dtype=torch.long, device=self.device)
         return made
+
+    def _run(self, rows: list[int], draft: Draft, ahead: int) -> None:
+        """A round in which these rows write: of a check, or with `ahead` of a draft of so many."""
+        if self.captures:
+            self._round_graph(self._bucket(rows), draft, ahead).replay()
+            self.counts.replayed += 1
+        else:
+            with self._kernels():
+                self._check_or_look(len(self._lengths), draft, ahead)
+            self.counts.plain += 1
+
+    def _check_or_look(self, bucket: int, draft: Draft, ahead: int) -> None:
+        if ahead:
+            self._look_ahead(bucket, draft, ahead)
+        else:
+            self._round(bucket, draft)
 
     def _round(self, bucket: int, draft: Draft, sure: bool = False) -> None:
         """Check the drafts of the first b rows, of which idle ones take nothing in. `sure`: keep all of them."""
@@ -484,21 +484,14 @@ class Decoder:
         """Of how many rows there are graphs in which these take part."""
         return next(n for n in self.buckets if n > rows[-1])
 
-    def _round_graph(self, bucket: int, draft: Draft) -> torch.cuda.CUDAGraph:
-        key = bucket, draft.tokens.shape[1], self._uses
+    def _round_graph(self, bucket: int, draft: Draft, ahead: int) -> torch.cuda.CUDAGraph:
+        key = bucket, draft.tokens.shape[1], self._uses, ahead
         made = self._rounds.get(key)
         if made is None:
+            if ahead:
+                self._ahead_by(ahead)  # outside of the graph's memory
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._rounds[key] = self._captured(lambda: self._round(bucket, draft))[0]
-        return made
-
-    def _draft_graph(self, bucket: int, draft: Draft, n: int) -> torch.cuda.CUDAGraph:
-        key = bucket, draft.tokens.shape[1], self._uses, n
-        made = self._looks.get(key)
-        if made is None:
-            self._ahead_by(n)
-            with self.cache.narrowed(bucket), self._kernels():
-                made = self._looks[key] = self._captured(lambda: self._look_ahead(bucket, draft, n))[0]
+                made = self._rounds[key] = self._captured(lambda: self._check_or_look(bucket, draft, ahead))[0]
         return made
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
@@ -612,7 +605,6 @@ class Decoder:
         self._passes.clear()
         self._choices.clear()
         self._rounds.clear()
-        self._looks.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -621,6 +613,11 @@ class Decoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def size_of(needed: int, most: int, sizes: Sequence[int]) -> int:
+    """For how many there is a graph where so many are needed: one of few sizes, or `most`, so that there are few."""
+    return next(n for n in (*sizes, most) if needed <= n <= most)
 
 
 def _buckets(given: Sequence[int] | None, rows: int) -> list[int]:

@@ -68,12 +68,6 @@ def step(model: Any, cache: Any, ids: Tensor, count: Tensor) -> Tensor:
     return advance(model, cache, ids, None)[:, -1]
 
 
-def upload(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """These integers, nested lists or not, on a device; the host waits for nothing that it does."""
-    held = torch.tensor(numbers, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
-    return held.to(device, non_blocking=True)
-
-
 def input_device(model: Any) -> torch.device:
     """Where a model takes its ids: where its embedding is, or where accelerate brings it from elsewhere."""
     embedding = model.get_input_embeddings()

@@ -1,8 +1,11 @@
-"""What kernels may ask of a device."""
+"""What kernels may ask of a device, and how numbers come to it."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,3 +24,9 @@ def shared(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 30
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)
+
+
+def upload(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """These integers, nested lists or not, on a device; the host waits for nothing that it does."""
+    held = torch.tensor(numbers, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
+    return held.to(device, non_blocking=True)

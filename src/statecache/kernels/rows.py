@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache.kernels.cards import upload
+
 PIECE = 16  # bytes that move together
 MOST = 256  # rows that a program holds at once
 SIZE = 8192  # words of four bytes that a program holds at once, of all rows
@@ -48,8 +50,6 @@ def take(buffers: Sequence[Tensor], rows: Sequence[int]) -> None:
     block = triton.next_power_of_2(len(moved))
     columns = SIZE // block
     programs = min(PROGRAMS, max(triton.cdiv(width * PIECE // 4, columns) for *_, width in sizes))
-    device = buffers[0].device
     with torch.cuda.device_of(buffers[0]):
-        told = torch.tensor(table, device="cpu", pin_memory=device.type == "cuda")  # for which nobody waits
-        there = told.to(device, non_blocking=True)
+        there = upload(table, buffers[0].device)
         _take[(programs, len(buffers))](there, len(moved), BN=block, BC=columns, num_warps=8)
