@@ -24,10 +24,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import statecache as sc
-import statecache.decode.decoder as of_decoder
 from gpu_decode import DEVICE, profiled, seconds, versions
 from gpu_shapes import SHAPES, drafting
-from statecache.decode.sampling import Drafts, Sampler, Verdict, agree
+from statecache.decode.decoder import Decoder
+
+PLAINLY = Decoder._likeliest
+CERTAIN = (0x7FFFFFFF << 32) + 0x7FFFFFFF  # above every number, as `kernels.choose` has them; less a token, that token
 
 
 def decoder(model: Any, rows: int, capacity: int, slack: int) -> sc.Decoder:
@@ -37,24 +39,24 @@ def decoder(model: Any, rows: int, capacity: int, slack: int) -> sc.Decoder:
     return sc.Decoder(model, cache, buckets=[rows])
 
 
-class Coins(Sampler):
-    """Decides as the model does, and then keeps the drafts before the first even one, whatever the model said."""
+def coins(self: Any, logits: Tensor, draft: Any = None) -> Tensor:
+    """Find what is likeliest as the decoder does, and then take 1 for it: drafts are coins, 1 where they are good."""
+    keys = PLAINLY(self, logits)
+    if draft is not None:
+        keys[:, :-1, 0].fill_(CERTAIN - 1)
+    return keys
 
-    def verify(self, logits: Tensor, drafts: Drafts, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Verdict:
-        own, _ = super().verify(logits, drafts, tokens, counts, lengths)
-        return agree(torch.cat([tokens | 1, own[:, None]], 1), tokens, counts)
 
-
-class Tosses(Sampler):
-    """Decides as the model does, and then keeps the drafts before the first place whose coin, by its number, is bad."""
-
-    good = 0.7
-
-    def verify(self, logits: Tensor, drafts: Drafts, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Verdict:
-        own, _ = super().verify(logits, drafts, tokens, counts, lengths)
-        places = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        kept = tossed(places) % 1000 < 1000 * self.good
-        return agree(torch.cat([torch.where(kept, tokens, tokens ^ 1), own[:, None]], 1), tokens, counts)
+def tosses(self: Any, logits: Tensor, draft: Any = None) -> Tensor:
+    """Find what is likeliest as the decoder does, and then take the draft for it where the place's coin is good."""
+    keys = PLAINLY(self, logits)
+    if draft is not None:
+        rows, most = len(logits), draft.tokens.shape[1]
+        places = self.cache.states.clock.lengths[:rows, None] + torch.arange(1, 1 + most, device=keys.device)
+        tokens = draft.tokens[:rows]
+        good = tossed(places) % 1000 < 1000 * self.good
+        keys[:, :-1, 0] = CERTAIN - torch.where(good, tokens, tokens ^ 1)
+    return keys
 
 
 def tossed(places: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def rates(model: Any, prompt: list[list[int]], opts: argparse.Namespace) -> dict
     """Tokens a second that `generate` writes, with a model that drafts and without, and what a step of that costs."""
     with torch.device(DEVICE):
         small = AutoModelForCausalLM.from_config(drafting(opts.small), dtype=model.dtype).eval()
-    Tosses.good, of_decoder.Sampler = opts.accepted, Tosses
+    Decoder.good, Decoder._likeliest = opts.accepted, tosses
 
     def took(new: int, given: dict[str, Any]) -> float:
         runs = []
@@ -99,7 +101,7 @@ def rounds(made: sc.Decoder, coins: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(opts: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    of_decoder.Sampler = Coins
+    Decoder._likeliest = coins
     config = SHAPES[opts.model](opts.small)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, opts.dtype)).eval()
@@ -113,21 +115,21 @@ def measure(opts: argparse.Namespace) -> dict[str, Any]:
     with decoder(model, opts.rows, capacity, 1 + most) as made:
         made.prefill(prompt)
         step = seconds(made.step, n)
-        coins = (torch.rand(n, opts.rows, most, device=DEVICE) < opts.accepted).long()
+        good = (torch.rand(5, n, opts.rows, most, device=DEVICE) < opts.accepted).long()
         began = time.perf_counter()
-        rounds(made, coins[:1])
+        rounds(made, good[0, :1])
         torch.cuda.synchronize()
         warm = time.perf_counter() - began
-        runs = []
-        for _ in range(5):
+        runs, gains = [], []
+        for each in good:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            added = rounds(made, coins)
+            gains.append(rounds(made, each))
             end.record()
             end.synchronize()
             runs.append(begin.elapsed_time(end) / 1e3 / n)
-        took, gained = statistics.median(runs), added.double().mean().item()
-        kernels = profiled(lambda: made.check(coins[0]), 16) if opts.profile else []
+        took, gained = statistics.median(runs), torch.stack(gains).double().mean().item()
+        kernels = profiled(lambda: made.check(good[0, 0]), 60) if opts.profile else []
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": opts.commit,

@@ -52,7 +52,7 @@ INSIDE = {
         "cards",
         "convolve early tokens pointers rows mma weights",
         "held",
-        "linear norms attend ssd_step delta_step conv_step scan_step",
+        "choose linear norms attend ssd_step delta_step conv_step scan_step",
         "ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",
     ],

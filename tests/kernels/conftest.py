@@ -33,7 +33,7 @@ if TRITON and not GPU:
         "ssd_fold",
         "delta_fold",
     )
-    for name in (*steps, "rows", "tokens", "ssd_chunk", "delta_chunk", "lightning_chunk", "conv_chunk"):
+    for name in (*steps, "choose", "rows", "tokens", "ssd_chunk", "delta_chunk", "lightning_chunk", "conv_chunk"):
         import_module(f"statecache.kernels.{name}")
     del os.environ["TRITON_INTERPRET"]
 

@@ -29,7 +29,7 @@ from statecache.decode.options import check_kinds, each_row, seeds_of
 from statecache.decode.request import Request
 from statecache.decode.sampling import Columns, Drafts, Sampler, Uses, until
 from statecache.errors import CapacityError, OptionError, RowsError, ShapeError, SlackError, StepError
-from statecache.kernels.cards import upload
+from statecache.kernels.cards import DTYPES, upload
 from statecache.models.cache import StateCache
 from statecache.models.fused import by_kernels
 from statecache.models.prepare import lend
@@ -419,23 +419,43 @@ class Decoder:
         """Check the drafts of the first b rows, of which idle ones take nothing in. `sure`: keep all of them."""
         clock = self.cache.states.clock
         assert clock is not None
-        last, tokens, counts = self._ids[:bucket, 0], draft.tokens[:bucket], draft.counts[:bucket]
-        writes = self._count[:bucket]
-        with self.cache.speculate(1 + tokens.shape[1], unseen=True) as ahead:
-            self.cache.expect(writes * (1 + counts))
-            logits = advance(self.model, self.cache, torch.cat([last[:, None], tokens], 1), None)
-            sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
-            lengths = clock.lengths[:bucket].to(self.device) + 1
-            if sure:
-                at = counts[:, None, None].expand(-1, -1, logits.shape[-1])
-                kept, token = counts, sampler.draw(logits.gather(1, at)[:, 0], lengths + counts)[0]
-            else:
-                verdict = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
-                kept, token = until(self._ends[:bucket], tokens, verdict)
-            ahead.commit((writes * (1 + kept)).to(clock.lengths.device))
+        ids = torch.cat([self._ids[:bucket], draft.tokens[:bucket]], 1)
         draft.kept.zero_()
+        with self.cache.speculate(ids.shape[1], unseen=True) as ahead:
+            self.cache.expect(self._count[:bucket] * (1 + draft.counts[:bucket]))
+            logits = advance(self.model, self.cache, ids, None)
+            if self._by_kernels(logits):
+                taken = self._settle(bucket, draft, logits, sure)
+            else:
+                lengths = clock.lengths[:bucket].to(self.device) + 1
+                taken = self._judge(bucket, draft, logits, lengths, sure)
+            ahead.commit(taken.to(clock.lengths.device))
+
+    def _judge(self, bucket: int, draft: Draft, logits: Tensor, lengths: Tensor, sure: bool) -> Tensor:
+        """Find what the first b rows keep and put what follows in place; how many tokens they take in, (b,).
+
+        logits: (b, 1 + K, V), after `lengths` (b,) tokens and each draft.
+        """
+        tokens, counts, writes = draft.tokens[:bucket], draft.counts[:bucket], self._count[:bucket]
+        sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
+        if sure:
+            at = counts[:, None, None].expand(-1, -1, logits.shape[-1])
+            kept, token = counts, sampler.draw(logits.gather(1, at)[:, 0], lengths + counts)[0]
+        else:
+            verdict = sampler.verify(logits, Drafts(tokens, []), tokens, counts, lengths)
+            kept, token = until(self._ends[:bucket], tokens, verdict)
         draft.kept[:bucket].copy_(writes * kept)
-        last.copy_(torch.where(writes > 0, token, last))
+        self._follow(bucket, token)
+        return writes * (1 + kept)
+
+    def _settle(self, bucket: int, draft: Draft, logits: Tensor, sure: bool) -> Tensor:
+        """The same by kernels, where no row draws."""
+        from statecache.kernels.choose import settle
+
+        ends = None if sure else self._ends[:bucket]
+        some = draft.tokens[:bucket], draft.counts[:bucket], draft.kept[:bucket]
+        keys = self._likeliest(logits, None if sure else draft)
+        return settle(keys, self._ids[:bucket], self._count[:bucket], *some, ends)
 
     def _look_ahead(self, bucket: int, draft: Draft, n: int) -> None:
         """Take in the last tokens and the drafts of the first b rows, and find what n steps would choose then."""
@@ -468,10 +488,28 @@ class Decoder:
         """Put the next tokens in place of the last ones, in the rows that write."""
         clock = self.cache.states.clock
         assert clock is not None
+        if self._by_kernels(logits):
+            from statecache.kernels.choose import choose
+
+            choose(self._likeliest(logits[:, None]), self._ids[:bucket], self._count[:bucket])
+            return
         sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
-        token, _ = sampler.draw(logits, clock.lengths[:bucket].to(self.device))
+        self._follow(bucket, sampler.draw(logits, clock.lengths[:bucket].to(self.device))[0])
+
+    def _follow(self, bucket: int, token: Tensor) -> None:
+        """Put these tokens (b,) in place of the last ones, in the rows that write."""
         last = self._ids[:bucket, 0]
         last.copy_(torch.where(self._count[:bucket] > 0, token, last))
+
+    def _by_kernels(self, logits: Tensor) -> bool:
+        """Whether kernels choose: where all rows take the likeliest token."""
+        return self._fused and not self._uses.draws and logits.dtype in DTYPES and logits.device == self.device
+
+    def _likeliest(self, logits: Tensor, draft: Draft | None = None) -> Tensor:
+        """The likeliest tokens after all that was taken in, as `settle` takes them; `draft`: what is checked."""
+        from statecache.kernels.choose import likeliest
+
+        return likeliest(logits)
 
     # ---- capturing
 
