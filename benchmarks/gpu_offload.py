@@ -102,6 +102,10 @@ def main() -> None:
     offload._copy = counted
     step()
     offload._copy = plainly
+    resting = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    during = torch.cuda.max_memory_allocated() - resting
     floor = max(plain, crossed[0] / bus * 1e3)
     found = {
         "rows": opts.rows,
@@ -116,6 +120,7 @@ def main() -> None:
         "over the larger": offloaded / floor,
         "device memory of the cache, MB: without": most / 1e6,
         "device memory of the cache, MB: with": here / 1e6,
+        "and at most while a step runs, activations included": (here + during) / 1e6,
         "asked": 1.2,
         "versions": f"statecache {sc.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "machine": torch.cuda.get_device_name(),

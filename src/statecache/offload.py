@@ -22,7 +22,8 @@ from statecache.lease import Lease
 from statecache.ring import Ring
 from statecache.step import Step
 
-AHEAD = True  # whether the next layer comes while one runs
+AHEAD = True  # whether the next layers come while one runs
+SMALL = 1 << 20  # bytes of a buffer that goes back as it is, whatever was written of it: parts take the host longer
 
 Span = tuple[int, int]  # positions, from the first to before the last
 Told = dict[torch.device, tuple[int, Any, Any]]  # the device in use, a device's stream, and when all before is over
@@ -42,9 +43,13 @@ class Home:
 class Offloaded(dict[str, "Ring | Lease"]):
     """States by name, of which those of one layer are on the device, and on their way there those of the next.
 
-    Looking a state up brings its layer; the copy began, on a stream of its own, when the layer before it was looked up.
-    The layer before goes back on another, as far as it was written: the bus carries both at once. What is of no layer
-    stays on the device.
+    Looking a state up brings its layer; the copy began, on a stream of its own, when a layer before it was looked up.
+    The layer before goes back on another, as far as it was written: the bus carries both at once. More layers than the
+    next come while all that are there are no larger than two of the largest, so that a large one is on its way while
+    small ones run. What is of no layer stays on the device.
+
+    All memory is the stream's in which layers run. It gets new memory before a copy to that begins, and memory is freed
+    once it has waited for the copies that use it: so memory goes from layer to layer, however far the host is ahead.
     """
 
     def __init__(self) -> None:
@@ -57,12 +62,15 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self.now: str | None = None  # the layer that is in use
         self._written: dict[str, Span | None] = {}  # of layers that are here, the positions written; None: any
         self._streams: dict[tuple[torch.device, bool], Any] = {}  # to a device, and back from it
-        self._arrivals: dict[str, list[tuple[torch.device, Any]]] = {}  # when a layer has come, or has gone
+        self._coming: dict[str, list[tuple[Any, Any]]] = {}  # the stream that uses a layer, and when that has come
+        self._going: dict[str, list[tuple[Any, Any]]] = {}  # and when what was written of it is back
+        self._leaving: list[str] = []  # layers whose memory is freed when they are
+        self._sizes: dict[str, int] = {}  # bytes of the layers that have been away
 
     # ---- looking up
 
     def __getitem__(self, name: str) -> Ring | Lease:
-        self._bring(name)
+        self.bring(_layer(name))
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -87,16 +95,29 @@ class Offloaded(dict[str, "Ring | Lease"]):
     def __setitem__(self, name: str, state: Ring | Lease) -> None:
         layer = _layer(name)
         names = self._names.setdefault(layer, [])
-        if name not in self:
+        if name in self:
+            self.bring(_layer(name))
+        else:
             names.append(name)
         super().__setitem__(name, state)
-        self._bring(name)
+        self.bring(_layer(name))
 
     def clear(self) -> None:
         """Forget every state."""
+        self._await()
         streams = self._streams
         super().clear()
         self.__dict__.update({**Offloaded().__dict__, "spans": self.spans, "_streams": streams})
+
+    def __del__(self) -> None:
+        self._await()
+
+    def _await(self) -> None:
+        """Have who used the layers wait for all copies, so that nobody gets memory that one of them uses."""
+        for copies in (self._coming, self._going):
+            for each in copies.values():
+                for compute, event in each:
+                    compute.wait_event(event)
 
     # ---- copies
 
@@ -107,6 +128,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._release()
         for layer in self._names:  # all at once: a pickle is written afterwards
             self._fetch(layer, {})
             self._arrive(layer, {})
@@ -114,9 +136,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     # ---- coming and going
 
-    def _bring(self, name: str) -> None:
-        """Have a state's layer on the device, and note what is written of it."""
-        layer = _layer(name)
+    def bring(self, layer: str) -> None:
+        """Have a layer on the device, and note what is written of it. "" is of what belongs to none."""
         if not layer:
             return
         if layer != self.now:
@@ -129,17 +150,39 @@ class Offloaded(dict[str, "Ring | Lease"]):
             self._written[layer] = min(low, span[0]), max(high, span[1])
 
     def enter(self, layer: str) -> None:
-        """Have a layer on the device, the next one on its way, and no other."""
+        """Have a layer on the device, the next one on its way there, and more for which there is room; no other."""
         if torch.compiler.is_compiling():
             raise StepError("a cache with offload=True copies between the layers of a step: do not compile it")
+        self._release()
         told: Told = {}
         self._fetch(layer, told)
         self._arrive(layer, told)
-        self.now, coming = layer, self._next.get(layer) if AHEAD else None
-        for other in [n for n in self._here if n not in (layer, coming)]:
+        if self.now in self._here:
+            self._sizes[self.now] = sum(buffer.nbytes for buffer, _, _ in self._buffers(self.now))
+        room = 2 * max(self._sizes.values(), default=0)
+        self.now, coming = layer, self._ahead(layer, room)
+        for other in [n for n in self._here if n != layer and n not in coming]:
             self._put_away(other, told)
-        if coming is not None:
-            self._fetch(coming, told)
+        there = sum(self._sizes.get(n, 0) for n in (*self._here, *self._leaving))
+        for other in coming:
+            if other not in self._here:
+                there += self._sizes.get(other, 0)
+                if there > room and other != coming[0]:
+                    break  # until what leaves is gone
+            self._fetch(other, told)
+
+    def _ahead(self, layer: str, room: int) -> list[str]:
+        """What is to come while a layer runs: the next, and more for which there is room."""
+        found: list[str] = []
+        room -= self._sizes.get(layer, 0)
+        following = self._next.get(layer) if AHEAD else None
+        while following is not None and following != layer and following not in found:
+            room -= self._sizes.get(following, 0)
+            if found and room < 0:
+                break
+            found.append(following)
+            following = self._next.get(following)
+        return found
 
     def _fetch(self, layer: str, told: Told) -> None:
         """Begin to copy a layer's states to the device."""
@@ -149,14 +192,13 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if not homes:
             return
         if any(home.late for home in homes):
-            for _, event in self._arrivals.pop(layer, ()):
+            for _, event in self._going.get(layer, ()):
                 event.synchronize()
         for home in homes:
             for part, came in home.late:
                 _copy(part, came)
             home.late.clear()
-            home.buffer.untyped_storage().resize_(home.buffer.nbytes)
-            self._record(home.buffer, back=False)
+            _fill(home.buffer)
         for device in {home.buffer.device for home in homes}:
             with self._beside(layer, device, told, back=False):
                 for home in homes:  # `data` counts its own versions: a state that came back was not written
@@ -164,22 +206,38 @@ class Offloaded(dict[str, "Ring | Lease"]):
                         _copy(home.buffer.data, home.host)
         for home in homes:
             home.away = False
+        self._going.pop(layer, None)
 
     def _arrive(self, layer: str, told: Told) -> None:
-        """Have the device wait for what is on its way."""
-        for device, event in self._arrivals.pop(layer, ()):
-            _until_now(device, told)[1].wait_event(event)
+        """Have who uses a layer now wait for what is on its way there."""
+        for compute, event in self._coming.pop(layer, ()):
+            _until_now(compute.device, told)[1].wait_event(event)
+
+    def _release(self) -> None:
+        """Free the memory of layers that left, once what was written of them is back."""
+        for layer in self._leaving:
+            for compute, event in self._going.get(layer, ()):
+                compute.wait_event(event)
+            self._free(layer)
+        self._leaving.clear()
+
+    def _free(self, layer: str) -> None:
+        for home in self._homes[layer]:
+            if home.away:
+                _empty(home.buffer)
 
     @torch.no_grad()
     def _put_away(self, layer: str, told: Told) -> None:
-        """Copy what was written of a layer's states to host memory, and free the device's."""
+        """Begin to copy what was written of a layer to host memory; that of the device is freed when it is over."""
         known = {id(home.buffer): home for home in self._homes.get(layer, ())}
         homes, written, span = [], [], self._written.get(layer)
         for buffer, ring, always in self._buffers(layer):
             home = known.get(id(buffer)) or Home(buffer, _host(buffer))
             homes.append(home)
             if not home.away and (always or home.version != buffer._version):
-                parts = None if ring is None or span is None or home.version is None else _parts(ring, span)
+                parts = None
+                if ring is not None and span is not None and home.version is not None and buffer.nbytes > SMALL:
+                    parts = _parts(ring, span)
                 written.append((home, ring, parts))
         for device in {home.buffer.device for home, _, _ in written}:
             with self._beside(layer, device, told, back=True):
@@ -190,13 +248,14 @@ class Offloaded(dict[str, "Ring | Lease"]):
             home.version = home.buffer._version
         self._homes[layer] = homes
         for home in homes:
-            storage = home.buffer.untyped_storage()
-            if not home.away and storage.resizable():  # not what somebody else looks at, as numpy
-                self._record(home.buffer, back=True)
-                home.away = True
-                storage.resize_(0)
+            home.away = home.buffer.untyped_storage().resizable()  # not what somebody else looks at, as numpy
         self._here.remove(layer)
         self._written.pop(layer, None)
+        self._arrive(layer, told)
+        if layer in self._going:
+            self._leaving.append(layer)
+        else:
+            self._free(layer)
 
     def _copy_back(self, home: Home, ring: Ring | None, parts: list[slice] | None) -> None:
         """Copy these slots of a ring's buffer to host memory; None: all of any buffer."""
@@ -215,9 +274,9 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     @contextmanager
     def _beside(self, layer: str, device: torch.device, told: Told, back: bool) -> Iterator[None]:
-        """Copies of a layer to this device, or back from it, are made within, beside what it does next; see `_arrive`.
+        """Copies of a layer to this device, or back from it, are made within, beside what it does next.
 
-        They wait for what the device was told before, and for the layer's copies the other way, which may not be over.
+        They wait for what the device was told before, and for the layer to have come: nobody may have used it yet.
         """
         stream = self._stream(device, back)
         if stream is None:
@@ -225,8 +284,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
             return
         current, compute, event = _until_now(device, told)
         stream.wait_event(event)
-        for _, event in self._arrivals.get(layer, ()):
-            stream.wait_event(event)
+        for _, other in self._coming.get(layer, ()):
+            stream.wait_event(other)
         torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
         try:
             yield
@@ -234,13 +293,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
             torch.cuda.set_stream(compute)
             if current != device.index:
                 torch.cuda.set_device(current)
-        self._arrivals.setdefault(layer, []).append((device, stream.record_event()))
-
-    def _record(self, buffer: Tensor, back: bool) -> None:
-        """Have a buffer's memory be no other's until the copy that is made on that stream is over."""
-        stream = self._stream(buffer.device, back)
-        if stream is not None:
-            buffer.record_stream(stream)
+        (self._going if back else self._coming).setdefault(layer, []).append((compute, stream.record_event()))
 
     def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
         """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""
@@ -298,6 +351,16 @@ def _parts(ring: Ring, span: Span) -> list[slice] | None:
 
 def _narrow(buffer: Tensor, axis: int, at: slice) -> Tensor:
     return buffer.narrow(axis, at.start, at.stop - at.start)
+
+
+def _fill(buffer: Tensor) -> None:
+    """Give a buffer its memory."""
+    buffer.untyped_storage().resize_(buffer.nbytes)
+
+
+def _empty(buffer: Tensor) -> None:
+    """Take a buffer's memory away."""
+    buffer.untyped_storage().resize_(0)
 
 
 def _copy(to: Tensor, what: Tensor) -> None:

@@ -428,6 +428,11 @@ class States:
         if isinstance(self.held, Offloaded):
             self.held.spans = weakref.WeakMethod(self._writes)
 
+    def bring(self, layer: int) -> None:
+        """Have a layer of what is offloaded on the device, as looking its states up does."""
+        if isinstance(self.held, Offloaded):
+            self.held.bring(str(layer))
+
     def _writes(self) -> tuple[int, int] | None:
         """The positions that the pass under way writes, from the first to before the last; None: any."""
         now, clock = self._pass, self.clock

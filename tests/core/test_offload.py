@@ -39,6 +39,11 @@ def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def parts_go_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 0)
+
+
 @pytest.fixture
 def pair() -> list[States]:
     """Two containers, of which the first is offloaded."""
@@ -214,6 +219,15 @@ def test_copies_are_whole_and_apart(pair: list[States], copied: Callable[[States
     same(pair)
 
 
+def test_small_buffers_go_back_as_they_are(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 1 << 20)
+    monkeypatch.setattr(offload, "_parts", lambda *_: pytest.fail("a part was copied"))
+    for seed in range(3):
+        for states in pair:
+            feed(states, 1, seed=seed)
+    same(pair)
+
+
 def test_bytes_are_counted_wherever_they_are(pair: list[States]) -> None:
     for states in pair:
         feed(states, 70)
@@ -225,6 +239,8 @@ def test_bytes_are_counted_wherever_they_are(pair: list[States]) -> None:
 
 class Stream:
     """A queue of a device that says of each piece of work which others were over before it."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.before: set[object] = set()
@@ -247,25 +263,21 @@ class Stream:
 
 
 class Streams:
-    """Stands in for CUDA's streams in `offload`, and checks the order of everything that touches a buffer's memory."""
+    """Stands in for CUDA's streams in `offload`, and checks the order of everything that touches a piece of memory."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = self.compute = Stream()
         self.made: dict[bool, Stream] = {}
-        self.kept: set[tuple[int, bool]] = set()  # buffers whose memory is kept for a copy, and which way it goes
         self.last: dict[int, list[object]] = {}  # what touched each piece of memory, on the device or the host
-        self.checked = 0
+        self.checked = self.freed = 0
         patch.setattr(torch.cuda, "current_device", lambda: None)
         patch.setattr(torch.cuda, "current_stream", lambda device: self.now)
         patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "now", stream))
         patch.setattr(Offloaded, "_stream", lambda _, device, back: self.made.setdefault(back, Stream()))
-        plainly = offload._copy
-
-        def keep(buffer: torch.Tensor, stream: Stream) -> None:
-            self.kept.add((buffer.untyped_storage()._cdata, stream is self.made.get(True)))
-
-        patch.setattr(torch.Tensor, "record_stream", keep)
-        patch.setattr(offload, "_copy", lambda to, what: (self.touch(to, what), plainly(to, what)))
+        copied, filled, emptied = offload._copy, offload._fill, offload._empty
+        patch.setattr(offload, "_copy", lambda to, what: (self.touch(to, what), copied(to, what)))
+        patch.setattr(offload, "_fill", lambda buffer: (self.fill(buffer), filled(buffer)))
+        patch.setattr(offload, "_empty", lambda buffer: (self.empty(buffer), emptied(buffer)))
 
     def touch(self, *tensors: torch.Tensor) -> None:
         """Work on these tensors, in this stream, begins when all before on any of them is over."""
@@ -276,21 +288,77 @@ class Streams:
             self.checked += len(used)
             used.append(work)
 
+    def fill(self, buffer: torch.Tensor) -> None:
+        """Memory that the layers' stream may have used until now."""
+        assert self.now is self.compute
+        self.last[buffer.untyped_storage()._cdata] = list(self.compute.before)
 
-def test_no_two_streams_touch_the_same_memory_at_a_time(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
-    states, streams = pair[0], Streams(monkeypatch)
-    for seed in range(4):
+    def empty(self, buffer: torch.Tensor) -> None:
+        """From now on the layers' stream may use the memory for something else."""
+        assert self.now is self.compute
+        used = self.last.pop(buffer.untyped_storage()._cdata, [])
+        assert self.compute.before.issuperset(used), "a copy uses memory that is freed"
+        self.freed += len(used)
+
+    def flying(self, states: States) -> int:
+        """How much work on the states' memory the layers' stream has not waited for."""
+        buffers = [b for state in dict.values(states.held) for b in state.buffers() if b.untyped_storage().nbytes()]
+        used = {work for b in buffers for work in self.last.get(b.untyped_storage()._cdata, [])}
+        return len(used - self.compute.before)
+
+
+def fly(states: States, streams: Streams) -> None:
+    """Passes in which each layer reads and writes its states, through some layers in another order than before."""
+    for seed, order in enumerate(["0123", "0123", "0123", "0231", "1203", "00", "2130", "0123", "0123"]):
         step = states.open(3)
-        for n in range(LAYERS):
+        for n in map(int, order):
             for name in ("key", "near", "copied"):
                 state = states[f"{n}.{name}"]
                 assert streams.now is streams.compute
-                streams.touch(*state.buffers())  # a layer reads and writes its states
+                streams.touch(*state.buffers())
             feed_layer(states, n, step, torch.Generator().manual_seed(seed))
         states.close(step)
-    assert streams.checked > 100 and len(streams.made) == 2
-    moved = {id_ for id_, _ in streams.kept}
-    assert moved and streams.kept == {(id_, back) for id_ in moved for back in (True, False)}
+
+
+def test_no_two_streams_touch_the_same_memory_at_a_time(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    fly(pair[0], streams)
+    assert streams.checked > 100 and streams.freed > 100 and len(streams.made) == 2
+
+
+@pytest.mark.parametrize(
+    "end", [lambda states: states.held.clear(), lambda states: states.held.__del__()], ids=["forgotten", "dropped"]
+)
+def test_memory_that_others_may_get_is_no_copys(
+    pair: list[States], monkeypatch: pytest.MonkeyPatch, end: Callable[[States], None]
+) -> None:
+    streams = Streams(monkeypatch)
+    fly(pair[0], streams)
+    assert streams.flying(pair[0]) > 0
+    held = dict(dict.items(pair[0].held))  # so that the memory is still to be seen
+    end(pair[0])
+    for state in held.values():
+        for buffer in state.buffers():
+            used = streams.last.get(buffer.untyped_storage()._cdata, [])
+            assert streams.compute.before.issuperset(used)
+
+
+def test_small_layers_come_before_a_large_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "AHEAD", True)
+    wide = [1, 1, 1, 8] * 3
+    spec = ModelSpec(
+        tuple(LayerSpec(n, "test", (StateSpec("s", "recurrent", (w * 8,), 1),)) for n, w in enumerate(wide))
+    )
+    states = States(spec, rows=ROWS, dtype=torch.float32, device="cpu", offload=True)
+    for _ in range(3):
+        step = states.open(1)
+        for n, w in enumerate(wide):
+            states[f"{n}.s"].extend(torch.ones(ROWS, 1, w * 8), step)
+            here = there(states)
+            assert sum(wide[m] for m in here) <= 2 * max(wide)
+        states.close(step)
+    assert states["0.s"].spec.name == "s"
+    assert there(states) == [0, 1, 2, 3, 4, 5, 6]  # the large one is on its way, as it fits, and so are some behind it
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

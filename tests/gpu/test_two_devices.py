@@ -86,3 +86,15 @@ def compare(name: str, prepared: bool, capacity: int | None, first: str, second:
         torch.device(first),
         torch.device(second),
     }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offloaded_layers_of_two_devices_give_what_one_gives(name: str) -> None:
+    ids = torch.randint(1, 90, (2, 25), generator=torch.Generator().manual_seed(5)).to("cuda:0")
+    models = pair(name, True, "cuda:0", "cuda:1")
+    courses = [
+        by_row(model, sc.StateCache(model.config, slack=SLACK, offload=offload), ids)
+        for model, offload in zip(models, (False, True), strict=True)
+    ]
+    for want, got in zip(*courses, strict=True):
+        assert error(got, want) < TOLERANCE

@@ -310,6 +310,8 @@ class LayerState:
         held = None if torch.compiler.is_compiling() else self._convs[number]
         if held is None or self._convolved[number] != (x.shape, x.dtype, x.device):
             held = self._find_conv(x, number)
+        elif self.writer.states.offload:
+            self.writer.states.bring(self.index)
         if step.pending is not None:
             step.pending()
         width = weight.shape[-1] if heads is None else conv.span(weight, heads)
@@ -345,6 +347,8 @@ class LayerState:
         found = None if torch.compiler.is_compiling() else self._found
         if found is None or self._consumed != (first.shape, first.dtype, first.device):
             found = self._find_state(recurrence, taken)
+        elif self.writer.states.offload:
+            self.writer.states.bring(self.index)
         state, log = found
         if step.pending is not None:
             step.pending()
@@ -426,11 +430,6 @@ class LayerState:
             return None
         return step if step.tokens <= (AHEAD if step.tentative else 1) else None
 
-    @property
-    def _remembers(self) -> bool:
-        """Whether what was looked up serves the next pass: not in compiled code, nor where states come and go."""
-        return not (torch.compiler.is_compiling() or self.writer.states.offload)
-
     def _find_conv(self, x: Tensor, number: int) -> Ring | Lease:
         name, registry = f"{self.index}.conv{number or ''}", self.writer.registry
         spec = self.writer.states.declared.get(name)
@@ -438,7 +437,7 @@ class LayerState:
             raise LayerError(f"layer {self.index} of {registry.model} has no convolution {number or ''}".rstrip())
         registry.check(name, (x.shape[1], spec.shape[0]), x, cast=spec.dtype is not None)
         held = self.writer.states.held.get(name) or registry.allocate_like(name, x, x.shape[1])
-        if self._remembers:
+        if not torch.compiler.is_compiling():  # what was looked up serves the next pass
             self._convs[number], self._convolved[number] = held, (x.shape, x.dtype, x.device)
         return held
 
@@ -457,7 +456,7 @@ class LayerState:
                         registry.check(log, (tokens, *(states.declared[log].shape or ())), like)
                     registry.ring(log, like, tokens)
         found = registry.lease(name, first), states.logs[name]
-        if self._remembers:
+        if not torch.compiler.is_compiling():
             self._found, self._consumed = found, (first.shape, first.dtype, first.device)
         return found
 
