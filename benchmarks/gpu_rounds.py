@@ -84,10 +84,10 @@ def rates(model: Any, prompt: list[list[int]], opts: argparse.Namespace) -> dict
             runs.append(time.perf_counter() - began)
         return statistics.median(runs)
 
-    def rate(**given: Any) -> float:  # what two lengths differ by: each text captures anew
-        return 512 * opts.rows / (took(640, given) - took(128, given))
+    def rate(**given: Any) -> float:  # what two lengths differ by: each text captures anew, the longer no more by then
+        return 1024 * opts.rows / (took(1664, given) - took(640, given))
 
-    with decoder(small, opts.rows, opts.context + 1000, 1) as made:
+    with decoder(small, opts.rows, opts.context + 2000, 1) as made:
         made.prefill(prompt)
         step = seconds(made.step, opts.rounds)
     return {"assistant_step_ms": step * 1e3, "plain": rate(), "assisted": rate(assistant=small)}

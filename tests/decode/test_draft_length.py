@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from statecache.decode.draft_length import PATIENCE, PROBE, ROUND, WIDTH, DraftLength
+from statecache.decode.draft_length import PATIENCE, PROBE, ROUND, WIDTH, DraftLength, Rounds, plain_round
 
 
 def test_length_is_the_one_with_the_most_tokens_for_the_cost():
@@ -14,6 +14,19 @@ def test_length_is_the_one_with_the_most_tokens_for_the_cost():
             costs = [1.0] + [1 + ROUND + WIDTH * k + cost * (k + 1) for k in range(1, 9)]
             speeds = [sum(rate**i for i in range(k + 1)) / costs[k] for k in range(9)]
             assert length.best() == speeds.index(max(speeds))
+
+
+def test_length_is_one_that_there_are_rounds_of():
+    few = Rounds(plain_round, sizes=(1, 4))
+    for cost in (0.0, 0.1, 0.2):
+        for rate in range(1, 100):
+            length = DraftLength(cost, 8, accepted=rate, tried=100, rounds=few)
+            best = max((0, 1, 4, 8), key=lambda k: speed(rate / 100, k, cost))
+            assert length.best() == best
+
+
+def speed(rate: float, k: int, cost: float) -> float:
+    return sum(rate**i for i in range(k + 1)) / (1 + plain_round(k) + cost * (k + 1) if k else 1.0)
 
 
 def test_no_draft_is_made_where_it_cannot_pay():

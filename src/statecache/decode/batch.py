@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from statecache.decode.decoder import Decoder, size_of
+from statecache.decode.draft_length import SIZES
 from statecache.decode.drafters import Drafter
 from statecache.decode.feed import advance, feed, input_device
 from statecache.decode.processors import processed
@@ -24,9 +25,6 @@ from statecache.decode.sampling import Drafts, Sampler
 from statecache.decode.text import Text
 from statecache.errors import RowsError
 from statecache.kernels.cards import upload
-from statecache.models.prepared import AHEAD
-
-DRAFTS = (1, 2, 4, 8, AHEAD - 1)  # for how many of them rounds are captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +292,7 @@ class Batch:
             self._coming = Coming.of(rows, decoder.step()) if goes_on else None
             return {row: row.write([token]) for row, token in coming.by_row().items() if row in rows}
         assert drafts.probabilities is None and self.drafter is not None
-        total, most = len(decoder.tokens), size_of(max(drafts.counts), self.cache.slack - 1, DRAFTS)
+        total, most = len(decoder.tokens), size_of(max(drafts.counts), self.cache.slack - 1, SIZES)
         places, counts = [row.place for row in rows], [0] * total
         for place, n in zip(places, drafts.counts, strict=True):
             counts[place] = n

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from statecache.decode.decoder import Decoder, size_of
+from statecache.decode.draft_length import SIZES
 from statecache.decode.drafters import Assistant
 from statecache.decode.sampling import Sampler
 from statecache.kernels.cards import upload
 from statecache.models.prepared import AHEAD
 
 WIDTHS = (5, AHEAD)  # tokens that a graph takes in: few, since kernels are compiled for each
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # tokens that one drafts
 
 
 class CapturedAssistant(Assistant):
@@ -58,7 +58,7 @@ class CapturedAssistant(Assistant):
     def _take(self, decoder: Decoder, missing: Sequence[tuple[list[int], int]], n: int) -> Tensor:
         """Take in these tokens, each with the place of its row, and look n tokens ahead, or more: (R, n or more)."""
         width = size_of(max(len(tokens) for tokens, _ in missing), 1 + self.most, WIDTHS)
-        ahead = size_of(n, self.most, LENGTHS)
+        ahead = size_of(n, self.most, SIZES)
         packed, counts = [[0] * width for _ in range(self._rows)], [0] * self._rows
         for tokens, place in missing:
             packed[place][: len(tokens)], counts[place] = tokens, len(tokens)

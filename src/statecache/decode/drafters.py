@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from statecache.decode.draft_length import Dearer, DraftLength
+from statecache.decode.draft_length import PLAIN, DraftLength, Rounds
 from statecache.decode.feed import feed
 from statecache.decode.noise import Purpose
 from statecache.decode.sampling import Drafts, Sampler
@@ -43,12 +43,12 @@ class Drafter(Protocol):
 class Lookup:
     """Proposes what followed the newest earlier occurrence of a row's last `n` tokens, or fewer, down to one.
 
-    `dearer`: see `DraftLength`.
+    `rounds`: see `DraftLength`.
     """
 
-    def __init__(self, n: int, most: int, dearer: Dearer | None = None) -> None:
+    def __init__(self, n: int, most: int, rounds: Rounds = PLAIN) -> None:
         self.n, self.forwards = n, 0
-        self.lengths = {run: DraftLength(0.0, most, accepted=2, tried=3, dearer=dearer) for run in range(1, n + 1)}
+        self.lengths = {run: DraftLength(0.0, most, accepted=2, tried=3, rounds=rounds) for run in range(1, n + 1)}
         self.past: list[dict[tuple[int, ...], int]] = []  # of each row: where what followed a run of tokens begins
         self.known: list[int] = []  # how far each row is in `past`
         self._last: list[tuple[int, int]] = []  # run length and drafts of each row's last proposal
@@ -114,7 +114,7 @@ class Assistant:
     missing: a pass over a few tokens costs about one step, where a log would make every step of the drafting dearer.
 
     Each row has a draft length of its own, so that what is drafted for it, and so what is drawn, depends on no other.
-    `cost`: of its forward pass, as a part of one of the large model; `dearer`: see `DraftLength`. Drafts come on
+    `cost`: of its forward pass, as a part of one of the large model; `rounds`: see `DraftLength`. Drafts come on
     `device`.
     """
 
@@ -125,10 +125,10 @@ class Assistant:
         cost: float,
         device: torch.device,
         cache: StateCache | None = None,
-        dearer: Dearer | None = None,
+        rounds: Rounds = PLAIN,
     ) -> None:
         self.model, self.most, self.cost, self.device, self.forwards = model, most, cost, device, 0
-        self.dearer = dearer
+        self.rounds = rounds
         with promised():
             self.cache: Any = StateCache(model.config) if cache is None else cache
         self._mark: Any = None  # before the drafts
@@ -175,7 +175,7 @@ class Assistant:
             self._make_room(known, rows)
         self.held += [0] * (rows - known)
         new = range(known, rows)
-        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8, dearer=self.dearer) for _ in new]
+        self.lengths += [DraftLength(self.cost, self.most, accepted=7, tried=8, rounds=self.rounds) for _ in new]
 
     # ---- rows of the cache
 

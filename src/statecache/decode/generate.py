@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 from weakref import WeakKeyDictionary
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from statecache.decode.batch import Batch, Row
 from statecache.decode.captured_assistant import CapturedAssistant
 from statecache.decode.capturing import fixed_cache, takes, worth_capturing
-from statecache.decode.draft_length import captured_round
+from statecache.decode.draft_length import PLAIN, Rounds
 from statecache.decode.drafters import Assistant, Drafter, Lookup
 from statecache.decode.feed import input_device
 from statecache.decode.options import (
@@ -215,13 +214,13 @@ def generate(
         with promised():
             used = StateCache(model.config, slack=1 + most if most else 0, back=False)
     drafter: Drafter | None = None
-    dearer = partial(captured_round, len(rows)) if captured else None
+    rounds = Rounds.captured(len(rows)) if captured else PLAIN
     if lookup:
-        drafter = Lookup(lookup, most, dearer)
+        drafter = Lookup(lookup, most, rounds)
     elif assistant is not None:
         room = fixed_cache(assistant, len(rows), longest, max_new_tokens, most) if captured else None
         about = assistant, most, cost, input_device(model)
-        drafter = Assistant(*about, dearer=dearer) if room is None else CapturedAssistant(*about, room, dearer)
+        drafter = Assistant(*about, rounds=rounds) if room is None else CapturedAssistant(*about, room, rounds)
     batch = Batch(
         model, used, drafter, keep_rows=captured or cache is not None, captured=captured, runs_ahead=cache is None
     )
