@@ -5,6 +5,7 @@ pytest tests/gpu -m gpu -n 6
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 from steps import build
 
 import statecache as sc
-from statecache.decode.draft_length import plain_round
+from statecache.decode.draft_length import Rounds, plain_round
+from statecache.decode.request import Request
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +46,7 @@ def prompts(rows: int, width: int = 11) -> list[list[int]]:
 @pytest.fixture
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have as many tokens drafted for captured rounds as for others, which cost more."""
-    monkeypatch.setattr("statecache.decode.generate.captured_round", lambda rows, drafts: plain_round(drafts))
+    monkeypatch.setattr(Rounds, "captured", lambda rows: Rounds(plain_round))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -288,6 +290,7 @@ def test_an_assistant_drafts_by_captured_steps(name: str, alike: None) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_5", "mamba2"])
 def test_steps_take_little_memory_beside_weights_and_states(name: str) -> None:
+    gc.collect()  # what tests before have left in cycles
     before = torch.cuda.memory_allocated()
     model, config, _ = build(name, vocab_size=32768)
     model.bfloat16()
@@ -358,3 +361,13 @@ def test_an_assistant_that_cannot_be_captured_drafts_plainly() -> None:
     assert torch.equal(got, want)
     assert reports[0].accepted > 0.9 * reports[0].drafted > 0  # of a model with the same weights
     assert reports[0].compiled == reports[0].forwards - 1
+
+
+def test_rounds_are_captured_anew_where_rows_end_in_more_ways() -> None:
+    with decoder_for("mamba2", 1, slack=3) as decoder:
+        decoder.prefill(prompts(1))
+        drafts = torch.ones(1, 2, dtype=torch.long, device="cuda")
+        decoder.check(drafts)  # the only graph, which goes with all of its memory
+        decoder.begin([0], [Request([0], ends=(1, 2))], decoder.tokens.clone(), decoder.lengths)
+        assert decoder.check(drafts).tolist() == [0]
+        assert decoder.counts.graphs == 2

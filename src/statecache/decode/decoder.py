@@ -609,6 +609,8 @@ class Decoder:
                 more = torch.full((rows, ends - there), -1, dtype=torch.long, device=self.device)
                 self._ends = torch.cat([self._ends, more], 1)
             self._rounds.clear()  # which read the others
+            if not self._passes and self._pool is not None:
+                self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
 
     def _changed(self) -> None:
         """Other rows write, or in another way."""
