@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +37,27 @@ class Home:
     version: int | None = None  # of the buffer when both were the same; None: they never were
     away: bool = False
     late: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # parts of `host`, and what is on its way there
+    axis: int = 0  # of the slots
+    parts: list[slice] | None = None  # the slots that go back; None: all
+
+    def here(self) -> None:
+        """Copy the entries to the device."""
+        _copy(self.buffer.data, self.host)  # `data` counts its own versions: a state that came back was not written
+
+    def back(self) -> None:
+        """Copy the entries that were written to host memory."""
+        if self.parts is None:
+            _copy(self.host, self.buffer)
+            return
+        for at in self.parts:
+            host, part = _narrow(self.host, self.axis, at), _narrow(self.buffer, self.axis, at)
+            if not part.is_cuda:
+                _copy(host, part)
+                continue
+            # an entry here and there: in one piece over the bus, and to its place when it is needed again
+            came = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
+            _copy(came, part.contiguous())
+            self.late.append((host, came))
 
 
 class Offloaded(dict[str, "Ring | Lease"]):
@@ -65,7 +85,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._coming: dict[str, list[tuple[Any, Any]]] = {}  # the stream that uses a layer, and when that has come
         self._going: dict[str, list[tuple[Any, Any]]] = {}  # and when what was written of it is back
         self._leaving: list[str] = []  # layers whose memory is freed when they are
-        self._sizes: dict[str, int] = {}  # bytes of the layers that have been away
+        self._sizes: dict[str, int] = {}  # bytes of the layers that have been used
+        self._plans: dict[str, list[str]] = {}  # what is to come while each of them is
 
     # ---- looking up
 
@@ -141,8 +162,9 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if not layer:
             return
         if layer != self.now:
-            if self.now is not None:
+            if self.now is not None and self._next.get(self.now) != layer:
                 self._next[self.now] = layer
+                self._plans.clear()
             self.enter(layer)
         span = None if self.spans is None else (self.spans() or (lambda: None))()
         if span is not None and self._written.get(layer, span) is not None:
@@ -157,24 +179,23 @@ class Offloaded(dict[str, "Ring | Lease"]):
         told: Told = {}
         self._fetch(layer, told)
         self._arrive(layer, told)
-        if self.now in self._here:
-            self._sizes[self.now] = sum(buffer.nbytes for buffer, _, _ in self._buffers(self.now))
-        room = 2 * max(self._sizes.values(), default=0)
-        self.now, coming = layer, self._ahead(layer, room)
+        left, self.now = self.now, layer
+        if left in self._here and left not in self._sizes:
+            self._resize(left, sum(buffer.nbytes for buffer, _, _ in self._buffers(left)))
+        coming = self._ahead(layer)
         for other in [n for n in self._here if n != layer and n not in coming]:
             self._put_away(other, told)
-        there = sum(self._sizes.get(n, 0) for n in (*self._here, *self._leaving))
-        for other in coming:
-            if other not in self._here:
-                there += self._sizes.get(other, 0)
-                if there > room and other != coming[0]:
-                    break  # until what leaves is gone
+        for other in [n for n in coming if n not in self._here]:
+            if other != coming[0] and self._leaving and not self._fits(other):
+                break  # until what leaves is gone
             self._fetch(other, told)
 
-    def _ahead(self, layer: str, room: int) -> list[str]:
-        """What is to come while a layer runs: the next, and more for which there is room."""
+    def _ahead(self, layer: str) -> list[str]:
+        """What is to come while a layer runs: the next, and more while all are no larger than two of the largest."""
+        if layer in self._plans:
+            return self._plans[layer]
         found: list[str] = []
-        room -= self._sizes.get(layer, 0)
+        room = 2 * max(self._sizes.values(), default=0) - self._sizes.get(layer, 0)
         following = self._next.get(layer) if AHEAD else None
         while following is not None and following != layer and following not in found:
             room -= self._sizes.get(following, 0)
@@ -182,7 +203,19 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 break
             found.append(following)
             following = self._next.get(following)
+        self._plans[layer] = found
         return found
+
+    def _fits(self, layer: str) -> bool:
+        """Whether a layer has room beside those that are there, and those that leave."""
+        there = sum(self._sizes.get(n, 0) for n in (layer, *self._here, *self._leaving))
+        return there <= 2 * max(self._sizes.values())
+
+    def _resize(self, layer: str, size: int) -> None:
+        """A layer has so many bytes from now on."""
+        if self._sizes.get(layer) != size:
+            self._sizes[layer] = size
+            self._plans.clear()
 
     def _fetch(self, layer: str, told: Told) -> None:
         """Begin to copy a layer's states to the device."""
@@ -200,10 +233,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
             home.late.clear()
             _fill(home.buffer)
         for device in {home.buffer.device for home in homes}:
-            with self._beside(layer, device, told, back=False):
-                for home in homes:  # `data` counts its own versions: a state that came back was not written
-                    if home.buffer.device == device:
-                        _copy(home.buffer.data, home.host)
+            self._beside(layer, device, told, False, [home for home in homes if home.buffer.device == device])
         for home in homes:
             home.away = False
         self._going.pop(layer, None)
@@ -230,23 +260,21 @@ class Offloaded(dict[str, "Ring | Lease"]):
     def _put_away(self, layer: str, told: Told) -> None:
         """Begin to copy what was written of a layer to host memory; that of the device is freed when it is over."""
         known = {id(home.buffer): home for home in self._homes.get(layer, ())}
-        homes, written, span = [], [], self._written.get(layer)
+        homes, written, span, size = [], [], self._written.get(layer), 0
         for buffer, ring, always in self._buffers(layer):
             home = known.get(id(buffer)) or Home(buffer, _host(buffer))
             homes.append(home)
+            size += buffer.nbytes
             if not home.away and (always or home.version != buffer._version):
-                parts = None
                 if ring is not None and span is not None and home.version is not None and buffer.nbytes > SMALL:
-                    parts = _parts(ring, span)
-                written.append((home, ring, parts))
-        for device in {home.buffer.device for home, _, _ in written}:
-            with self._beside(layer, device, told, back=True):
-                for home, ring, parts in written:
-                    if home.buffer.device == device:
-                        self._copy_back(home, ring, parts)
-        for home, _, _ in written:
-            home.version = home.buffer._version
+                    home.axis, home.parts = ring.axis, _parts(ring, span)
+                written.append(home)
+        for device in {home.buffer.device for home in written}:
+            self._beside(layer, device, told, True, [home for home in written if home.buffer.device == device])
+        for home in written:
+            home.version, home.parts = home.buffer._version, None
         self._homes[layer] = homes
+        self._resize(layer, size)
         for home in homes:
             home.away = home.buffer.untyped_storage().resizable()  # not what somebody else looks at, as numpy
         self._here.remove(layer)
@@ -257,30 +285,15 @@ class Offloaded(dict[str, "Ring | Lease"]):
         else:
             self._free(layer)
 
-    def _copy_back(self, home: Home, ring: Ring | None, parts: list[slice] | None) -> None:
-        """Copy these slots of a ring's buffer to host memory; None: all of any buffer."""
-        if ring is None or parts is None:
-            _copy(home.host, home.buffer)
-            return
-        for at in parts:
-            host, part = _narrow(home.host, ring.axis, at), _narrow(home.buffer, ring.axis, at)
-            if not part.is_cuda:
-                _copy(host, part)
-                continue
-            # an entry here and there: in one piece over the bus, and to its place when it is needed again
-            came = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
-            _copy(came, part.contiguous())
-            home.late.append((host, came))
+    def _beside(self, layer: str, device: torch.device, told: Told, back: bool, homes: list[Home]) -> None:
+        """Copy a layer's states to this device, or back from it, beside what it does next.
 
-    @contextmanager
-    def _beside(self, layer: str, device: torch.device, told: Told, back: bool) -> Iterator[None]:
-        """Copies of a layer to this device, or back from it, are made within, beside what it does next.
-
-        They wait for what the device was told before, and for the layer to have come: nobody may have used it yet.
+        Copies wait for what the device was told before, and for the layer to have come: nobody may have used it yet.
         """
         stream = self._stream(device, back)
         if stream is None:
-            yield
+            for home in homes:
+                home.back() if back else home.here()
             return
         current, compute, event = _until_now(device, told)
         stream.wait_event(event)
@@ -288,7 +301,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
             stream.wait_event(other)
         torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
         try:
-            yield
+            for home in homes:
+                home.back() if back else home.here()
         finally:
             torch.cuda.set_stream(compute)
             if current != device.index:

@@ -855,8 +855,8 @@ MUTANTS: dict[str, dict[str, tuple[str, ...]]] = {
             "always",
         ),
         "a part goes to the beginning": (
-            "_narrow(home.host, ring.axis, at), _narrow",
-            "_narrow(home.host, ring.axis, slice(0, at.stop - at.start)), _narrow",
+            "_narrow(self.host, self.axis, at), _narrow",
+            "_narrow(self.host, self.axis, slice(0, at.stop - at.start)), _narrow",
         ),
         "parts of a ring that goes round are taken for one": (
             "runs(first, n, ring.capacity)",
