@@ -8,6 +8,7 @@ memory to memory.
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -64,12 +65,12 @@ class Offloaded(dict[str, "Ring | Lease"]):
     """States by name, of which those of one layer are on the device, and on their way there those of the next.
 
     Looking a state up brings its layer; the copy began, on a stream of its own, when a layer before it was looked up.
-    The layer before goes back on another, as far as it was written: the bus carries both at once. More layers than the
-    next come while all that are there are no larger than two of the largest, so that a large one is on its way while
-    small ones run. What is of no layer stays on the device.
+    The layer before goes back on another, as far as it was written: the bus carries both at once, and its memory is
+    freed when the next layer is looked up. More layers than the next come while all that are there are no larger than
+    two of the largest, so that a large one is on its way while small ones run. What is of no layer stays on the device.
 
-    All memory is the stream's in which layers run. It gets new memory before a copy to that begins, and memory is freed
-    once it has waited for the copies that use it: so memory goes from layer to layer, however far the host is ahead.
+    Memory is that of the stream in which layers run. It is taken before a copy to it begins, and freed once that stream
+    has waited for the copies that use it: so it goes from layer to layer, however far the host is ahead.
     """
 
     def __init__(self) -> None:
@@ -84,6 +85,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._streams: dict[tuple[torch.device, bool], Any] = {}  # to a device, and back from it
         self._coming: dict[str, list[tuple[Any, Any]]] = {}  # the stream that uses a layer, and when that has come
         self._going: dict[str, list[tuple[Any, Any]]] = {}  # and when what was written of it is back
+        self._owners: dict[tuple[str, torch.device], Any] = {}  # the stream that a layer's memory on a device is of
         self._leaving: list[str] = []  # layers whose memory is freed when they are
         self._sizes: dict[str, int] = {}  # bytes of the layers that have been used
         self._plans: dict[str, list[str]] = {}  # what is to come while each of them is
@@ -91,7 +93,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
     # ---- looking up
 
     def __getitem__(self, name: str) -> Ring | Lease:
-        self.bring(_layer(name))
+        if name in self:
+            self.bring(_layer(name))
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -131,7 +134,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self.__dict__.update({**Offloaded().__dict__, "spans": self.spans, "_streams": streams})
 
     def __del__(self) -> None:
-        self._await()
+        if not sys.is_finalizing():
+            self._await()
 
     def _await(self) -> None:
         """Have who used the layers wait for all copies, so that nobody gets memory that one of them uses."""
@@ -150,7 +154,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._release()
-        for layer in self._names:  # all at once: a pickle is written afterwards
+        for layer in filter(None, self._names):  # all at once: a pickle is written afterwards
             self._fetch(layer, {})
             self._arrive(layer, {})
         return _restored, (dict(dict.items(self)),)
@@ -233,6 +237,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
             home.late.clear()
             _fill(home.buffer)
         for device in {home.buffer.device for home in homes}:
+            if self._stream(device, False) is not None:
+                self._owners[layer, device] = _until_now(device, told)[1]
             self._beside(layer, device, told, False, [home for home in homes if home.buffer.device == device])
         for home in homes:
             home.away = False
@@ -266,13 +272,14 @@ class Offloaded(dict[str, "Ring | Lease"]):
             homes.append(home)
             size += buffer.nbytes
             if not home.away and (always or home.version != buffer._version):
+                home.parts = None
                 if ring is not None and span is not None and home.version is not None and buffer.nbytes > SMALL:
                     home.axis, home.parts = ring.axis, _parts(ring, span)
                 written.append(home)
         for device in {home.buffer.device for home in written}:
             self._beside(layer, device, told, True, [home for home in written if home.buffer.device == device])
         for home in written:
-            home.version, home.parts = home.buffer._version, None
+            home.version = home.buffer._version
         self._homes[layer] = homes
         self._resize(layer, size)
         for home in homes:
@@ -280,15 +287,25 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._here.remove(layer)
         self._written.pop(layer, None)
         self._arrive(layer, told)
+        self._part(layer, homes, told)
         if layer in self._going:
             self._leaving.append(layer)
         else:
             self._free(layer)
 
+    def _part(self, layer: str, homes: list[Home], told: Told) -> None:
+        """Where another stream runs layers than when a layer's memory was taken, have that be kept for all it does."""
+        for home in homes:
+            device = home.buffer.device
+            owner = self._owners.get((layer, device))
+            if owner is not None and owner != _until_now(device, told)[1]:
+                home.buffer.record_stream(_until_now(device, told)[1])
+                home.buffer.record_stream(self._stream(device, True))
+
     def _beside(self, layer: str, device: torch.device, told: Told, back: bool, homes: list[Home]) -> None:
         """Copy a layer's states to this device, or back from it, beside what it does next.
 
-        Copies wait for what the device was told before, and for the layer to have come: nobody may have used it yet.
+        They wait for what the device was told before, and for the layer's copies the other way, even if nobody used it.
         """
         stream = self._stream(device, back)
         if stream is None:
@@ -297,7 +314,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
             return
         current, compute, event = _until_now(device, told)
         stream.wait_event(event)
-        for _, other in self._coming.get(layer, ()):
+        for _, other in (self._coming if back else self._going).get(layer, ()):
             stream.wait_event(other)
         torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
         try:
@@ -307,7 +324,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
             torch.cuda.set_stream(compute)
             if current != device.index:
                 torch.cuda.set_device(current)
-        (self._going if back else self._coming).setdefault(layer, []).append((compute, stream.record_event()))
+            (self._going if back else self._coming).setdefault(layer, []).append((compute, stream.record_event()))
 
     def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
         """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""

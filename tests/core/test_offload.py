@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -228,6 +228,46 @@ def test_small_buffers_go_back_as_they_are(pair: list[States], monkeypatch: pyte
     same(pair)
 
 
+def test_what_is_of_no_layer_stays() -> None:
+    spec = ModelSpec(SPEC.layers, "test", own=(StateSpec("place", "position", (1,), 1, dtype=torch.long),))
+    states = States(spec, slack=3, rows=ROWS, dtype=torch.float32, device="cpu", offload=True)
+    feed(states, 3)
+    for kept in (states, pickle.loads(pickle.dumps(states))):
+        feed(kept, 1)
+        assert all(buffer.untyped_storage().nbytes() for buffer in kept["place"].buffers())
+
+
+def test_a_name_that_is_none_changes_nothing(pair: list[States]) -> None:
+    for states in pair:
+        feed(states, 3)
+        with pytest.raises(KeyError):
+            states["9.key"]
+        feed(states, 1, seed=1)
+    same(pair)
+
+
+def test_a_copy_that_fails_is_made_again(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    for states in pair:
+        feed(states, 4)
+        feed(states, 1, seed=1)
+    plainly, offloaded = offload.Home.back, pair[0]
+
+    def fail(home: offload.Home) -> None:
+        if home.parts:
+            raise RuntimeError("no memory")
+        plainly(home)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload.Home, "back", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            feed(offloaded, 1, seed=2)
+    for states in pair:
+        states.reset()
+        feed(states, 4, seed=3)
+    same(pair)
+    assert not any(home.parts for homes in offloaded.held._homes.values() for home in homes if home.version is None)
+
+
 def test_bytes_are_counted_wherever_they_are(pair: list[States]) -> None:
     for states in pair:
         feed(states, 70)
@@ -262,6 +302,11 @@ class Stream:
     wait_stream = wait_event
 
 
+def memory(tensor: torch.Tensor) -> int:
+    """What says which piece of memory it is."""
+    return tensor.untyped_storage()._cdata
+
+
 class Streams:
     """Stands in for CUDA's streams in `offload`, and checks the order of everything that touches a piece of memory."""
 
@@ -274,6 +319,9 @@ class Streams:
         patch.setattr(torch.cuda, "current_stream", lambda device: self.now)
         patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "now", stream))
         patch.setattr(Offloaded, "_stream", lambda _, device, back: self.made.setdefault(back, Stream()))
+        self.kept: set[int] = set()  # memory that the allocator keeps for more streams than the one that it is of
+        self.owners: dict[int, Stream] = {}
+        patch.setattr(torch.Tensor, "record_stream", lambda buffer, _: self.kept.add(memory(buffer)))
         copied, filled, emptied = offload._copy, offload._fill, offload._empty
         patch.setattr(offload, "_copy", lambda to, what: (self.touch(to, what), copied(to, what)))
         patch.setattr(offload, "_fill", lambda buffer: (self.fill(buffer), filled(buffer)))
@@ -283,7 +331,7 @@ class Streams:
         """Work on these tensors, in this stream, begins when all before on any of them is over."""
         work, before = self.now.work()
         for tensor in tensors:
-            used = self.last.setdefault(tensor.untyped_storage()._cdata, [])
+            used = self.last.setdefault(memory(tensor), [])
             assert before.issuperset(used), "two streams touch one piece of memory at a time"
             self.checked += len(used)
             used.append(work)
@@ -291,25 +339,35 @@ class Streams:
     def fill(self, buffer: torch.Tensor) -> None:
         """Memory that the layers' stream may have used until now."""
         assert self.now is self.compute
-        self.last[buffer.untyped_storage()._cdata] = list(self.compute.before)
+        self.owners[memory(buffer)] = self.compute
+        self.last[memory(buffer)] = list(self.compute.before)
 
     def empty(self, buffer: torch.Tensor) -> None:
-        """From now on the layers' stream may use the memory for something else."""
+        """From now on the stream that the memory is of may use it for something else."""
         assert self.now is self.compute
-        used = self.last.pop(buffer.untyped_storage()._cdata, [])
-        assert self.compute.before.issuperset(used), "a copy uses memory that is freed"
+        used, owner = self.last.pop(memory(buffer), []), self.owners.get(memory(buffer), self.compute)
+        assert memory(buffer) in self.kept or owner.before.issuperset(used), "a copy uses memory that is freed"
         self.freed += len(used)
+
+    def go_on_in_another(self) -> None:
+        """As who passes in another stream has to, that waits for this one."""
+        other = Stream()
+        other.before = set(self.compute.before)
+        self.now = self.compute = other
 
     def flying(self, states: States) -> int:
         """How much work on the states' memory the layers' stream has not waited for."""
         buffers = [b for state in dict.values(states.held) for b in state.buffers() if b.untyped_storage().nbytes()]
-        used = {work for b in buffers for work in self.last.get(b.untyped_storage()._cdata, [])}
+        used = {work for b in buffers for work in self.last.get(memory(b), [])}
         return len(used - self.compute.before)
 
 
-def fly(states: States, streams: Streams) -> None:
+ORDERS = ["0123", "0123", "0123", "0231", "1203", "00", "2130", "0123", "0123"]
+
+
+def fly(states: States, streams: Streams, orders: Sequence[str] = ORDERS) -> None:
     """Passes in which each layer reads and writes its states, through some layers in another order than before."""
-    for seed, order in enumerate(["0123", "0123", "0123", "0231", "1203", "00", "2130", "0123", "0123"]):
+    for seed, order in enumerate(orders):
         step = states.open(3)
         for n in map(int, order):
             for name in ("key", "near", "copied"):
@@ -324,6 +382,15 @@ def test_no_two_streams_touch_the_same_memory_at_a_time(pair: list[States], monk
     streams = Streams(monkeypatch)
     fly(pair[0], streams)
     assert streams.checked > 100 and streams.freed > 100 and len(streams.made) == 2
+    assert not streams.kept  # which takes memory anew while the old is not free
+
+
+def test_passes_in_another_stream_are_in_order_too(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    for orders in (ORDERS, ORDERS, ["012", "012"], ["012", "012"], ["012", "012"]):
+        fly(pair[0], streams, orders)
+        streams.go_on_in_another()
+    assert streams.kept
 
 
 @pytest.mark.parametrize(
@@ -339,7 +406,7 @@ def test_memory_that_others_may_get_is_no_copys(
     end(pair[0])
     for state in held.values():
         for buffer in state.buffers():
-            used = streams.last.get(buffer.untyped_storage()._cdata, [])
+            used = streams.last.get(memory(buffer), [])
             assert streams.compute.before.issuperset(used)
 
 

@@ -48,6 +48,9 @@ def test_logits_may_have_gaps() -> None:
     last = whole(3, 1, most=50)
     choose(likeliest(logits[:, -1:]), last, torch.ones_like(last[:, 0]))
     assert torch.equal(last, logits[:, -1:].argmax(-1))
+    for other in (logits.mT[:, -1:], logits[:, -1:, ::2]):  # between the logits of a row, too
+        choose(likeliest(other), last, torch.ones_like(last[:, 0]))
+        assert torch.equal(last, other.argmax(-1))
 
 
 def drafted(likely: Tensor, V: int) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def likeliest(logits: Tensor) -> Tensor:
     """
     rows, tokens, V = logits.shape
     flat = logits.reshape(rows * tokens, V)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
     parts = triton.next_power_of_2(min(triton.cdiv(V, BLOCK), max(1, PROGRAMS // len(flat))))
     keys = torch.empty(rows, tokens, parts, dtype=torch.long, device=logits.device)
     with torch.cuda.device_of(logits):
