@@ -230,6 +230,7 @@ class Lossy:
 def run(lossy: Lossy, schedule: list[str], seed: int) -> None:
     """Run a schedule, and assert after every operation that states hold what rows say."""
     lossy.core.offload.AHEAD = False  # two layers would both stay
+    lossy.core.offload.SMALL = 0  # all are small here
     lossy.core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
     rnd, subjects = random.Random(seed), [lossy.subject(lossy.form)]
     for what in schedule:

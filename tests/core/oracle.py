@@ -272,6 +272,7 @@ def total(entries: list[float]) -> float:
 def run(core: SimpleNamespace, schedule: list[Op], form: Form) -> None:
     """Run a schedule and assert after every operation that states and lists agree."""
     core.offload.AHEAD = False  # two layers would both stay
+    core.offload.SMALL = 0  # all are small here
     core.ring.FIRST_SLOTS = 3  # so that rings grow several times within a schedule
     core.dense.WHOLE, core.changes.ALONE = 64, 100  # so that each has states on either side
     core.changes.ASIDE, core.changes.MANY = 64, 4

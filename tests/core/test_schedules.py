@@ -22,6 +22,7 @@ CORE = oracle.core("statecache")
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # put back after the test, which sets it too
     monkeypatch.setattr(statecache.offload, "AHEAD", False)
+    monkeypatch.setattr(statecache.offload, "SMALL", 0)  # all are small here
     monkeypatch.setattr(statecache.storage.dense, "WHOLE", 64)
     for name, size in (("ALONE", 100), ("ASIDE", 64), ("MANY", 4)):
         monkeypatch.setattr(statecache.storage.changes, name, size)

@@ -31,6 +31,7 @@ each_seed = pytest.mark.parametrize("seed", [*SEEDS[:7], *(pytest.param(n, marks
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # so that rings grow several times within a schedule
     monkeypatch.setattr(statecache.offload, "AHEAD", False)  # so that two layers are not both there
+    monkeypatch.setattr(statecache.offload, "SMALL", 0)  # all are small here
 
 
 def drawn(seed: int) -> tuple[int, list[oracle.Op]]:

@@ -25,6 +25,7 @@ WHAT = (
 def first_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statecache.ring, "FIRST_SLOTS", 3)  # so that rings grow several times within a schedule
     monkeypatch.setattr(statecache.offload, "AHEAD", False)  # so that two layers are not both there
+    monkeypatch.setattr(statecache.offload, "SMALL", 0)  # all are small here
 
 
 each = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
