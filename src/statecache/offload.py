@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,13 +118,10 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def __setitem__(self, name: str, state: Ring | Lease) -> None:
         layer = _layer(name)
-        names = self._names.setdefault(layer, [])
-        if name in self:
-            self.bring(_layer(name))
-        else:
-            names.append(name)
+        self.bring(layer)  # what it takes the place of may be on its way
+        if name not in self:
+            self._names.setdefault(layer, []).append(name)
         super().__setitem__(name, state)
-        self.bring(_layer(name))
 
     def clear(self) -> None:
         """Forget every state."""
@@ -190,7 +187,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
         for other in [n for n in self._here if n != layer and n not in coming]:
             self._put_away(other, told)
         for other in [n for n in coming if n not in self._here]:
-            if other != coming[0] and self._leaving and not self._fits(other):
+            if other != coming[0] and self._room(other, *self._here, *self._leaving) < 0:
                 break  # until what leaves is gone
             self._fetch(other, told)
 
@@ -199,21 +196,18 @@ class Offloaded(dict[str, "Ring | Lease"]):
         if layer in self._plans:
             return self._plans[layer]
         found: list[str] = []
-        room = 2 * max(self._sizes.values(), default=0) - self._sizes.get(layer, 0)
         following = self._next.get(layer) if AHEAD else None
-        while following is not None and following != layer and following not in found:
-            room -= self._sizes.get(following, 0)
-            if found and room < 0:
+        while following is not None and following not in (layer, *found):
+            if found and self._room(layer, *found, following) < 0:
                 break
             found.append(following)
             following = self._next.get(following)
         self._plans[layer] = found
         return found
 
-    def _fits(self, layer: str) -> bool:
-        """Whether a layer has room beside those that are there, and those that leave."""
-        there = sum(self._sizes.get(n, 0) for n in (layer, *self._here, *self._leaving))
-        return there <= 2 * max(self._sizes.values())
+    def _room(self, *layers: str) -> int:
+        """Bytes that these layers leave of twice the largest of all."""
+        return 2 * max(self._sizes.values(), default=0) - sum(self._sizes.get(layer, 0) for layer in layers)
 
     def _resize(self, layer: str, size: int) -> None:
         """A layer has so many bytes from now on."""
@@ -236,10 +230,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 _copy(part, came)
             home.late.clear()
             _fill(home.buffer)
-        for device in {home.buffer.device for home in homes}:
-            if self._stream(device, False) is not None:
-                self._owners[layer, device] = _until_now(device, told)[1]
-            self._beside(layer, device, told, False, [home for home in homes if home.buffer.device == device])
+        self._copy_all(layer, homes, told, back=False)
         for home in homes:
             home.away = False
         self._going.pop(layer, None)
@@ -266,22 +257,20 @@ class Offloaded(dict[str, "Ring | Lease"]):
     def _put_away(self, layer: str, told: Told) -> None:
         """Begin to copy what was written of a layer to host memory; that of the device is freed when it is over."""
         known = {id(home.buffer): home for home in self._homes.get(layer, ())}
-        homes, written, span, size = [], [], self._written.get(layer), 0
+        homes, written, span = [], [], self._written.get(layer)
         for buffer, ring, always in self._buffers(layer):
             home = known.get(id(buffer)) or Home(buffer, _host(buffer))
             homes.append(home)
-            size += buffer.nbytes
             if not home.away and (always or home.version != buffer._version):
                 home.parts = None
                 if ring is not None and span is not None and home.version is not None and buffer.nbytes > SMALL:
                     home.axis, home.parts = ring.axis, _parts(ring, span)
                 written.append(home)
-        for device in {home.buffer.device for home in written}:
-            self._beside(layer, device, told, True, [home for home in written if home.buffer.device == device])
+        self._copy_all(layer, written, told, back=True)
         for home in written:
             home.version = home.buffer._version
         self._homes[layer] = homes
-        self._resize(layer, size)
+        self._resize(layer, sum(home.buffer.nbytes for home in homes))
         for home in homes:
             home.away = home.buffer.untyped_storage().resizable()  # not what somebody else looks at, as numpy
         self._here.remove(layer)
@@ -298,28 +287,38 @@ class Offloaded(dict[str, "Ring | Lease"]):
         for home in homes:
             device = home.buffer.device
             owner = self._owners.get((layer, device))
-            if owner is not None and owner != _until_now(device, told)[1]:
-                home.buffer.record_stream(_until_now(device, told)[1])
-                home.buffer.record_stream(self._stream(device, True))
+            if owner is None:
+                continue
+            _, compute, _ = _until_now(device, told)
+            if owner != compute:
+                for stream in (compute, self._stream(device, True)):
+                    home.buffer.record_stream(stream)
 
-    def _beside(self, layer: str, device: torch.device, told: Told, back: bool, homes: list[Home]) -> None:
-        """Copy a layer's states to this device, or back from it, beside what it does next.
+    def _copy_all(self, layer: str, homes: Sequence[Home], told: Told, back: bool) -> None:
+        """Copy a layer's states to their devices, or back from them, beside what those do next."""
+        for device in {home.buffer.device for home in homes}:
+            self._beside(layer, device, [home for home in homes if home.buffer.device == device], told, back)
 
-        They wait for what the device was told before, and for the layer's copies the other way, even if nobody used it.
+    def _beside(self, layer: str, device: torch.device, homes: Sequence[Home], told: Told, back: bool) -> None:
+        """The same for one device.
+
+        Copies wait for what it was told before, and for the layer's copies the other way, even if nobody used it.
         """
-        stream = self._stream(device, back)
+        stream, move = self._stream(device, back), Home.back if back else Home.here
         if stream is None:
             for home in homes:
-                home.back() if back else home.here()
+                move(home)
             return
         current, compute, event = _until_now(device, told)
+        if not back:
+            self._owners[layer, device] = compute
         stream.wait_event(event)
         for _, other in (self._coming if back else self._going).get(layer, ()):
             stream.wait_event(other)
         torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
         try:
             for home in homes:
-                home.back() if back else home.here()
+                move(home)
         finally:
             torch.cuda.set_stream(compute)
             if current != device.index:

@@ -417,27 +417,21 @@ class Decoder:
 
     def _round(self, bucket: int, draft: Draft, sure: bool = False) -> None:
         """Check the drafts of the first b rows, of which idle ones take nothing in. `sure`: keep all of them."""
-        clock = self.cache.states.clock
-        assert clock is not None
         ids = torch.cat([self._ids[:bucket], draft.tokens[:bucket]], 1)
         draft.kept.zero_()
         with self.cache.speculate(ids.shape[1], unseen=True) as ahead:
             self.cache.expect(self._count[:bucket] * (1 + draft.counts[:bucket]))
             logits = advance(self.model, self.cache, ids, None)
-            if self._by_kernels(logits):
-                taken = self._settle(bucket, draft, logits, sure)
-            else:
-                lengths = clock.lengths[:bucket].to(self.device) + 1
-                taken = self._judge(bucket, draft, logits, lengths, sure)
-            ahead.commit(taken.to(clock.lengths.device))
+            decide = self._settle if self._by_kernels(logits) else self._judge
+            ahead.commit(decide(bucket, draft, logits, sure).to(self._held(bucket).device))
 
-    def _judge(self, bucket: int, draft: Draft, logits: Tensor, lengths: Tensor, sure: bool) -> Tensor:
+    def _judge(self, bucket: int, draft: Draft, logits: Tensor, sure: bool) -> Tensor:
         """Find what the first b rows keep and put what follows in place; how many tokens they take in, (b,).
 
-        logits: (b, 1 + K, V), after `lengths` (b,) tokens and each draft.
+        logits: (b, 1 + K, V), after the last tokens and each draft.
         """
         tokens, counts, writes = draft.tokens[:bucket], draft.counts[:bucket], self._count[:bucket]
-        sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
+        sampler, lengths = self._sampler(bucket), self._held(bucket).to(self.device) + 1
         if sure:
             at = counts[:, None, None].expand(-1, -1, logits.shape[-1])
             kept, token = counts, sampler.draw(logits.gather(1, at)[:, 0], lengths + counts)[0]
@@ -486,15 +480,22 @@ class Decoder:
 
     def _choose(self, bucket: int, logits: Tensor) -> None:
         """Put the next tokens in place of the last ones, in the rows that write."""
-        clock = self.cache.states.clock
-        assert clock is not None
         if self._by_kernels(logits):
             from statecache.kernels.choose import choose
 
             choose(self._likeliest(logits[:, None]), self._ids[:bucket], self._count[:bucket])
             return
-        sampler = Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
-        self._follow(bucket, sampler.draw(logits, clock.lengths[:bucket].to(self.device))[0])
+        self._follow(bucket, self._sampler(bucket).draw(logits, self._held(bucket).to(self.device))[0])
+
+    def _sampler(self, bucket: int) -> Sampler:
+        """How the first b rows draw."""
+        return Sampler((), self.device, columns=self._by_bucket[bucket], uses=self._uses)
+
+    def _held(self, bucket: int) -> Tensor:
+        """Tokens that the cache holds of the first b rows, (b,) on its device."""
+        clock = self.cache.states.clock
+        assert clock is not None
+        return clock.lengths[:bucket]
 
     def _follow(self, bucket: int, token: Tensor) -> None:
         """Put these tokens (b,) in place of the last ones, in the rows that write."""
