@@ -57,7 +57,15 @@ def folded(fold: Any, state: Tensor, log: list[Tensor], *rest: Any, accepted: li
 
 
 # channels, taps, slots more than are needed, rows, tokens
-SHORT = [(40, 3, 0, 3, 1), (128, 4, 3, 4, 1), (130, 3, 0, 1, 1), (130, 3, 2, 4, 9), (24, 2, 0, 3, 4)]
+SHORT = [
+    (40, 3, 0, 3, 1),
+    (128, 4, 3, 4, 1),
+    (130, 3, 0, 1, 1),
+    (130, 3, 2, 4, 9),
+    (24, 2, 0, 3, 4),
+    (30, 4, 1, 2, 7),
+    (20, 5, 0, 2, 8),
+]
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -103,6 +111,7 @@ SCAN = [
     (40, 5, 16, 3, 4),
     (33, 4, 3, 4, 9),
     (16, 80, 16, 1, 4),
+    (24, 4, 8, 2, 7),
 ]
 
 
@@ -188,7 +197,13 @@ def test_a_round_of_an_offloaded_cache_gives_what_one_on_the_device_gives() -> N
 
 
 # heads, head size, groups, state size, taps, rows, tokens
-SSD = [(2, 16, 1, 16, 4, 3, 4), (4, 24, 2, 20, 4, 2, 9), (3, 64, 1, 128, 2, 1, 2), (2, 5, 2, 3, 3, 4, 5)]
+SSD = [
+    (2, 16, 1, 16, 4, 3, 4),
+    (4, 24, 2, 20, 4, 2, 9),
+    (3, 64, 1, 128, 2, 1, 2),
+    (2, 5, 2, 3, 3, 4, 5),
+    (2, 8, 1, 8, 4, 2, 7),
+]
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -250,7 +265,13 @@ def test_ssd_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: torch.dtype, c
 
 
 # key heads, key size, value heads, value size, taps, rows, tokens
-DELTAS = [(1, 16, 2, 16, 4, 3, 4), (2, 24, 4, 20, 4, 2, 9), (1, 128, 1, 128, 2, 1, 2), (2, 3, 2, 40, 3, 4, 5)]
+DELTAS = [
+    (1, 16, 2, 16, 4, 3, 4),
+    (2, 24, 4, 20, 4, 2, 9),
+    (1, 128, 1, 128, 2, 1, 2),
+    (2, 3, 2, 40, 3, 4, 5),
+    (1, 8, 2, 8, 4, 2, 7),
+]
 
 
 @pytest.mark.parametrize("counted", [False, True])

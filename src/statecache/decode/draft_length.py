@@ -17,7 +17,9 @@ WIDTH = 0.1  # each of them, the fold of what is kept of it included
 # As captured on a GPU, by kernels: fitted to rounds of four drafts at 1, 4 and 64 rows, see benchmarks/RESULTS.md
 CAPTURED = 0.05
 SPREAD = 0.13  # times the square root of all rows' drafts
-SIZES = (1, 4, 8, AHEAD - 1)  # of how many drafts, besides the most, rounds are captured: few, since each takes time
+# Of how many drafts, besides the most, rounds are captured: few, since each takes time, and a token more are five times
+# as many as kernels take at once, or a little fewer
+SIZES = (1, 4, 9, AHEAD - 1)
 
 MEMORY = 0.9  # weight of what was known, at each new evidence
 PROBE = 16  # rounds without a draft before one is tried again; every refusal in a row doubles them

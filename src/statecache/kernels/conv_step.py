@@ -2,7 +2,7 @@
 
 Reads and writes the ring in place. Rows that take nothing in cost no memory traffic.
 
-B rows, N tokens of each, C channels, S slots of the ring, T taps.
+B rows, N tokens of each, C channels, S slots of the ring, T taps, M tokens at once.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.convolve import convolve
+from statecache.kernels.convolve import at_once, convolve, known
 from statecache.kernels.early import early, launch, wait
 
 
@@ -26,6 +26,7 @@ def _step(
     new_stride,
     start_stride,
     N: tl.constexpr,
+    M: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
     S: tl.constexpr,
@@ -52,17 +53,19 @@ def _step(
     at = tl.load(start + row * start_stride)
     ring += row * C * S
     new += row * N * new_stride
+    taps = known(ring, weight, bias, channel, there, at, T, S, BIAS)
     if EARLY:
         wait()
     by: tl.constexpr = 2 * C if GATED else 0
-    x, x_in = convolve(new, new_stride, ring, weight, bias, channel, there, at, N, T, S, BIAS, SILU, by)
-    for t in tl.static_range(N):
-        value = x[t]
-        if GATED:
-            value *= tl.load(new + t * new_stride + C + channel, mask=there, other=0.0).to(tl.float32)
-        tl.store(out + t * C, value.to(y.dtype.element_ty), mask=there)
-        real = there & (tl.broadcast_to(taken, there.shape) > t)
-        tl.store(ring + channel * S + (at + t) % S, x_in[t].to(ring.dtype.element_ty), mask=real)
+    for first in range(0, N, M):
+        x, x_in = convolve(new, new_stride, taps, channel, there, first, N, M, T, BIAS, SILU, by)
+        for m in tl.static_range(M):
+            t, value = first + m, x[m]
+            if GATED:
+                value *= tl.load(new + t * new_stride + C + channel, mask=there, other=0.0).to(tl.float32)
+            tl.store(out + t * C, value.to(y.dtype.element_ty), mask=there)
+            real = there & (tl.broadcast_to(taken, there.shape) > t)
+            tl.store(ring + channel * S + (at + t) % S, x_in[m].to(ring.dtype.element_ty), mask=real)
 
 
 def step(
@@ -98,6 +101,7 @@ def step(
         new.stride(0),
         1 if len(start) == rows and rows > 1 else 0,
         N=tokens,
+        M=at_once(tokens),
         C=channels,
         T=taps,
         S=slots,

@@ -4,7 +4,7 @@ Reads and writes the rings of the convolution and the states in place. With a lo
 they would consume is written down, for `delta_fold`. Rows that take nothing in cost no memory traffic.
 
 B rows, N tokens of each, J key heads of size K, H value heads of size V, C = 2 J K + H V channels, S slots of the ring,
-T taps, L slots of a log.
+T taps, L slots of a log, M tokens at once.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.convolve import convolve, softplus
+from statecache.kernels.convolve import at_once, convolve, known, softplus
 from statecache.kernels.early import early, launch, wait
 
 
@@ -39,6 +39,7 @@ def _step(
     strength,
     scale,
     N: tl.constexpr,
+    M: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -79,41 +80,49 @@ def _step(
     inside = whole[:, None] & some[None, :]
     held = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     rate, late = tl.exp(tl.load(A_log + head).to(tl.float32)), tl.load(dt_bias + head).to(tl.float32)
-    if EARLY:
-        wait()
     cq = key * K + k_at
     ck, cv = cq + J * K, 2 * J * K + head * V + v_at
-    q, q_in = convolve(new, new_stride, ring, weight, bias, cq, whole, at, N, T, S, BIAS, SILU)
-    k, k_in = convolve(new, new_stride, ring, weight, bias, ck, whole, at, N, T, S, BIAS, SILU)
-    v, v_in = convolve(new, new_stride, ring, weight, bias, cv, some, at, N, T, S, BIAS, SILU)
-    decays, strengths = (), ()
-    for t in tl.static_range(N):
-        decays += (-rate * softplus(tl.load(a + t * a_stride).to(tl.float32) + late),)
-        strengths += (strength / (1.0 + tl.exp(-tl.load(b + t * b_stride).to(tl.float32))),)
+    by_q = known(ring, weight, bias, cq, whole, at, T, S, BIAS)
+    by_k = known(ring, weight, bias, ck, whole, at, T, S, BIAS)
+    by_v = known(ring, weight, bias, cv, some, at, T, S, BIAS)
+    if EARLY:
+        wait()
     shared = (head % (H // J) == 0) & (part == 0)  # what the heads of a key have in common is written once
-    for t in tl.static_range(N):
-        # the slots that are written are none of the T - 1 that other programs still read, as S >= T - 1 + N
-        slot, real = (at + t) % S, some & (tl.broadcast_to(taken, some.shape) > t)
-        tl.store(ring + cv * S + slot, v_in[t].to(ring.dtype.element_ty), mask=real)
-        if shared & (taken > t):
-            tl.store(ring + cq * S + slot, q_in[t].to(ring.dtype.element_ty), mask=whole)
-            tl.store(ring + ck * S + slot, k_in[t].to(ring.dtype.element_ty), mask=whole)
-        if L:
-            entry = row * L + (at + t) % L
-            kept = inputs + entry * (J * K + H * V)
-            tl.store(kept + cv - J * K, v[t].to(inputs.dtype.element_ty), mask=real)
-            if (part == 0) & (taken > t):
-                tl.store(gates + entry * 2 * H + head, decays[t].to(gates.dtype.element_ty))
-                tl.store(gates + entry * 2 * H + H + head, strengths[t].to(gates.dtype.element_ty))
+    for first in range(0, N, M):
+        q, q_in = convolve(new, new_stride, by_q, cq, whole, first, N, M, T, BIAS, SILU)
+        k, k_in = convolve(new, new_stride, by_k, ck, whole, first, N, M, T, BIAS, SILU)
+        v, v_in = convolve(new, new_stride, by_v, cv, some, first, N, M, T, BIAS, SILU)
+        decays, strengths = (), ()
+        for m in tl.static_range(M):
+            t = first + m
+            decay = softplus(tl.load(a + t * a_stride).to(tl.float32) + late)
+            decays += (-rate * decay,)
+            gate = tl.load(b + t * b_stride).to(tl.float32)
+            strengths += (strength / (1.0 + tl.exp(-gate)),)
+        for m in tl.static_range(M):
+            t = first + m
+            # the slots that are written are none of the T - 1 that other programs still read, as S >= T - 1 + N
+            slot, real = (at + t) % S, some & (tl.broadcast_to(taken, some.shape) > t)
+            tl.store(ring + cv * S + slot, v_in[m].to(ring.dtype.element_ty), mask=real)
             if shared & (taken > t):
-                tl.store(kept + cq, k[t].to(inputs.dtype.element_ty), mask=whole)
-        query, at_key = tl.where(whole, q[t], 0.0), tl.where(whole, k[t], 0.0)
-        query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * scale
-        at_key *= tl.rsqrt(tl.sum(at_key * at_key, 0) + 1e-6)
-        held *= tl.exp(decays[t])
-        written = strengths[t] * (v[t] - tl.sum(held * at_key[:, None], 0))
-        held += at_key[:, None] * written[None, :]
-        tl.store(out + t * (H * V), tl.sum(held * query[:, None], 0).to(y.dtype.element_ty), mask=some)
+                tl.store(ring + cq * S + slot, q_in[m].to(ring.dtype.element_ty), mask=whole)
+                tl.store(ring + ck * S + slot, k_in[m].to(ring.dtype.element_ty), mask=whole)
+            if L:
+                entry = row * L + (at + t) % L
+                kept = inputs + entry * (J * K + H * V)
+                tl.store(kept + cv - J * K, v[m].to(inputs.dtype.element_ty), mask=real)
+                if (part == 0) & (taken > t):
+                    tl.store(gates + entry * 2 * H + head, decays[m].to(gates.dtype.element_ty))
+                    tl.store(gates + entry * 2 * H + H + head, strengths[m].to(gates.dtype.element_ty))
+                if shared & (taken > t):
+                    tl.store(kept + cq, k[m].to(inputs.dtype.element_ty), mask=whole)
+            query, at_key = tl.where(whole, q[m], 0.0), tl.where(whole, k[m], 0.0)
+            query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * scale
+            at_key *= tl.rsqrt(tl.sum(at_key * at_key, 0) + 1e-6)
+            held *= tl.exp(decays[m])
+            written = strengths[m] * (v[m] - tl.sum(held * at_key[:, None], 0))
+            held += at_key[:, None] * written[None, :]
+            tl.store(out + t * (H * V), tl.sum(held * query[:, None], 0).to(y.dtype.element_ty), mask=some)
     if not L:
         tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
 
@@ -178,6 +187,7 @@ def step(
         2.0 if doubled else 1.0,
         K**-0.5,
         N=tokens,
+        M=at_once(tokens),
         J=key_heads,
         K=K,
         H=H,

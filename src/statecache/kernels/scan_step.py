@@ -3,7 +3,7 @@
 Reads and writes states in place. With a log the states stay as they are, and what they would consume is written down.
 Rows that take nothing in cost no memory traffic.
 
-B rows, T tokens of each, W channels, R rank of the time step, N state size, L slots of a log.
+B rows, T tokens of each, W channels, R rank of the time step, N state size, L slots of a log, M tokens at once.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.convolve import silu, softplus
+from statecache.kernels.convolve import at_once, silu, softplus
 from statecache.kernels.early import early, launch, wait
 
 
@@ -60,6 +60,7 @@ def _step(
     start_stride,
     eps,
     T: tl.constexpr,
+    M: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
@@ -101,26 +102,28 @@ def _step(
         late = tl.load(bias + w, mask=some, other=0.0).to(tl.float32)
     if EARLY:
         wait()
-    for t in tl.static_range(T):
-        token = row * T + t
-        given = low + token * low_stride
-        rank = _part(given, r, ranks, of_dt, R, eps, NORMED, WEIGHTED)
-        B = _part(given + R, n, whole, of_B, N, eps, NORMED, WEIGHTED)
-        C = _part(given + R + N, n, whole, of_C, N, eps, NORMED, WEIGHTED)
-        seen = tl.load(x + token * x_stride + w, mask=some, other=0.0).to(tl.float32)
-        dt = softplus(tl.sum(lift * rank[None, :], 1) + late)
-        if L:
-            entry = row * L + (at + t) % L
-            kept, real = inputs + entry * (W + N), some & (tl.broadcast_to(taken, some.shape) > t)
-            tl.store(kept + w, seen.to(inputs.dtype.element_ty), mask=real)
-            tl.store(gates + entry * W + w, dt.to(gates.dtype.element_ty), mask=real)
-            if (part == 0) & (taken > t):
-                tl.store(kept + W + n, B.to(inputs.dtype.element_ty), mask=whole)
-        held = held * tl.exp(-dt[:, None] * rate) + (dt * seen)[:, None] * B[None, :]
-        value = tl.sum(held * C[None, :], 1) + seen * skip
-        if GATED:
-            value *= silu(tl.load(gate + token * gate_stride + w, mask=some, other=0.0).to(tl.float32))
-        tl.store(out + t * W, value.to(y.dtype.element_ty), mask=some)
+    for first in range(0, T, M):
+        for m in tl.static_range(M):
+            t = first + m
+            token = row * T + t
+            given = low + token * low_stride
+            rank = _part(given, r, ranks, of_dt, R, eps, NORMED, WEIGHTED)
+            B = _part(given + R, n, whole, of_B, N, eps, NORMED, WEIGHTED)
+            C = _part(given + R + N, n, whole, of_C, N, eps, NORMED, WEIGHTED)
+            seen = tl.load(x + token * x_stride + w, mask=some, other=0.0).to(tl.float32)
+            dt = softplus(tl.sum(lift * rank[None, :], 1) + late)
+            if L:
+                entry = row * L + (at + t) % L
+                kept, real = inputs + entry * (W + N), some & (tl.broadcast_to(taken, some.shape) > t)
+                tl.store(kept + w, seen.to(inputs.dtype.element_ty), mask=real)
+                tl.store(gates + entry * W + w, dt.to(gates.dtype.element_ty), mask=real)
+                if (part == 0) & (taken > t):
+                    tl.store(kept + W + n, B.to(inputs.dtype.element_ty), mask=whole)
+            held = held * tl.exp(-dt[:, None] * rate) + (dt * seen)[:, None] * B[None, :]
+            value = tl.sum(held * C[None, :], 1) + seen * skip
+            if GATED:
+                value *= silu(tl.load(gate + token * gate_stride + w, mask=some, other=0.0).to(tl.float32))
+            tl.store(out + t * W, value.to(y.dtype.element_ty), mask=some)
     if not L:
         tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
 
@@ -183,6 +186,7 @@ def step(
         1 if len(start) == rows and rows > 1 else 0,
         0.0 if norms is None else norms.eps,
         T=tokens,
+        M=at_once(tokens),
         W=W,
         R=R,
         N=N,

@@ -4,7 +4,7 @@ Reads and writes the rings of the convolution and the states in place. With a lo
 they would consume is written down, for `ssd_fold`. Rows that take nothing in cost no memory traffic.
 
 B rows, T tokens of each, H heads of size P, W = H P, G groups, N state size, C = W + 2 G N channels, S slots of the
-ring, K width, L slots of a log.
+ring, K width, L slots of a log, M tokens at once.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.convolve import convolve, silu, softplus
+from statecache.kernels.convolve import at_once, convolve, known, silu, softplus
 from statecache.kernels.early import early, launch, wait
 
 
@@ -42,6 +42,7 @@ def _step(
     low,
     high,
     T: tl.constexpr,
+    M: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -92,46 +93,52 @@ def _step(
     late = tl.load(dt_bias + head).to(tl.float32)
     if NORMED:
         by = tl.load(norm + head * P + p, mask=some, other=0.0).to(tl.float32)
-    if EARLY:
-        wait()
     cx, cB = head * P + p, H * P + group * N + n
     cC = cB + G * N
-    x, x_in = convolve(new, new_stride, ring, weight, bias, cx, some, at, T, K, S, BIAS, SILU)
-    B, B_in = convolve(new, new_stride, ring, weight, bias, cB, whole, at, T, K, S, BIAS, SILU)
-    C, C_in = convolve(new, new_stride, ring, weight, bias, cC, whole, at, T, K, S, BIAS, SILU)
-    steps, through = (), ()
-    for t in tl.static_range(T):
-        step = softplus(tl.load(dt + t * dt_stride).to(tl.float32) + late)
-        if LIMITED:
-            step = tl.minimum(tl.maximum(step, low), high)
-        steps += (step,)
-        if GATED:
-            z = tl.load(gate + t * gate_stride + cx, mask=some, other=0.0).to(tl.float32)
-            through += (silu(z),)
+    by_x = known(ring, weight, bias, cx, some, at, K, S, BIAS)
+    by_B = known(ring, weight, bias, cB, whole, at, K, S, BIAS)
+    by_C = known(ring, weight, bias, cC, whole, at, K, S, BIAS)
+    if EARLY:
+        wait()
     shared = (head % (H // G) == 0) & (part == 0)  # what the heads of a group have in common is written once
-    for t in tl.static_range(T):
-        held = held * tl.exp(-steps[t] * rate) + (x[t] * steps[t])[:, None] * tl.where(whole, B[t], 0.0)[None, :]
-        seen = tl.sum(held * tl.where(whole, C[t], 0.0)[None, :], 1) + x[t] * skip
-        if GATED:
-            seen *= through[t]
-        if NORMED:
-            tl.store(sums + t * parts, tl.sum(tl.where(some, seen * seen, 0.0), 0))
-            seen *= by
-        tl.store(out + t * (H * P), seen.to(y.dtype.element_ty), mask=some)
-        # the slots that are written are none of the K - 1 that other programs still read, as S >= K - 1 + T
-        slot, real = (at + t) % S, some & (tl.broadcast_to(taken, some.shape) > t)
-        tl.store(ring + cx * S + slot, x_in[t].to(ring.dtype.element_ty), mask=real)
-        if shared & (taken > t):
-            tl.store(ring + cB * S + slot, B_in[t].to(ring.dtype.element_ty), mask=whole)
-            tl.store(ring + cC * S + slot, C_in[t].to(ring.dtype.element_ty), mask=whole)
-        if L:
-            entry = row * L + (at + t) % L
-            kept = inputs + entry * (H * P + G * N)
-            tl.store(kept + cx, x[t].to(inputs.dtype.element_ty), mask=real)
-            if (part == 0) & (taken > t):
-                tl.store(gates + entry * H + head, steps[t].to(gates.dtype.element_ty))
+    for first in range(0, T, M):
+        x, x_in = convolve(new, new_stride, by_x, cx, some, first, T, M, K, BIAS, SILU)
+        B, B_in = convolve(new, new_stride, by_B, cB, whole, first, T, M, K, BIAS, SILU)
+        C, C_in = convolve(new, new_stride, by_C, cC, whole, first, T, M, K, BIAS, SILU)
+        steps, through = (), ()
+        for m in tl.static_range(M):
+            t = first + m
+            step = softplus(tl.load(dt + t * dt_stride).to(tl.float32) + late)
+            if LIMITED:
+                step = tl.minimum(tl.maximum(step, low), high)
+            steps += (step,)
+            if GATED:
+                z = tl.load(gate + t * gate_stride + cx, mask=some, other=0.0).to(tl.float32)
+                through += (silu(z),)
+        for m in tl.static_range(M):
+            t = first + m
+            held = held * tl.exp(-steps[m] * rate) + (x[m] * steps[m])[:, None] * tl.where(whole, B[m], 0.0)[None, :]
+            seen = tl.sum(held * tl.where(whole, C[m], 0.0)[None, :], 1) + x[m] * skip
+            if GATED:
+                seen *= through[m]
+            if NORMED:
+                tl.store(sums + t * parts, tl.sum(tl.where(some, seen * seen, 0.0), 0))
+                seen *= by
+            tl.store(out + t * (H * P), seen.to(y.dtype.element_ty), mask=some)
+            # the slots that are written are none of the K - 1 that other programs still read, as S >= K - 1 + T
+            slot, real = (at + t) % S, some & (tl.broadcast_to(taken, some.shape) > t)
+            tl.store(ring + cx * S + slot, x_in[m].to(ring.dtype.element_ty), mask=real)
             if shared & (taken > t):
-                tl.store(kept + cB, B[t].to(inputs.dtype.element_ty), mask=whole)
+                tl.store(ring + cB * S + slot, B_in[m].to(ring.dtype.element_ty), mask=whole)
+                tl.store(ring + cC * S + slot, C_in[m].to(ring.dtype.element_ty), mask=whole)
+            if L:
+                entry = row * L + (at + t) % L
+                kept = inputs + entry * (H * P + G * N)
+                tl.store(kept + cx, x[m].to(inputs.dtype.element_ty), mask=real)
+                if (part == 0) & (taken > t):
+                    tl.store(gates + entry * H + head, steps[m].to(gates.dtype.element_ty))
+                if shared & (taken > t):
+                    tl.store(kept + cB, B[m].to(inputs.dtype.element_ty), mask=whole)
     if not L:
         tl.store(cell, held.to(state.dtype.element_ty), mask=inside)
 
@@ -211,6 +218,7 @@ def step(
         low,
         min(high, 3e38),
         T=tokens,
+        M=at_once(tokens),
         H=H,
         P=P,
         G=groups,
