@@ -9,6 +9,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import families
@@ -67,6 +68,35 @@ def test_tokens_of_200_steps_are_those_of_the_plain_form(name: str) -> None:
             alone = torch.tensor([text], device="cuda")
             want = sc.generate(decoder.model, alone, max_new_tokens=NEW, processors=PLAIN)[0, len(text) :].tolist()
             assert got[row] == want
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_5", "lfm2", "mamba"])
+def test_kernels_are_compiled_on_threads_and_rounds_of_any_length_are_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    by_main: list[bool] = []
+
+    def listen(**_: Any) -> None:
+        by_main.append(threading.current_thread() is threading.main_thread())
+
+    with decoder_for(name, 2, slack=18) as decoder:
+        given = prompts(2)
+        monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+        want = [decoder.prefill(given).clone()]
+        by_main.clear()
+        want += [decoder.step().clone() for _ in range(19)]
+        assert by_main and not any(by_main)
+        steps = torch.stack(want, 1)
+        for drafts in (1, 4, 6, 9, 13, 15):  # taken at once, in parts, and one after the other
+            decoder.reset([0, 1])
+            decoder.prefill(given)
+            by_main.clear()
+            kept = decoder.check(steps[:, 1 : 1 + drafts])
+            assert not any(by_main)
+            assert kept.tolist() == [drafts, drafts]
+            assert torch.equal(decoder.tokens, steps[:, 1 + drafts])
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_5", "granitemoehybrid", "jamba"])

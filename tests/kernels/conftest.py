@@ -18,6 +18,7 @@ collect_ignore_glob = [] if TRITON else ["test_*.py"]
 if TRITON and not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     steps = (
+        "rehearsal",
         "early",
         "convolve",
         "mma",

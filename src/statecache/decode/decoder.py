@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from statecache.models.prepare import lend
 from statecache.snapshot import Mark
 
 GREEDY = Request([0])
+_compiled: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()  # what each model's kernels are there for
 
 
 @dataclass
@@ -530,14 +532,14 @@ class Decoder:
             if ahead:
                 self._ahead_by(ahead)  # outside of the graph's memory
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._rounds[key] = self._captured(lambda: self._check_or_look(bucket, draft, ahead))[0]
+                made = self._rounds[key] = self._captured(key, lambda: self._check_or_look(bucket, draft, ahead))[0]
         return made
 
     def _pass(self, bucket: int) -> torch.cuda.CUDAGraph:
         made = self._passes.get(bucket)
         if made is None:
             with self.cache.narrowed(bucket), self._kernels():
-                made = self._passes[bucket] = self._captured(lambda: self._forward(bucket))
+                made = self._passes[bucket] = self._captured((bucket,), lambda: self._forward(bucket))
         return made[0]
 
     def _choice(self, bucket: int) -> torch.cuda.CUDAGraph:
@@ -545,17 +547,21 @@ class Decoder:
         made = self._choices.get(key)
         if made is None:
             logits = self._passes[bucket][1]
-            made = self._choices[key] = self._captured(lambda: self._choose(bucket, logits))[0]
+            made = self._choices[key] = self._captured(key, lambda: self._choose(bucket, logits))[0]
         return made
 
-    def _captured(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of what `run` does, after it was run once, and what it gave. No row takes anything in meanwhile."""
+    def _captured(self, key: tuple[Any, ...], run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of what `run` does, after it was run once, and what it gave. No row takes anything in meanwhile.
+
+        key: what its kernels depend on, beside the model and the cache's slack.
+        """
         taken = self._count.clone()
         self._count.zero_()
         try:
             side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
+                self._compile(key, run)
                 run()
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
@@ -565,6 +571,15 @@ class Decoder:
             self._count.copy_(taken)
         self.counts.graphs += 1
         return graph, out
+
+    def _compile(self, key: tuple[Any, ...], run: Callable[[], Any]) -> None:
+        """Have the kernels of `run` compiled side by side, unless this model's were."""
+        known, this = _compiled.setdefault(self.model, set()), (*key, self.cache.slack)
+        if self._fused and this not in known:
+            from statecache.kernels.rehearsal import rehearse
+
+            rehearse(run)
+            known.add(this)
 
     def _kernels(self) -> AbstractContextManager[None]:
         return by_kernels(self.model) if self._fused else nullcontext()

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statecache.kernels.early import early, launch, wait
+from statecache.kernels.rehearsal import Kernel
 
 BLOCK = 32  # keys of a tile
 PROGRAMS = 264  # that fill a device: two for each of an H100's processors
@@ -46,6 +47,7 @@ def _turned(x, by, cos, sin, head, turn, d, there, eps, offset, D, R: tl.constex
     return seen
 
 
+@Kernel
 @triton.jit
 def _attend(
     query,
@@ -162,6 +164,7 @@ def _attend(
     tl.store(sums + place[:, None] * D + d[None, :], total, mask=there)
 
 
+@Kernel
 @triton.jit
 def _join(
     sums,

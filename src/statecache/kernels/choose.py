@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from statecache.kernels.early import early, wait
+from statecache.kernels.rehearsal import Kernel
 
 PROGRAMS = 256
 BLOCK = 1024  # logits that a program looks at together
 
 
+@Kernel
 @triton.jit
 def _likeliest(logits, keys, V, stride, PARTS: tl.constexpr, BV: tl.constexpr):
     place, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -28,6 +30,7 @@ def _likeliest(logits, keys, V, stride, PARTS: tl.constexpr, BV: tl.constexpr):
     tl.store(keys + place * PARTS + part, tl.max(best, 0))
 
 
+@Kernel
 @triton.jit
 def _settle(
     keys,

@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from statecache.kernels.convolve import silu as activated
+from statecache.kernels.rehearsal import Kernel
 from statecache.kernels.tokens import along
 
 TOKENS, CHANNELS = 16, 128  # of a program
 
 
+@Kernel
 @triton.jit(do_not_specialize=("T",))
 def _chunk(
     x,

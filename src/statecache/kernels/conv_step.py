@@ -12,8 +12,10 @@ from torch import Tensor
 
 from statecache.kernels.convolve import at_once, convolve, known
 from statecache.kernels.early import early, launch, wait
+from statecache.kernels.rehearsal import Kernel
 
 
+@Kernel
 @triton.jit
 def _step(
     new,

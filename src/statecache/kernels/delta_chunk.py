@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache.kernels.rehearsal import Kernel
 from statecache.kernels.tokens import along, block, dense, gates, limit, padded, product, room, width
 
 CHANGING = ("T", "first", "chunks")  # from one prompt to the next
 
 
+@Kernel
 @triton.jit(do_not_specialize=CHANGING)
 def _within(
     q,
@@ -98,6 +100,7 @@ def _within(
     tl.store(U + place * (Q * BV) + here[:, None] * BV + v_at[None, :], value)
 
 
+@Kernel
 @triton.jit(do_not_specialize=CHANGING)
 def _through(
     k,
@@ -168,6 +171,7 @@ def _through(
     tl.store(after + (row * H + head) * (K * V) + cell, held, mask=some)
 
 
+@Kernel
 @triton.jit(do_not_specialize=CHANGING)
 def _read(
     q,

@@ -11,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from statecache.kernels.pointers import Table
+from statecache.kernels.rehearsal import Kernel
 
 
+@Kernel
 @triton.jit
 def _fold(
     layers,

@@ -11,11 +11,13 @@ import triton.language as tl
 
 from statecache.kernels.early import launch, wait
 from statecache.kernels.mma import load16, load16_once, mma, numbers, packed
+from statecache.kernels.rehearsal import Kernel
 from statecache.kernels.weights import whose
 
 ROWS = 8  # which a product of a warp has
 
 
+@Kernel
 @triton.jit
 def multiply(
     x,

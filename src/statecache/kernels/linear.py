@@ -17,6 +17,7 @@ from torch import Tensor
 from statecache.kernels import held
 from statecache.kernels.cards import DTYPES, able, shared
 from statecache.kernels.early import early, fetch, launch, light, wait
+from statecache.kernels.rehearsal import Kernel
 from statecache.kernels.weights import whose
 
 FEW_ROWS = 16  # for which a norm is worth computing in every program
@@ -79,6 +80,7 @@ TILES: dict[int, tuple[tuple[int, Tile | Held], ...]] = {
 }
 
 
+@Kernel
 @triton.jit
 def _linear(
     x,

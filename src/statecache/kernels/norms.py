@@ -10,8 +10,10 @@ from torch import Tensor
 
 from statecache.kernels.convolve import silu
 from statecache.kernels.early import early, launch, wait
+from statecache.kernels.rehearsal import Kernel
 
 
+@Kernel
 @triton.jit
 def _norm(
     x,
@@ -89,6 +91,7 @@ def norm(
     return out
 
 
+@Kernel
 @triton.jit
 def _unit(x, out, x_stride, E: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
     row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)

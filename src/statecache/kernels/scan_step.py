@@ -15,6 +15,7 @@ from torch import Tensor
 
 from statecache.kernels.convolve import at_once, silu, softplus
 from statecache.kernels.early import early, launch, wait
+from statecache.kernels.rehearsal import Kernel
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def _part(low, at, there, weight, size, eps, NORMED: tl.constexpr, WEIGHTED: tl.
     return part
 
 
+@Kernel
 @triton.jit
 def _step(
     x,

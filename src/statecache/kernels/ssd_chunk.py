@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statecache.kernels.rehearsal import Kernel
 from statecache.kernels.tokens import along, block, cut, dense, gates, limit, padded, product, room, width
 
 CHANGING = ("T", "first", "chunks", "each", "runs")  # from one prompt to the next
 
 
+@Kernel
 @triton.jit(do_not_specialize=CHANGING)
 def _within(
     B,
@@ -47,6 +49,7 @@ def _within(
     tl.store(scores + out, tl.dot(c, tl.trans(b), input_precision="tf32x3"))
 
 
+@Kernel
 @triton.jit(do_not_specialize=CHANGING)
 def _through(
     x,

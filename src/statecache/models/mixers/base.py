@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
@@ -189,12 +190,19 @@ class Operator:
         taken = tuple(arguments.values())
         kept = state is None or state.dtype is torch.float32
         if self.kernel and kept and taken[0].shape[1] and kernels.serves(self.kernel, *taken, state):
-            run = import_module(f"statecache.kernels.{self.kernel}").chunk
+            from statecache.kernels.rehearsal import rehearsed
+
+            run = partial(import_module(f"statecache.kernels.{self.kernel}").chunk, **arguments, state=state, **more)
             try:
-                return run(**arguments, state=state, **more)  # type: ignore[no-any-return]
+                return rehearsed(run, self._form(taken, state, *more.values()))  # type: ignore[no-any-return]
             except kernels.too_large() as error:
                 kernels.refuse(self.kernel, taken[0].device, error)
         return self.module.chunk(**arguments, state=state, **more)  # type: ignore[no-any-return]
+
+    def _form(self, taken: tuple[Tensor, ...], *more: Tensor | None) -> tuple[Any, ...]:
+        """What the kernel's parts are compiled for: few forms for many numbers of tokens."""
+        given = tuple((x.dtype, x.shape[2:]) for x in taken)
+        return self.kernel, taken[0].device, taken[0].shape[1].bit_length(), given, *(x is None for x in more)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""A rehearsal compiles kernels and launches none: what a pass changes by them stays as it is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from drawn import DEVICE, NAN, draw, error
+
+from statecache.kernels import rehearsal
+from statecache.kernels.conv_step import step
+from statecache.kernels.linear import linear
+from statecache.kernels.rehearsal import rehearse, rehearsed
+
+
+@pytest.fixture(autouse=True)
+def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rehearsal, "_known", set())
+    yield
+    assert not rehearsal._rehearsing.get()
+
+
+def taking_in(ring: torch.Tensor) -> Any:
+    """A pass that writes to a ring, (2, 24, 5), and what it gives."""
+    new, weight = draw(2, 24), draw(24, 4)
+    start = torch.zeros(2, dtype=torch.long, device=DEVICE)
+    return lambda: step(new, weight, None, ring, start, None)
+
+
+def test_nothing_is_launched_and_what_would_be_written_is_zeros() -> None:
+    ring = draw(2, 24, 5)
+    before, run, seen = ring.clone(), taking_in(ring), []
+    rehearse(lambda: seen.append(run()))
+    assert torch.equal(ring, before)
+    assert not seen[0].any()
+    assert run().all()
+    assert not torch.equal(ring, before)
+
+
+@pytest.mark.parametrize("kind", ["empty", "empty_like", "new_empty", "empty_strided"])
+def test_what_a_pass_makes_without_values_is_zeros(kind: str) -> None:
+    made = []
+
+    def run() -> None:
+        poison = torch.full((4096,), NAN, device=DEVICE)
+        how: dict[str, Any] = {
+            "empty": lambda: torch.empty(4096, device=DEVICE),
+            "empty_like": lambda: torch.empty_like(other),
+            "new_empty": lambda: other.new_empty(4096),
+            "empty_strided": lambda: torch.empty_strided((64, 64), (64, 1), device=DEVICE),
+        }
+        other = draw(4096)
+        del poison  # whose memory comes next
+        made.append(how[kind]())
+
+    rehearse(run)
+    assert not made[0].any()
+
+
+def test_a_form_is_rehearsed_once_and_gives_what_it_gives() -> None:
+    x, weight, calls = draw(3, 32), draw(40, 32), []
+
+    def run() -> torch.Tensor:
+        calls.append(rehearsal._rehearsing.get())
+        return linear(x, weight)
+
+    for _ in range(2):
+        assert error(rehearsed(run, "linear"), x.double() @ weight.double().T) < 1e-5
+    assert calls == [True, False, False]
+    rehearsed(run, "another")
+    assert calls == [True, False, False, True, False]
+
+
+def test_within_a_rehearsal_there_is_no_other() -> None:
+    calls = []
+    rehearse(lambda: rehearsed(lambda: calls.append(rehearsal._rehearsing.get()), "inner"))
+    assert calls == [True]
+    assert "inner" not in rehearsal._known
+
+
+def test_an_error_of_the_pass_is_its_own_and_leaves_nothing() -> None:
+    def run() -> None:
+        raise ValueError("of the pass")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of the pass"):
+            rehearsed(run, "wrong")
+    assert not rehearsal._known
+    x = draw(4, 32)
+    assert error(rehearsed(lambda: linear(x, x), "right"), x.double() @ x.double().T) < 1e-5
+
+
+def test_kernels_of_other_threads_are_launched_meanwhile() -> None:
+    ring = draw(2, 24, 5)
+    before, run = ring.clone(), taking_in(ring)
+
+    def beside() -> None:
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+
+    rehearse(beside)
+    assert not torch.equal(ring, before)
