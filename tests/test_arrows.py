@@ -50,7 +50,7 @@ INSIDE = {
     ],
     "kernels": [
         "cards",
-        "convolve early tokens pointers rows mma weights",
+        "convolve early tokens pointers rows mma weights rehearsal",
         "held",
         "choose linear norms attend ssd_step delta_step conv_step scan_step",
         "ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",

@@ -24,6 +24,7 @@ from statecache.step import Step
 
 AHEAD = True  # whether the next layers come while one runs
 SMALL = 1 << 20  # bytes of a buffer that goes back as it is, whatever was written of it: parts take the host longer
+SOON = 1 << 20  # bytes that layers wait for when they go back, since the memory is needed more
 
 Span = tuple[int, int]  # positions, from the first to before the last
 Told = dict[torch.device, tuple[int, Any, Any]]  # the device in use, a device's stream, and when all before is over
@@ -44,6 +45,13 @@ class Home:
     def here(self) -> None:
         """Copy the entries to the device."""
         _copy(self.buffer.data, self.host)  # `data` counts its own versions: a state that came back was not written
+
+    @property
+    def going(self) -> int:
+        """Bytes that go back."""
+        if self.parts is None:
+            return self.buffer.nbytes
+        return sum(_narrow(self.buffer, self.axis, at).nbytes for at in self.parts)
 
     def back(self) -> None:
         """Copy the entries that were written to host memory."""
@@ -66,7 +74,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     Looking a state up brings its layer; the copy began, on a stream of its own, when a layer before it was looked up.
     The layer before goes back on another, as far as it was written: the bus carries both at once, and its memory is
-    freed when the next layer is looked up. More layers than the next come while all that are there are no larger than
+    freed when the next layer is looked up, or at once where little was written, as of a large attention layer, so that
+    the next large one has its place. More layers than the next come while all that are there are no larger than
     two of the largest, so that a large one is on its way while small ones run. What is of no layer stays on the device.
 
     Memory is that of the stream in which layers run. It is taken before a copy to it begins, and freed once that stream
@@ -243,12 +252,12 @@ class Offloaded(dict[str, "Ring | Lease"]):
     def _release(self) -> None:
         """Free the memory of layers that left, once what was written of them is back."""
         for layer in self._leaving:
-            for compute, event in self._going.get(layer, ()):
-                compute.wait_event(event)
             self._free(layer)
         self._leaving.clear()
 
     def _free(self, layer: str) -> None:
+        for compute, event in self._going.get(layer, ()):
+            compute.wait_event(event)
         for home in self._homes[layer]:
             if home.away:
                 _empty(home.buffer)
@@ -277,10 +286,11 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._written.pop(layer, None)
         self._arrive(layer, told)
         self._part(layer, homes, told)
-        if layer in self._going:
+        if layer in self._going and sum(home.going for home in written) > SOON:
             self._leaving.append(layer)
         else:
             self._free(layer)
+            told.clear()  # who gets that memory waits for the copies, too
 
     def _part(self, layer: str, homes: list[Home], told: Told) -> None:
         """Where another stream runs layers than when a layer's memory was taken, have that be kept for all it does."""

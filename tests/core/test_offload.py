@@ -42,6 +42,7 @@ def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 @pytest.fixture(autouse=True)
 def parts_go_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALL", 0)
+    monkeypatch.setattr(offload, "SOON", 0)
 
 
 @pytest.fixture
@@ -378,14 +379,22 @@ def fly(states: States, streams: Streams, orders: Sequence[str] = ORDERS) -> Non
         states.close(step)
 
 
-def test_no_two_streams_touch_the_same_memory_at_a_time(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("soon", [0, 100, 1 << 20])
+def test_no_two_streams_touch_the_same_memory_at_a_time(
+    pair: list[States], monkeypatch: pytest.MonkeyPatch, soon: int
+) -> None:
+    monkeypatch.setattr(offload, "SOON", soon)
     streams = Streams(monkeypatch)
     fly(pair[0], streams)
     assert streams.checked > 100 and streams.freed > 100 and len(streams.made) == 2
     assert not streams.kept  # which takes memory anew while the old is not free
 
 
-def test_passes_in_another_stream_are_in_order_too(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("soon", [0, 1 << 20])
+def test_passes_in_another_stream_are_in_order_too(
+    pair: list[States], monkeypatch: pytest.MonkeyPatch, soon: int
+) -> None:
+    monkeypatch.setattr(offload, "SOON", soon)
     streams = Streams(monkeypatch)
     for orders in (ORDERS, ORDERS, ["012", "012"], ["012", "012"], ["012", "012"]):
         fly(pair[0], streams, orders)
@@ -428,6 +437,26 @@ def test_small_layers_come_before_a_large_one_is_needed(monkeypatch: pytest.Monk
         states.close(step)
     assert states["0.s"].spec == states["1.s"].spec
     assert {1, 2, 3, 4, 5, 6} <= set(there(states))  # the large one is on its way, as it fits, and some behind it
+
+
+@pytest.mark.parametrize("soon", [0, 1 << 10])
+def test_a_large_layer_of_which_little_was_written_makes_room_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, soon: int
+) -> None:
+    monkeypatch.setattr(offload, "AHEAD", True)
+    monkeypatch.setattr(offload, "SOON", soon)
+    Streams(monkeypatch)
+    small, keys = StateSpec("s", "recurrent", (600,), 1), StateSpec("s", "attention", (2, 3), None, axis=1)
+    spec = ModelSpec(tuple(LayerSpec(n, "test", (keys if n % 4 == 3 else small,)) for n in range(12)))
+    states = States(spec, rows=ROWS, dtype=torch.float32, device="cpu", offload=True)
+    for tokens in (1000, 1, 1):
+        step = states.open(tokens)
+        for n in range(12):
+            states[f"{n}.s"].extend(torch.ones(ROWS, *((2, tokens, 3) if n % 4 == 3 else (tokens, 600))), step)
+            if n == 4:
+                comes = 7 in there(states)
+        states.close(step)
+    assert comes == (soon > 0)
 
 
 def test_what_comes_follows_orders_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
