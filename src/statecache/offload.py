@@ -24,7 +24,7 @@ from statecache.step import Step
 
 AHEAD = True  # whether the next layers come while one runs
 SMALL = 1 << 20  # bytes of a buffer that goes back as it is, whatever was written of it: parts take the host longer
-SOON = 1 << 20  # bytes that layers wait for when they go back, since the memory is needed more
+SOON = 1 << 20  # bytes written of a larger layer that the next one waits for, so that its memory is free at once
 
 Span = tuple[int, int]  # positions, from the first to before the last
 Told = dict[torch.device, tuple[int, Any, Any]]  # the device in use, a device's stream, and when all before is over
@@ -286,11 +286,11 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._written.pop(layer, None)
         self._arrive(layer, told)
         self._part(layer, homes, told)
-        if layer in self._going and sum(home.going for home in written) > SOON:
+        if layer in self._going and not self._sizes[layer] > SOON >= sum(home.going for home in written):
             self._leaving.append(layer)
         else:
             self._free(layer)
-            told.clear()  # who gets that memory waits for the copies, too
+            told.clear()  # so that who gets the memory waits for what was written of it, too
 
     def _part(self, layer: str, homes: list[Home], told: Told) -> None:
         """Where another stream runs layers than when a layer's memory was taken, have that be kept for all it does."""

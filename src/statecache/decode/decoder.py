@@ -37,7 +37,7 @@ from statecache.models.prepare import lend
 from statecache.snapshot import Mark
 
 GREEDY = Request([0])
-_compiled: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()  # what each model's kernels are there for
+_compiled: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()  # runs whose kernels are there
 
 
 @dataclass
@@ -551,9 +551,9 @@ class Decoder:
         return made
 
     def _captured(self, key: tuple[Any, ...], run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of what `run` does, after it was run once, and what it gave. No row takes anything in meanwhile.
+        """A graph of what `run` does, rehearsed and run before, and what it gave. No row takes anything in meanwhile.
 
-        key: what its kernels depend on, beside the model and the cache's slack.
+        key: of its kernels, beside the model and the cache's slack.
         """
         taken = self._count.clone()
         self._count.zero_()

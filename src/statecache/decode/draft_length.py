@@ -17,8 +17,8 @@ WIDTH = 0.1  # each of them, the fold of what is kept of it included
 # As captured on a GPU, by kernels: fitted to rounds of four drafts at 1, 4 and 64 rows, see benchmarks/RESULTS.md
 CAPTURED = 0.05
 SPREAD = 0.13  # times the square root of all rows' drafts
-# Of how many drafts, besides the most, rounds are captured: few, since each takes time, and a token more are five times
-# as many as kernels take at once, or a little fewer
+# Of how many drafts, besides the most, rounds are captured: few, since each takes time. With the last token they are a
+# small multiple of what kernels take at once
 SIZES = (1, 4, 9, AHEAD - 1)
 
 MEMORY = 0.9  # weight of what was known, at each new evidence

@@ -37,7 +37,7 @@ def known(ring, weight, bias, channel, there, at, K: tl.constexpr, S: tl.constex
 def convolve(
     new,
     stride,
-    known,
+    held,
     channel,
     there,
     first,
@@ -50,27 +50,27 @@ def convolve(
 ):
     """Convolve M of a row's T new tokens, from the `first` on, in these channels: M outputs and M inputs, float32.
 
-    new: the tokens' inputs (T, C), `stride` apart; known: what `known` gives. `there`: which channels exist. BY: how
+    new: the tokens' inputs (T, C), `stride` apart; held: what `known` gives. `there`: which channels exist. BY: how
     far behind an input lies what multiplies it; 0: nothing does. All is read before anything is computed.
     """
     seen = ()
     for n in tl.static_range(K - 1):
-        x = known[n]
+        x = held[n]
         if M < T:
             before = tl.zeros(channel.shape, tl.int32) + (first - (K - 1) + n)
             for later in tl.static_range(n + 1, K - 1):
-                x = tl.where(before == later - (K - 1), known[later], x)
+                x = tl.where(before == later - (K - 1), held[later], x)
             x = tl.where(before < 0, x, _input(new + before * stride + channel, there & (before >= 0), BY))
         seen += (x,)
     for m in tl.static_range(M):
         seen += (_input(new + (first + m) * stride + channel, there, BY),)
     outs, ins = (), ()
     for m in tl.static_range(M):
-        y = seen[m + K - 1] * known[2 * K - 2]
+        y = seen[m + K - 1] * held[2 * K - 2]
         for tap in tl.static_range(K - 1):
-            y += seen[m + tap] * known[K - 1 + tap]
+            y += seen[m + tap] * held[K - 1 + tap]
         if BIAS:
-            y += known[2 * K - 1]
+            y += held[2 * K - 1]
         if SILU:
             y = silu(y)
         outs += (y,)

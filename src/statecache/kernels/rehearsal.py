@@ -1,7 +1,8 @@
 """Kernels compiled side by side before they run: a pass of many kernels would compile one after the other.
 
-In a rehearsal nothing is launched, so that the pass goes on, and its kernels are compiled on threads. What they would
-have written is zeros.
+In a rehearsal no `Kernel` is launched, so that the pass goes on while they are compiled on threads, and what they would
+have made is zeros. It is for passes in which no row takes anything in; whoever writes to a state what a kernel made of
+it has to know, see `rehearsing`. What copies entries, as `rows.take`, is no `Kernel`, and happens.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Kernel:
 
 
 class _Zeros(TorchFunctionMode):
-    """What is made without values is zeros, since no kernel writes it: finite, and no row takes anything in by it."""
+    """What is made without values is zeros, since no kernel writes it: finite, and a number of tokens is none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -57,23 +58,24 @@ def rehearsed(run: Callable[[], T], form: Hashable) -> T:
     return run()
 
 
+def rehearsing() -> bool:
+    """Whether kernels make nothing now."""
+    return _rehearsing.get()
+
+
 def rehearse(run: Callable[[], object]) -> None:
     """Call `run` with each `Kernel` compiled and none launched, and wait until they are.
 
-    What `run` changes by other means than kernels happens. A kernel that cannot be compiled says so when it is
-    launched.
+    What `run` does by other means than these happens. A kernel that cannot be compiled says so when it is launched.
     """
-    copy_context().run(_rehearse, run)  # of its own: what Triton has set there it may leave after an error
+    copy_context().run(_rehearse, run)
 
 
 def _rehearse(run: Callable[[], object]) -> None:
     _rehearsing.set(True)
-    done = False
-    try:
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
-            with _Zeros():
-                run()
-            done = True
-    except Exception:
-        if not done:
-            raise
+    with (
+        ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        _Zeros(),
+    ):
+        run()

@@ -157,6 +157,7 @@ def _through(
             tl.store(decays + lane * runs + run + tl.arange(0, 1), tl.exp(passed.to(tl.float32)))
 
 
+@Kernel
 @triton.jit(do_not_specialize=CHANGING)
 def _join(state, sums, decays, runs, SIZE: tl.constexpr, BEGUN: tl.constexpr, BLOCK: tl.constexpr):
     """The states after each run of chunks, in place of what each adds."""

@@ -190,17 +190,19 @@ class Operator:
         taken = tuple(arguments.values())
         kept = state is None or state.dtype is torch.float32
         if self.kernel and kept and taken[0].shape[1] and kernels.serves(self.kernel, *taken, state):
-            from statecache.kernels.rehearsal import rehearsed
+            from statecache.kernels.rehearsal import rehearsed, rehearsing
 
             run = partial(import_module(f"statecache.kernels.{self.kernel}").chunk, **arguments, state=state, **more)
             try:
-                return rehearsed(run, self._form(taken, state, *more.values()))  # type: ignore[no-any-return]
+                made = rehearsed(run, self._form(taken, state, *more.values()))
+                if not rehearsing():  # else the state is to be what the plain form says, which a cache takes
+                    return made  # type: ignore[no-any-return]
             except kernels.too_large() as error:
                 kernels.refuse(self.kernel, taken[0].device, error)
         return self.module.chunk(**arguments, state=state, **more)  # type: ignore[no-any-return]
 
     def _form(self, taken: tuple[Tensor, ...], *more: Tensor | None) -> tuple[Any, ...]:
-        """What the kernel's parts are compiled for: few forms for many numbers of tokens."""
+        """What the kernel's parts are compiled for, but for what rows decide: few forms for many numbers of tokens."""
         given = tuple((x.dtype, x.shape[2:]) for x in taken)
         return self.kernel, taken[0].device, taken[0].shape[1].bit_length(), given, *(x is None for x in more)
 
