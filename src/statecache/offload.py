@@ -286,7 +286,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self._written.pop(layer, None)
         self._arrive(layer, told)
         self._part(layer, homes, told)
-        if layer in self._going and not self._sizes[layer] > SOON >= sum(home.going for home in written):
+        soon = self._sizes[layer] > SOON >= sum(home.going for home in written)
+        if layer in self._going and not soon:
             self._leaving.append(layer)
         else:
             self._free(layer)

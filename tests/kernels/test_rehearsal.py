@@ -15,14 +15,14 @@ import statecache as sc
 from statecache.kernels import rehearsal
 from statecache.kernels.conv_step import step
 from statecache.kernels.linear import linear
-from statecache.kernels.rehearsal import rehearse, rehearsed
+from statecache.kernels.rehearsal import rehearse, rehearsed, rehearsing
 
 
 @pytest.fixture(autouse=True)
 def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rehearsal, "_known", set())
     yield
-    assert not rehearsal._rehearsing.get()
+    assert not rehearsing()
 
 
 def taking_in(ring: torch.Tensor) -> Any:
@@ -66,7 +66,7 @@ def test_a_form_is_rehearsed_once_and_gives_what_it_gives() -> None:
     x, weight, calls = draw(3, 32), draw(40, 32), []
 
     def run() -> torch.Tensor:
-        calls.append(rehearsal._rehearsing.get())
+        calls.append(rehearsing())
         return linear(x, weight)
 
     for _ in range(2):
@@ -78,7 +78,7 @@ def test_a_form_is_rehearsed_once_and_gives_what_it_gives() -> None:
 
 def test_within_a_rehearsal_there_is_no_other() -> None:
     calls = []
-    rehearse(lambda: rehearsed(lambda: calls.append(rehearsal._rehearsing.get()), "inner"))
+    rehearse(lambda: rehearsed(lambda: calls.append(rehearsing()), "inner"))
     assert calls == [True]
     assert "inner" not in rehearsal._known
 
@@ -133,7 +133,7 @@ def test_no_cache_is_changed_by_a_rehearsal_of_its_rounds(
 
                 def run(draft: Any = draft, ahead: int = ahead, ran: list[bool] = ran) -> None:
                     decoder._check_or_look(2, draft, ahead)
-                    ran.append(rehearsal.rehearsing())
+                    ran.append(rehearsing())
 
                 with decoder._kernels():
                     rehearse(run)

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ from statecache.models.prepare import lend
 from statecache.snapshot import Mark
 
 GREEDY = Request([0])
-_compiled: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()  # runs whose kernels are there
 
 
 @dataclass
@@ -561,8 +560,7 @@ class Decoder:
             side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
-                self._compile(key, run)
-                run()
+                self._first(key, run)
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
@@ -572,14 +570,14 @@ class Decoder:
         self.counts.graphs += 1
         return graph, out
 
-    def _compile(self, key: tuple[Any, ...], run: Callable[[], Any]) -> None:
-        """Have the kernels of `run` compiled side by side, unless this model's were."""
-        known, this = _compiled.setdefault(self.model, set()), (*key, self.cache.slack)
-        if self._fused and this not in known:
-            from statecache.kernels.rehearsal import rehearse
+    def _first(self, key: tuple[Any, ...], run: Callable[[], Any]) -> None:
+        """Call `run`, with its kernels compiled side by side before, unless this model's were."""
+        if not self._fused:
+            run()
+            return
+        from statecache.kernels.rehearsal import rehearsed
 
-            rehearse(run)
-            known.add(this)
+        rehearsed(run, (ref(self.model), *key, self.cache.slack))
 
     def _kernels(self) -> AbstractContextManager[None]:
         return by_kernels(self.model) if self._fused else nullcontext()

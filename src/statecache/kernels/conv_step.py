@@ -55,12 +55,12 @@ def _step(
     at = tl.load(start + row * start_stride)
     ring += row * C * S
     new += row * N * new_stride
-    taps = known(ring, weight, bias, channel, there, at, T, S, BIAS)
+    held = known(ring, weight, bias, channel, there, at, T, S, BIAS)
     if EARLY:
         wait()
     by: tl.constexpr = 2 * C if GATED else 0
     for first in range(0, N, M):
-        x, x_in = convolve(new, new_stride, taps, channel, there, first, N, M, T, BIAS, SILU, by)
+        x, x_in = convolve(new, new_stride, held, channel, there, first, N, M, T, BIAS, SILU, by)
         for m in tl.static_range(M):
             t, value = first + m, x[m]
             if GATED:

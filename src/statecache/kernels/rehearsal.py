@@ -35,7 +35,7 @@ class Kernel:
         self.jit = jit
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return partial(self._compile, grid) if _rehearsing.get() else self.jit[grid]
+        return partial(self._compile, grid) if rehearsing() else self.jit[grid]
 
     def _compile(self, grid: Any, *args: Any, **options: Any) -> None:
         if hasattr(self.jit, "warmup"):  # the interpreter compiles nothing
@@ -52,7 +52,7 @@ class _Zeros(TorchFunctionMode):
 
 def rehearsed(run: Callable[[], T], form: Hashable) -> T:
     """What `run` gives, after a rehearsal if there was none of this form: all that its kernels are compiled for."""
-    if form not in _known and not _rehearsing.get():
+    if form not in _known and not rehearsing():
         rehearse(run)
         _known.add(form)
     return run()
