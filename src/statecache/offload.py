@@ -27,7 +27,18 @@ SMALL = 1 << 20  # bytes of a buffer that goes back as it is, whatever was writt
 SOON = 1 << 20  # bytes written of a larger layer that the next one waits for, so that its memory is free at once
 
 Span = tuple[int, int]  # positions, from the first to before the last
-Told = dict[torch.device, tuple[int, Any, Any]]  # the device in use, a device's stream, and when all before is over
+
+
+@dataclass(eq=False)
+class Now:
+    """What a device has been told so far."""
+
+    device: int  # that is in use, which may be another
+    compute: Any  # the stream that runs layers
+    event: Any  # when it is over
+
+
+Told = dict[torch.device, Now]
 
 
 @dataclass(eq=False)
@@ -92,11 +103,13 @@ class Offloaded(dict[str, "Ring | Lease"]):
         self.now: str | None = None  # the layer that is in use
         self._written: dict[str, Span | None] = {}  # of layers that are here, the positions written; None: any
         self._streams: dict[tuple[torch.device, bool], Any] = {}  # to a device, and back from it
-        self._coming: dict[str, list[tuple[Any, Any]]] = {}  # the stream that uses a layer, and when that has come
-        self._going: dict[str, list[tuple[Any, Any]]] = {}  # and when what was written of it is back
+        self._coming: dict[str, list[Now]] = {}  # who uses a layer, and when that has come
+        self._going: dict[str, list[Now]] = {}  # and when what was written of it is back
         self._owners: dict[tuple[str, torch.device], Any] = {}  # the stream that a layer's memory on a device is of
         self._leaving: list[str] = []  # layers whose memory is freed when they are
         self._sizes: dict[str, int] = {}  # bytes of the layers that have been used
+        self._capacities: dict[str, list[int]] = {}  # of their rings when they had so many
+        self._largest = 0
         self._plans: dict[str, list[str]] = {}  # what is to come while each of them is
 
     # ---- looking up
@@ -147,8 +160,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
         """Have who used the layers wait for all copies, so that nobody gets memory that one of them uses."""
         for copies in (self._coming, self._going):
             for each in copies.values():
-                for compute, event in each:
-                    compute.wait_event(event)
+                for over in each:
+                    over.compute.wait_event(over.event)
 
     # ---- copies
 
@@ -161,7 +174,7 @@ class Offloaded(dict[str, "Ring | Lease"]):
     def __reduce__(self) -> tuple[Any, ...]:
         self._release()
         for layer in filter(None, self._names):  # all at once: a pickle is written afterwards
-            self._fetch(layer, {})
+            self._fetch([layer], {})
             self._arrive(layer, {})
         return _restored, (dict(dict.items(self)),)
 
@@ -182,23 +195,38 @@ class Offloaded(dict[str, "Ring | Lease"]):
             self._written[layer] = min(low, span[0]), max(high, span[1])
 
     def enter(self, layer: str) -> None:
-        """Have a layer on the device, the next one on its way there, and more for which there is room; no other."""
+        """Have a layer on the device, the next one on its way there, and more for which there is room; no other.
+
+        Small layers come and go several at a time, between two large ones: what it takes the host is by the copy.
+        """
         if torch.compiler.is_compiling():
             raise StepError("a cache with offload=True copies between the layers of a step: do not compile it")
-        self._release()
         told: Told = {}
-        self._fetch(layer, told)
-        self._arrive(layer, told)
-        left, self.now = self.now, layer
-        if left in self._here and left not in self._sizes:
-            self._resize(left, sum(buffer.nbytes for buffer, _, _ in self._buffers(left)))
+        if self.now in self._here:
+            self._measure(self.now)
         coming = self._ahead(layer)
-        for other in [n for n in self._here if n != layer and n not in coming]:
-            self._put_away(other, told)
-        for other in [n for n in coming if n not in self._here]:
-            if other != coming[0] and self._room(other, *self._here, *self._leaving) < 0:
+        over = [other for other in self._here if other != layer and other not in coming]
+        missing = [other for other in coming if other not in self._here]
+        if layer in self._here and coming[:1] != missing[:1] and not self._many(over) and not self._many(missing):
+            self._arrive(layer, told)
+            self.now = layer
+            return
+        self._release()
+        if layer not in self._here:
+            self._fetch([layer], told)
+        self._arrive(layer, told)
+        self.now = layer
+        large = [other for other in over if self._many([other])]
+        for others in (*([other] for other in large), [other for other in over if other not in large]):
+            if others:
+                self._put_away(others, told)
+        fitting: list[str] = []
+        for other in missing:
+            if other != coming[0] and self._room(other, *fitting, *self._here, *self._leaving) < 0:
                 break  # until what leaves is gone
-            self._fetch(other, told)
+            fitting.append(other)
+        if fitting:
+            self._fetch(fitting, told)
 
     def _ahead(self, layer: str) -> list[str]:
         """What is to come while a layer runs: the next, and more while all are no larger than two of the largest."""
@@ -216,55 +244,94 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def _room(self, *layers: str) -> int:
         """Bytes that these layers leave of twice the largest of all."""
-        return 2 * max(self._sizes.values(), default=0) - sum(self._sizes.get(layer, 0) for layer in layers)
+        return 2 * self._largest - sum(self._sizes.get(layer, 0) for layer in layers)
+
+    def _many(self, layers: list[str]) -> bool:
+        """Whether these layers are half as large as the largest of all."""
+        return 2 * sum(self._sizes.get(layer, 0) for layer in layers) >= self._largest
+
+    def _measure(self, layer: str) -> None:
+        """Note the bytes of a layer that was used, whose rings may have grown; leases are seen when it leaves."""
+        states = (dict.__getitem__(self, name) for name in self._names[layer])
+        capacities = [state.capacity for state in states if isinstance(state, Ring)]
+        if self._capacities.get(layer) != capacities:
+            self._capacities[layer] = capacities
+            self._resize(layer, sum(buffer.nbytes for buffer, _, _ in self._buffers(layer)))
 
     def _resize(self, layer: str, size: int) -> None:
         """A layer has so many bytes from now on."""
         if self._sizes.get(layer) != size:
             self._sizes[layer] = size
+            self._largest = max(self._sizes.values())
             self._plans.clear()
 
-    def _fetch(self, layer: str, told: Told) -> None:
-        """Begin to copy a layer's states to the device."""
-        if layer not in self._here:
-            self._here.append(layer)
-        homes = [home for home in self._homes.get(layer, ()) if home.away]
-        if not homes:
-            return
-        if any(home.late for home in homes):
-            for _, event in self._going.get(layer, ()):
-                event.synchronize()
-        for home in homes:
-            for part, came in home.late:
-                _copy(part, came)
-            home.late.clear()
-            _fill(home.buffer)
-        self._copy_all(layer, homes, told, back=False)
-        for home in homes:
-            home.away = False
-        self._going.pop(layer, None)
+    def _fetch(self, layers: list[str], told: Told) -> None:
+        """Begin to copy layers' states to the device."""
+        moved: dict[str, list[Home]] = {}
+        for layer in layers:
+            homes = moved[layer] = [home for home in self._homes.get(layer, ()) if home.away]
+            if any(home.late for home in homes):
+                for over in self._going.get(layer, ()):
+                    over.event.synchronize()
+            for home in homes:
+                for part, came in home.late:
+                    _copy(part, came)
+                home.late.clear()
+                _fill(home.buffer)
+        self._copy_all(moved, told, back=False)
+        for layer, homes in moved.items():
+            for home in homes:
+                home.away = False
+            self._going.pop(layer, None)
+        self._here += layers
 
     def _arrive(self, layer: str, told: Told) -> None:
-        """Have who uses a layer now wait for what is on its way there."""
-        for compute, event in self._coming.pop(layer, ()):
-            _until_now(compute.device, told)[1].wait_event(event)
+        """Have who uses a layer now wait for what is on its way there, and with it for what came in the same copy."""
+        for waited in self._coming.pop(layer, ()):
+            _until_now(waited.compute.device, told).compute.wait_event(waited.event)
+            for others in self._coming.values():
+                if waited in others:
+                    others.remove(waited)
 
     def _release(self) -> None:
         """Free the memory of layers that left, once what was written of them is back."""
-        for layer in self._leaving:
-            self._free(layer)
+        self._free(self._leaving)
         self._leaving.clear()
 
-    def _free(self, layer: str) -> None:
-        for compute, event in self._going.get(layer, ()):
-            compute.wait_event(event)
-        for home in self._homes[layer]:
-            if home.away:
-                _empty(home.buffer)
+    def _free(self, layers: Sequence[str]) -> None:
+        for over in {over for layer in layers for over in self._going.get(layer, ())}:
+            over.compute.wait_event(over.event)
+        for layer in layers:
+            for home in self._homes[layer]:
+                if home.away:
+                    _empty(home.buffer)
 
     @torch.no_grad()
-    def _put_away(self, layer: str, told: Told) -> None:
-        """Begin to copy what was written of a layer to host memory; that of the device is freed when it is over."""
+    def _put_away(self, layers: Sequence[str], told: Told) -> None:
+        """Begin to copy what was written of layers to host memory; that of the device is freed when it is over."""
+        moved = {layer: self._written_of(layer) for layer in layers}
+        self._copy_all(moved, told, back=True)
+        for layer in layers:
+            for home in moved[layer]:
+                home.version = home.buffer._version
+            homes = self._homes[layer]
+            self._resize(layer, sum(home.buffer.nbytes for home in homes))
+            for home in homes:
+                home.away = home.buffer.untyped_storage().resizable()  # not what somebody else looks at, as numpy
+            self._here.remove(layer)
+            self._written.pop(layer, None)
+            self._arrive(layer, told)
+            self._part(layer, homes, told)
+        going = sum(home.going for homes in moved.values() for home in homes)
+        soon = sum(self._sizes[layer] for layer in layers) > SOON >= going
+        if not soon and any(layer in self._going for layer in layers):
+            self._leaving += layers
+        else:
+            self._free(layers)
+            told.clear()  # so that who gets the memory waits for what was written of it, too
+
+    def _written_of(self, layer: str) -> list[Home]:
+        """What goes back of a layer, whose homes are known from now on."""
         known = {id(home.buffer): home for home in self._homes.get(layer, ())}
         homes, written, span = [], [], self._written.get(layer)
         for buffer, ring, always in self._buffers(layer):
@@ -275,23 +342,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 if ring is not None and span is not None and home.version is not None and buffer.nbytes > SMALL:
                     home.axis, home.parts = ring.axis, _parts(ring, span)
                 written.append(home)
-        self._copy_all(layer, written, told, back=True)
-        for home in written:
-            home.version = home.buffer._version
         self._homes[layer] = homes
-        self._resize(layer, sum(home.buffer.nbytes for home in homes))
-        for home in homes:
-            home.away = home.buffer.untyped_storage().resizable()  # not what somebody else looks at, as numpy
-        self._here.remove(layer)
-        self._written.pop(layer, None)
-        self._arrive(layer, told)
-        self._part(layer, homes, told)
-        soon = self._sizes[layer] > SOON >= sum(home.going for home in written)
-        if layer in self._going and not soon:
-            self._leaving.append(layer)
-        else:
-            self._free(layer)
-            told.clear()  # so that who gets the memory waits for what was written of it, too
+        return written
 
     def _part(self, layer: str, homes: list[Home], told: Told) -> None:
         """Where another stream runs layers than when a layer's memory was taken, have that be kept for all it does."""
@@ -300,41 +352,52 @@ class Offloaded(dict[str, "Ring | Lease"]):
             owner = self._owners.get((layer, device))
             if owner is None:
                 continue
-            _, compute, _ = _until_now(device, told)
+            compute = _until_now(device, told).compute
             if owner != compute:
                 for stream in (compute, self._stream(device, True)):
                     home.buffer.record_stream(stream)
 
-    def _copy_all(self, layer: str, homes: Sequence[Home], told: Told, back: bool) -> None:
-        """Copy a layer's states to their devices, or back from them, beside what those do next."""
-        for device in {home.buffer.device for home in homes}:
-            self._beside(layer, device, [home for home in homes if home.buffer.device == device], told, back)
+    def _copy_all(self, moved: dict[str, list[Home]], told: Told, back: bool) -> None:
+        """Copy layers' states to their devices, or back from them, beside what those do next."""
+        devices = {home.buffer.device for homes in moved.values() for home in homes}
+        for device in devices:
+            here = moved
+            if len(devices) > 1:
+                here = {name: [h for h in homes if h.buffer.device == device] for name, homes in moved.items()}
+            self._beside(device, here, told, back)
 
-    def _beside(self, layer: str, device: torch.device, homes: Sequence[Home], told: Told, back: bool) -> None:
+    def _beside(self, device: torch.device, moved: dict[str, list[Home]], told: Told, back: bool) -> None:
         """The same for one device.
 
-        Copies wait for what it was told before, and for the layer's copies the other way, even if nobody used it.
+        Copies wait for what it was told before, and for the layers' copies the other way, even if nobody used them.
         """
         stream, move = self._stream(device, back), Home.back if back else Home.here
         if stream is None:
-            for home in homes:
-                move(home)
+            for homes in moved.values():
+                for home in homes:
+                    move(home)
             return
-        current, compute, event = _until_now(device, told)
-        if not back:
-            self._owners[layer, device] = compute
-        stream.wait_event(event)
-        for _, other in (self._coming if back else self._going).get(layer, ()):
-            stream.wait_event(other)
+        now = _until_now(device, told)
+        stream.wait_event(now.event)
+        for layer in moved:
+            for other in (self._coming if back else self._going).get(layer, ()):
+                if back or other.compute != now.compute:  # which has waited for what went before its memory was freed
+                    stream.wait_event(other.event)
         torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
         try:
-            for home in homes:
-                move(home)
+            for homes in moved.values():
+                for home in homes:
+                    move(home)
         finally:
-            torch.cuda.set_stream(compute)
-            if current != device.index:
-                torch.cuda.set_device(current)
-            (self._going if back else self._coming).setdefault(layer, []).append((compute, stream.record_event()))
+            torch.cuda.set_stream(now.compute)
+            if now.device != device.index:
+                torch.cuda.set_device(now.device)
+            over = Now(now.device, now.compute, stream.record_event())
+            for layer, homes in moved.items():
+                if homes:
+                    (self._going if back else self._coming).setdefault(layer, []).append(over)
+                    if not back:
+                        self._owners[layer, device] = now.compute
 
     def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
         """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""
@@ -359,11 +422,11 @@ class Offloaded(dict[str, "Ring | Lease"]):
         return self._streams[device, back]
 
 
-def _until_now(device: torch.device, told: Told) -> tuple[int, Any, Any]:
-    """The device in use, this one's stream, and when all is over that it was told before it was first asked for."""
+def _until_now(device: torch.device, told: Told) -> Now:
+    """What a device had been told when it was first asked for."""
     if device not in told:
         compute = torch.cuda.current_stream(device.index)
-        told[device] = torch.cuda.current_device(), compute, compute.record_event()
+        told[device] = Now(torch.cuda.current_device(), compute, compute.record_event())
     return told[device]
 
 

@@ -282,6 +282,7 @@ class Stream:
     """A queue of a device that says of each piece of work which others were over before it."""
 
     device = torch.device("cpu")
+    recorded = 0  # events, of all streams
 
     def __init__(self) -> None:
         self.before: set[object] = set()
@@ -293,6 +294,7 @@ class Stream:
         return made, before
 
     def record_event(self) -> Stream:
+        Stream.recorded += 1
         event = Stream()
         event.before = set(self.before)
         return event
@@ -457,6 +459,36 @@ def test_a_large_layer_of_which_little_was_written_makes_room_for_the_next(
                 comes = 7 in there(states)
         states.close(step)
     assert comes == (soon > 0)
+
+
+@pytest.mark.parametrize("wide", [6, 2, 1])  # times as large as three small ones are
+def test_small_layers_come_and_go_together(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
+    monkeypatch.setattr(offload, "AHEAD", True)
+    streams = Streams(monkeypatch)
+    sizes = [1, 1, 1, 3 * wide] * 3
+    spec = ModelSpec(tuple(LayerSpec(n, "test", (StateSpec("s", "recurrent", (w,), 1),)) for n, w in enumerate(sizes)))
+    states = States(spec, rows=ROWS, dtype=torch.float32, device="cpu", offload=True)
+    for _ in range(3):
+        Stream.recorded = 0
+        step = states.open(1)
+        for n, w in enumerate(sizes):
+            streams.touch(*states[f"{n}.s"].buffers())
+            states[f"{n}.s"].extend(torch.ones(ROWS, 1, w), step)
+            assert sum(sizes[m] for m in there(states)) <= 2 * max(sizes)
+        states.close(step)
+    copies = 2 * 2 * 3  # there and back, of a large layer and of those before it
+    assert wide == 1 or Stream.recorded <= 2 * copies  # a copy's end, and what was before it
+
+
+def test_layers_that_grow_leave_from_then_on(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "AHEAD", True)
+    offloaded, _ = pair
+    feed(offloaded, 1)
+    feed(offloaded, 1, layers=[0, 1])  # 0 and 1 stay from now on
+    feed(offloaded, 500, layers=[0, 1])
+    feed(offloaded, 1)
+    feed(offloaded, 1)
+    assert offloaded["0.key"].spec.name == "key" and there(offloaded) == [0, 1]
 
 
 def test_what_comes_follows_orders_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
