@@ -5,7 +5,8 @@
     python benchmarks/gpu_decode.py --model granite_h --rows 1 --context 32768
 
 The floor is the time that a step's bytes take at the copy bandwidth, measured in the same run: the weights that it
-reads (a tied matrix once, an untied embedding not at all), twice the states, and keys and values at the rows' lengths.
+reads (a tied matrix once, an untied embedding not at all, of experts as many as rows choose when each is as likely as
+any other), twice the states, and keys and values at the rows' lengths.
 One formula for every side. --compiled adds the sides whose warming up takes a minute.
 """
 
@@ -65,13 +66,18 @@ def seconds(run: Callable[[], Any], n: int) -> float:
 def step_bytes(model: Any, rows: int, length: int, recurrent_store: str | None = None) -> dict[str, int]:
     """What a step must read and write, at float32 states if no `recurrent_store` keeps them."""
     weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    for module in model.modules():  # of experts, those that somebody chooses, on average
+        if hasattr(module, "has_gate"):
+            chosen = 1 - (1 - model.config.num_experts_per_tok / module.num_experts) ** rows
+            for weight in module.parameters():
+                weights[weight.data_ptr()] *= chosen
     embedding = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
         del weights[embedding.data_ptr()]
     kept = {"recurrent_store": recurrent_store} if recurrent_store else {}
     sizes = sc.plan(model.config, rows=rows, capacity=length, dtype=model.dtype, **kept).states.by_kind
     return {
-        "weights": sum(weights.values()),
+        "weights": int(sum(weights.values())),
         "states": 2 * (sizes["conv"] + sizes["recurrent"]),
         "keys": sizes["attention"] + sizes["sliding"],
     }

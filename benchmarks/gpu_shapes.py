@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GraniteMoeHybridConfig, Lfm2Config, Mamba2Config, Qwen3_5TextConfig
+from transformers import GraniteMoeHybridConfig, Lfm2Config, Mamba2Config, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 WIDTH, VOCABULARY = 2048, 65536
 
@@ -77,6 +77,26 @@ def qwen3_5(small: bool) -> Any:
     )
 
 
+def qwen3_5_moe(small: bool) -> Any:
+    """10.3 B parameters, 8 of 128 experts in each layer: 18 layers of the gated delta rule and 6 of attention."""
+    given = _common(small)
+    width = given["hidden_size"]
+    heads = max(1, width // 128)
+    return Qwen3_5MoeTextConfig(
+        num_hidden_layers=4 if small else 24,
+        num_attention_heads=max(1, width // 256),
+        num_key_value_heads=max(1, width // 1024),
+        head_dim=256,
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads,
+        num_experts=16 if small else 128,
+        num_experts_per_tok=4 if small else 8,
+        moe_intermediate_size=width // 4,
+        shared_expert_intermediate_size=width // 4,
+        **given,
+    )
+
+
 def lfm2(small: bool) -> Any:
     """1.2 B parameters, 10 layers of short convolutions and 6 of attention."""
     given, attends = _common(small), {1} if small else {2, 5, 8, 10, 12, 14}
@@ -102,5 +122,6 @@ SHAPES: dict[str, Callable[[bool], Any]] = {
     "mamba2": mamba2,
     "granite_h": granite_h,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "lfm2": lfm2,
 }

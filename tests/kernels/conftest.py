@@ -27,6 +27,7 @@ if TRITON and not GPU:
         "linear",
         "norms",
         "attend",
+        "experts",
         "ssd_step",
         "delta_step",
         "conv_step",

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import statecache as sc
 from statecache.kernels import delta_step, ssd_step
+from statecache.kernels import experts as kernel_experts
 from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.fused import by_kernels, ways
 from statecache.models.table import KINDS
@@ -113,16 +114,90 @@ def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: py
     assert second < 1e-2  # from states of which a last place may be another
 
 
-OTHERS = {
-    "qwen3_next": "in part",
-    "zamba2": "in part",
-    "lfm2_moe": "in part",
-    "zamba": "modules",
-    "nemotron_h": "whole",
-}
+SPARSE = ("granitemoehybrid", "jamba", "nemotron_h", "qwen3_next", "qwen3_5_moe", "lfm2_moe")
 
 
-@pytest.mark.parametrize("name", ["lfm2_moe", *(pytest.param(n, marks=SLOW) for n in OTHERS if n != "lfm2_moe")])
+def sparse_model(name: str, **options: Any) -> Any:
+    """A model with experts, whose choice everything has a say in."""
+    model = sc.prepare(families.build(name, **options)[0].to(DEVICE))
+    for path, buffer in model.named_buffers():
+        if path.endswith(("expert_bias", "e_score_correction_bias")):
+            buffer.copy_(torch.linspace(-0.3, 0.3, len(buffer)))
+    for module in model.modules():
+        if hasattr(module, "routed_scaling_factor"):
+            module.routed_scaling_factor = 2.5
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [*((name, 2) for name in SPARSE), *(pytest.param(name, 17, marks=SLOW) for name in ("lfm2_moe", "qwen3_5_moe"))],
+)
+def test_layers_with_experts_give_what_their_modules_give(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ran = sparse_model(name), []
+    own = kernel_experts.experts
+    monkeypatch.setattr(kernel_experts, "experts", lambda *given, **more: (ran.append(0), own(*given, **more))[1])
+    monkeypatch.setattr(kernel_experts, "TOKENS", 16)  # so that they are read for each of 17
+    assert all(way.way == "whole" and not way.why for way in ways(model)), list(map(str, ways(model)))
+    ids = texts(rows)
+    want = logits(model, ids, kernels=False)
+    assert not ran
+    got = logits(model, ids, kernels=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+    assert len(ran) == STEPS * sum(hasattr(module, "has_gate") for module in model.modules())
+
+
+def test_experts_of_many_tokens_go_by_their_own_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse_model("qwen3_5_moe")
+    monkeypatch.setattr(kernel_experts, "TOKENS", 0)
+    monkeypatch.setattr(kernel_experts, "experts", None)
+    ids = texts(2)
+    want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "path", ["mlp", "mlp.gate", "mlp.experts", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate"]
+)
+def test_experts_with_a_hook_run_by_themselves(path: str) -> None:
+    model, called, ids = sparse_model("qwen3_5_moe"), [], texts(1)
+    want = logits(model, ids, kernels=False)
+    model.model.layers[0].get_submodule(path).register_forward_hook(lambda *_: called.append(0))
+    name = path if path != "mlp" else "Qwen3_5MoeSparseMoeBlock"
+    assert ways(model)[0].way == "whole"
+    assert ways(model)[0].why == f"but for its experts: its {name.removeprefix('mlp.')} is hooked"
+    got = logits(model, ids, kernels=True)
+    assert len(called) == 1 + STEPS
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+def test_experts_that_are_not_as_their_family_made_them_run_by_themselves() -> None:
+    model, ids = sparse_model("qwen3_5_moe"), texts(1)
+    blocks = [layer.mlp for layer in model.model.layers]
+    blocks[0].gate.__class__ = type("Qwen3_5MoeTopKRouter", (type(blocks[0].gate),), {})
+    blocks[1].shared_expert.down_proj = torch.nn.Sequential(blocks[1].shared_expert.down_proj)
+    blocks[2].gate.weight.data = blocks[2].gate.weight.data.mT.contiguous().mT
+    blocks[3].experts.is_transposed = True
+    assert [way.why for way in ways(model)] == [
+        f"but for its experts: {why}"
+        for why in (
+            "its gate is a Qwen3_5MoeTopKRouter",
+            "its shared_expert.down_proj is a Sequential",
+            "its gate has an unusual weight",
+            "no kernel reads its experts",
+        )
+    ]
+    blocks[3].experts.is_transposed = False
+    want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+OTHERS = {"olmo_hybrid": "in part", "zamba2": "in part", "zamba": "modules"}
+
+
+@pytest.mark.parametrize("name", ["olmo_hybrid", pytest.param("zamba2", marks=SLOW), pytest.param("zamba", marks=SLOW)])
 def test_other_families_run_in_part(name: str) -> None:
     model = sc.prepare(families.build(name)[0].to(DEVICE))
     assert OTHERS[name] in {way.way for way in ways(model)} != {"whole"}
@@ -258,14 +333,14 @@ def test_what_no_family_made_is_not_run_as_if() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "index", "why"),
     [
-        ("granitemoehybrid", {}, 0, "its block_sparse_moe is a GraniteMoeHybridMoE"),
-        ("nemotron_h", {}, 1, "its mixer is a NemotronHMoE"),
+        ("nemotron_h", {"n_group": 2, "topk_group": 1}, 1, "but for its experts: it chooses among 2 groups"),
+        ("nemotron_h", {"moe_latent_size": 16}, 1, "but for its experts: its fc1_latent_proj is a Linear"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, 4, "its activation is SiLUActivation"),
         ("bamba", {"hidden_act": "gelu"}, 0, "its feed_forward.act_fn is a GELUActivation"),
         ("bamba", {"mamba_proj_bias": True}, 0, "mamba.in_proj has a bias"),
         ("lfm2", {"conv_bias": True}, 0, "conv.in_proj has a bias"),
         ("falcon_h1", {"mamba_rms_norm": True}, 0, "its mamba.norm is a FalconH1RMSNormGated"),
-        ("jamba", {}, 1, "its feed_forward is a JambaSparseMoeBlock"),
+        ("qwen3_5_moe", {"hidden_act": "gelu"}, 1, "but for its experts: no kernel reads its experts"),
     ],
 )
 def test_what_a_configuration_asks_for_besides(name: str, options: dict[str, Any], index: int, why: str) -> None:

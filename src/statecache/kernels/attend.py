@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecache.kernels.early import early, launch, wait
+from statecache.kernels.early import early, fetch, launch, wait
 from statecache.kernels.rehearsal import Kernel
 
 BLOCK = 32  # keys of a tile
@@ -82,6 +82,7 @@ def _attend(
     N: tl.constexpr,
     NORMED: tl.constexpr,
     COUNTED: tl.constexpr,
+    FETCHED: tl.constexpr,
     EARLY: tl.constexpr,
     BT: tl.constexpr,
     BG: tl.constexpr,
@@ -89,16 +90,27 @@ def _attend(
     BS: tl.constexpr,
 ):
     row, j, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    g, d, s = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BS)  # of g the heads of a token, then those of the next
     if EARLY:
         launch()
-        wait()
+    at = tl.load(start + row * start_stride)
     taken = T
     if COUNTED:
         taken = tl.load(count + row)
+    keys += (row * J + j) * C * D
+    values += (row * J + j) * C * D
+    each = tl.cdiv(tl.cdiv(at, BS), N) * BS
+    begin = split * each
+    end = tl.minimum(begin + each, at)
+    if EARLY:
+        if FETCHED:
+            near = tl.minimum(begin + s, tl.maximum(at, 1) - 1) * D
+            fetch(keys + near, FETCHED)
+            fetch(values + near, FETCHED)
+        wait()
+    if COUNTED:
         if taken == 0:
             return
-    at = tl.load(start + row * start_stride)
-    g, d, s = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BS)  # of g the heads of a token, then those of the next
     there = (g < T * G)[:, None] & (d < D)[None, :]
     query += row * T * q_stride
     key += row * T * k_stride
@@ -108,8 +120,6 @@ def _attend(
     head, turn = g // G * q_stride + (j * G + g % G) * APART, g // G * angle_stride
     q = _turned(query, q_by, cos, sin, head, turn, d, there, eps, offset, D, R, NORMED)
     q = (q * scale).to(keys.dtype.element_ty)
-    keys += (row * J + j) * C * D
-    values += (row * J + j) * C * D
     top = tl.full([BG], -float("inf"), tl.float32)
     weight = tl.zeros([BG], tl.float32)
     total = tl.zeros([BG, BD], tl.float32)
@@ -142,9 +152,6 @@ def _attend(
             now = tl.exp(score - top[:, None])
             weight = tl.sum(now, 1)
             total = tl.dot(now.to(v.dtype), v, input_precision="ieee")
-    each = tl.cdiv(tl.cdiv(at, BS), N) * BS
-    begin = split * each
-    end = tl.minimum(begin + each, at)
     for first in range(begin, end, BS):
         p = first + s
         held = (p < end)[:, None] & (d < D)[None, :]
@@ -190,12 +197,16 @@ def _join(
     row = token // T
     if EARLY:
         launch()
+    taken = T
+    if COUNTED:
+        taken = tl.load(count + row)
+    if EARLY:
         wait()
     n, d = tl.arange(0, BN), tl.arange(0, BD)
     some, inside = n < N, d < D
     out += (token * J * G + head) * D + d
     if COUNTED:
-        if tl.load(count + row) == 0:
+        if taken == 0:
             tl.store(out, tl.zeros([BD], tl.float32).to(out.dtype.element_ty), mask=inside)
             return
     place = (((row * J + head // G) * N + n) * T + token % T) * G + head % G
@@ -260,7 +271,7 @@ def attend(
     out = torch.empty(rows * T, heads * D, dtype=query.dtype, device=query.device)
     by = (query, query, 0.0, 0.0) if norms is None else (norms.query, norms.key, norms.eps, norms.offset)
     counted, width = start if count is None else count, triton.next_power_of_2(D)
-    options = early(query.device)
+    options, size = early(query.device), D * keys.element_size()  # bytes of a key
     _attend[(rows, J, splits)](
         query,
         key,
@@ -294,6 +305,7 @@ def attend(
         N=splits,
         NORMED=norms is not None,
         COUNTED=count is not None,
+        FETCHED=size if size % 16 == 0 else 0,
         BT=max(16, triton.next_power_of_2(T)),
         BG=max(16, triton.next_power_of_2(T * G)),
         BD=max(16, width),

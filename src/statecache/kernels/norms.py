@@ -34,17 +34,18 @@ def _norm(
 ):
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, BM)
+    there, e = m < M, group * M + m
     if EARLY:
         launch()
+    scale = tl.load(weight + (m if SHARED else e), mask=there, other=0.0).to(tl.float32) + offset
+    if EARLY:
         wait()
-    there, e = m < M, group * M + m
     seen = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
     if BEFORE or AFTER:
         by = silu(tl.load(gate + row * gate_stride + e, mask=there, other=0.0).to(tl.float32))
         if BEFORE:
             seen *= by
-    seen *= tl.rsqrt(tl.sum(seen * seen, 0) / M + eps)
-    seen *= tl.load(weight + (m if SHARED else e), mask=there, other=0.0).to(tl.float32) + offset
+    seen *= tl.rsqrt(tl.sum(seen * seen, 0) / M + eps) * scale
     if AFTER:
         seen *= by
     tl.store(out + row * E + e, seen.to(out.dtype.element_ty), mask=there)
@@ -93,7 +94,18 @@ def norm(
 
 @Kernel
 @triton.jit
-def _unit(x, out, x_stride, E: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
+def _unit(
+    x,
+    gate,
+    out,
+    x_stride,
+    gate_stride,
+    E: tl.constexpr,
+    GATED: tl.constexpr,
+    OPENED: tl.constexpr,
+    EARLY: tl.constexpr,
+    BE: tl.constexpr,
+):
     row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
     if EARLY:
         launch()
@@ -105,21 +117,40 @@ def _unit(x, out, x_stride, E: tl.constexpr, GATED: tl.constexpr, EARLY: tl.cons
     else:
         y = tl.maximum(y, 0.0)
         y *= y
+    if OPENED:
+        y /= 1.0 + tl.exp(-tl.load(gate + row * gate_stride).to(tl.float32))
     tl.store(out + row * E + e, y.to(out.dtype.element_ty), mask=there)
 
 
-def unit(x: Tensor) -> Tensor:
-    """A gated unit of x (B, 2 E), whose rows may have any stride: silu(x[:, :E]) x[:, E:], (B, E)."""
-    return _units(x, x.shape[1] // 2, gated=True)
+def unit(x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """A gated unit of x (B, 2 E), whose rows may have any stride: silu(x[:, :E]) x[:, E:], (B, E).
+
+    gate (B, 1): the logistic function of it multiplies a row.
+    """
+    return _units(x, x.shape[1] // 2, gate, gated=True)
 
 
-def squared(x: Tensor) -> Tensor:
-    """The squares of what is positive of x (B, E), whose rows may have any stride, and zero for the rest."""
-    return _units(x, x.shape[1], gated=False)
+def squared(x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The squares of what is positive of x (B, E), whose rows may have any stride, and zero for the rest.
+
+    gate: see `unit`.
+    """
+    return _units(x, x.shape[1], gate, gated=False)
 
 
-def _units(x: Tensor, width: int, gated: bool) -> Tensor:
+def _units(x: Tensor, width: int, gate: Tensor | None, gated: bool) -> Tensor:
     out = torch.empty(len(x), width, dtype=x.dtype, device=x.device)
-    grid = len(x), triton.cdiv(width, 512)
-    _unit[grid](x, out, x.stride(0), E=width, GATED=gated, BE=512, num_warps=4, **early(x.device))
+    _unit[(len(x), triton.cdiv(width, 512))](
+        x,
+        x if gate is None else gate,
+        out,
+        x.stride(0),
+        0 if gate is None else gate.stride(0),
+        E=width,
+        GATED=gated,
+        OPENED=gate is not None,
+        BE=512,
+        num_warps=4,
+        **early(x.device),
+    )
     return out

@@ -1,9 +1,9 @@
 """Layers run by kernels while a step is captured: which way each one goes, and why.
 
 Two ways. *Whole*: the step owns the layer, see `whole`, from norm to residual, with its linear layers' weights read
-where they lie. *In part*: the layer's own modules run, with a kernel for its mixer and for its norms where there is
-one, see `parts`. Any other module, and any linear layer that is hooked, wrapped, quantised or otherwise unusual, goes
-its own way inside the captured step.
+where they lie, and what chooses its experts by itself. *In part*: the layer's own modules run, with a kernel for its
+mixer, its experts and its norms where there is one, see `parts`. Any other module, and any linear layer that is hooked,
+wrapped, quantised or otherwise unusual, goes its own way inside the captured step.
 
 Nothing of a model changes for good: `by_kernels` sets functions on instances, and takes them away again.
 """
@@ -19,15 +19,15 @@ from torch import nn
 
 from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
-from statecache.models.parts import kernel_of, mixers_of, norms_of, unavailable
+from statecache.models.parts import experts_of, kernel_of, mixers_of, norms_of, unavailable
 from statecache.models.prepare import borrowed
 from statecache.models.table import KINDS, layer_types
-from statecache.models.whole import whole
+from statecache.models.whole import apart, whole
 
 
 @dataclass(frozen=True)
 class Way:
-    """How one layer runs in a captured step: "whole", "in part" or "modules"; and why not whole."""
+    """How one layer runs in a captured step: "whole", "in part" or "modules"; and why not whole, or what is not."""
 
     layer: int
     kind: str
@@ -62,9 +62,10 @@ def ways(model: nn.Module) -> list[Way]:
         why = unavailable(layer)
         made = why or ("its keys have a window" if KINDS[kind].window else whole(layer))
         if callable(made):
-            found.append(Way(index, kind, "whole"))
+            found.append(Way(index, kind, "whole", apart(layer)))
             continue
-        part = not why and any(kernel_of(mixer) is not None for mixer in mixers_of(layer))
+        mixed = (kernel_of(mixer) is not None for mixer in mixers_of(layer))
+        part = not why and (any(mixed) or any(experts_of(layer)))
         found.append(Way(index, kind, "in part" if part else "modules", made))
     return found
 
@@ -91,7 +92,7 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
                 if kernel is not None:
                     mixer.kernel = kernel
                     stack.callback(setattr, mixer, "kernel", None)
-        for module, forward in norms_of(decoder):
+        for module, forward in (*norms_of(decoder), *experts_of(decoder)):
             stand_in(module, "forward", forward)
         yield
 

@@ -1,4 +1,4 @@
-"""What kernels run of a layer while its own modules run the rest: its mixer's recurrence or convolution, and norms.
+"""What kernels run of a layer whose own modules run the rest: its mixer's recurrence or convolution, experts, norms.
 
 A module that is hooked, or that somebody runs otherwise, is left alone, and weights that are not plain parameters.
 
@@ -11,7 +11,9 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as modules
 
 from statecache import kernels
@@ -36,6 +38,7 @@ NORMS = {
     "Zamba2RMSNorm": 0.0,
     "NemotronHRMSNorm": 0.0,
     "Lfm2RMSNorm": 0.0,
+    "Lfm2MoeRMSNorm": 0.0,
     "Qwen3NextRMSNorm": 1.0,
     "Qwen3_5RMSNorm": 1.0,
     "Qwen3_5MoeRMSNorm": 1.0,
@@ -52,6 +55,7 @@ GATED = {
     "Qwen3_5MoeRMSNormGated": False,
 }
 WEIGHTLESS = ("FalconMambaWeightlessRMSNorm",)  # norms whose weight is none
+SILU, SQUARED = ("SiLU", "SiLUActivation"), ("ReLUSquaredActivation",)  # activations of units, by class name
 PLAIN_NORMS = (*WEIGHTLESS, *(name for name, offset in NORMS.items() if not offset))  # to whose weight nothing is added
 
 
@@ -91,6 +95,50 @@ def gated_norm(module: Any) -> Callable[..., Tensor]:
         x, by = hidden_states.reshape(-1, width), None if gate is None else gate.reshape(-1, width)
         y = norm(x, module.weight, eps=eps, group=group, gate=by, gate_first=first)
         return y.view(hidden_states.shape)
+
+    return forward
+
+
+# ---- experts
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
+    """The experts that a kernel can run, modules of transformers' interface for them, and what runs each."""
+    for module in model.modules():
+        if reads_experts(module) and not (changed(module) or unavailable(module)):
+            yield module, _experts(module)
+
+
+def reads_experts(module: Any) -> bool:
+    """Whether a kernel reads a module's experts where they lie: weights by expert, outputs first, without biases."""
+    gated = getattr(module, "has_gate", None)
+    if gated is None or not native(module):
+        return False
+    act, own = getattr(module, "act_fn", None), getattr(type(module), "_apply_gate", None)
+    if gated and (not module.is_concatenated or getattr(own, "__name__", "") != "_default_apply_gate"):
+        return False
+    others = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    if any(getattr(module, name, False) for name in others):
+        return False
+    known = type(act).__name__ in (SILU if gated else SQUARED) or (gated and act is F.silu)
+    return known and plain(up_of(module)) and plain(module.down_proj)
+
+
+def up_of(module: Any) -> Any:
+    """The weights into a module's experts."""
+    return module.gate_up_proj if module.has_gate else module.up_proj
+
+
+def _experts(module: Any) -> Callable[..., Tensor]:
+    from statecache.kernels.experts import TOKENS, experts
+
+    own = module.forward
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        up = up_of(module)
+        if top_k_index.numel() > TOKENS * len(up) or torch.is_grad_enabled():
+            return own(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        return experts(hidden_states, up, module.down_proj, top_k_index, top_k_weights, gated=module.has_gate)
 
     return forward
 
@@ -209,6 +257,21 @@ def alike(norms: Sequence[Any]) -> bool:
     first = norms[0]
     same = all(type(norm) is type(first) and eps_of(norm) == eps_of(first) and not changed(norm) for norm in norms)
     return same and all(type(norm).__name__ in WEIGHTLESS or plain(norm.weight) for norm in norms)
+
+
+def native(module: nn.Module) -> bool:
+    """Whether a module's class is transformers' or torch's own."""
+    return type(module).__module__.partition(".")[0] in ("transformers", "torch")
+
+
+def unusual(module: Any) -> str | None:
+    """Why a linear layer's weight is not read where it lies; None where it is."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}"
+    bias: Any = module.bias
+    if bias is not None:
+        return "has a bias"
+    return None if plain(module.weight) else "has an unusual weight"
 
 
 def plain(weight: object) -> bool:

@@ -15,33 +15,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from statecache.models.given import layer_states
 from statecache.models.mixers import Mixer
-from statecache.models.mixers.delta import Delta
+from statecache.models.mixers.delta import Delta, interleaved
 from statecache.models.mixers.scan import Scan
 from statecache.models.mixers.short_conv import ShortConv
 from statecache.models.mixers.ssd import SSD
 from statecache.models.parts import (
     GATED,
     NORMS,
+    SILU,
+    SQUARED,
     WEIGHTLESS,
     alike,
     changed,
     delta,
     eps_of,
+    experts_of,
     gated_norm,
     hooked,
     kernel_of,
     mixers_of,
-    plain,
+    native,
     scan_with,
     short,
     ssd,
     ssd_with,
+    unusual,
 )
 from statecache.models.prepared import LayerState, Lent, LentKeys
+from statecache.models.product import normed, product
+from statecache.models.sparse import sparse
 
 # ---- what there is
 
@@ -55,7 +60,8 @@ class Form:
     how the names of its classes begin. scale: the attribute that multiplies what is added to the residual sum; wide:
     the one that says whether this is float32. gated: half of what attention's q_proj makes is a gate; squared: the unit
     is no gated one, but the square of what is positive. parallel: it has a mixer and attention behind one norm, and a
-    multiplier for each part. also: what the layer returns besides, as a tuple; None: what it returns is no tuple.
+    multiplier for each part. experts: what may stand in the unit's place, or beside it, behind the same norm, see
+    `sparse`. also: what the layer returns besides, as a tuple; None: what it returns is no tuple.
     """
 
     before: str
@@ -69,6 +75,7 @@ class Form:
     gated: bool = False
     squared: bool = False
     parallel: bool = False
+    experts: str = ""
     also: tuple[None, ...] | None = None
 
 
@@ -104,6 +111,7 @@ def _fed(behind: str, unit: str, **given: Any) -> Form:
     return Form("input_layernorm", behind, into, f"{unit}.down_proj", **given)
 
 
+_LFM2 = ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"
 LAYERS = {
     "MambaBlock": Form("norm", wide="residual_in_fp32"),
     "FalconMambaBlock": Form("norm", wide="residual_in_fp32"),
@@ -115,27 +123,35 @@ LAYERS = {
         "shared_mlp.output_linear",
         family="GraniteMoeHybrid",
         scale="residual_multiplier",
+        experts="block_sparse_moe",
     ),
     "BambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Bamba", also=(None,)),
     "FalconH1DecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="FalconH1", parallel=True, also=()),
-    "JambaMambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba"),
-    "JambaAttentionDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba"),
+    "JambaMambaDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba", experts="feed_forward"),
+    "JambaAttentionDecoderLayer": _fed("pre_ff_layernorm", "feed_forward", family="Jamba", experts="feed_forward"),
     "NemotronHBlock": Form(
-        "norm", "norm", ("mixer.up_proj",), "mixer.down_proj", family="NemotronH", attention="mixer", squared=True
+        "norm",
+        "norm",
+        ("mixer.up_proj",),
+        "mixer.down_proj",
+        family="NemotronH",
+        attention="mixer",
+        squared=True,
+        experts="mixer",
     ),
     "Qwen3_5DecoderLayer": _fed("post_attention_layernorm", "mlp", family="Qwen3_5", gated=True),
-    "Lfm2DecoderLayer": Form(
-        "operator_norm", "ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2", family="Lfm2"
-    ),
+    "Qwen3NextDecoderLayer": _fed("post_attention_layernorm", "mlp", family="Qwen3Next", gated=True, experts="mlp"),
+    "Qwen3_5MoeDecoderLayer": _fed("post_attention_layernorm", "mlp", family="Qwen3_5Moe", gated=True, experts="mlp"),
+    "Lfm2DecoderLayer": Form("operator_norm", "ffn_norm", *_LFM2, family="Lfm2"),
+    "Lfm2MoeDecoderLayer": Form("operator_norm", "ffn_norm", *_LFM2, family="Lfm2Moe", experts="feed_forward"),
 }
-SILU, SQUARED = ("SiLU", "SiLUActivation"), ("ReLUSquaredActivation",)  # activations of units, by class name
 KNOWN = {"Linear", "Conv1d", "Identity", *NORMS, *GATED, *WEIGHTLESS, *SILU, *SQUARED}
 
 
 def whole(layer: nn.Module) -> Callable[..., Any] | str:
     """What runs a layer whole; or why nothing does."""
     form = LAYERS.get(type(layer).__name__)
-    if form is None or not _native(layer):
+    if form is None or not native(layer):
         return f"{type(layer).__name__} is not in the table"
     mixers, attention = mixers_of(layer), _attention(form, layer)
     why = _foreign(form, layer, [mixer.module for mixer in mixers])
@@ -149,7 +165,7 @@ def whole(layer: nn.Module) -> Callable[..., Any] | str:
         return parts
     linear, norms = parts
     for path in linear:
-        why = _unusual(layer.get_submodule(path))
+        why = unusual(layer.get_submodule(path))
         if why:
             return f"{path} {why}"
     for path in norms:
@@ -159,21 +175,26 @@ def whole(layer: nn.Module) -> Callable[..., Any] | str:
     return _run(form, layer, mixer, attention)
 
 
+def apart(layer: nn.Module) -> str:
+    """What of a layer that runs whole runs by itself all the same, and why."""
+    block = _experts(LAYERS[type(layer).__name__], layer)
+    why = None if block is None else sparse(block)
+    return f"but for its experts: {why}" if isinstance(why, str) else ""
+
+
 def _foreign(form: Form, layer: nn.Module, mixed: list[nn.Module]) -> str | None:
     """What in a layer is not as its family made it; None if all is. `mixed`: the modules that mixers stand in for."""
     known = {*KNOWN, f"{form.family}Attention", f"{form.family}MLP"}
+    apart = set() if _experts(form, layer) is None else set(_experts(form, layer).modules())
     for path, module in layer.named_modules():
+        if module in apart:
+            continue
         name, mixes = type(module).__name__, module in mixed
         if hooked(module) if mixes else changed(module):
             return f"its {path or name} is hooked"
-        if module is not layer and not mixes and (name not in known or not _native(module)):
+        if module is not layer and not mixes and (name not in known or not native(module)):
             return f"its {path} is a {name}"
     return None
-
-
-def _native(module: nn.Module) -> bool:
-    """Whether a module's class is transformers' or torch's own."""
-    return type(module).__module__.partition(".")[0] in ("transformers", "torch")
 
 
 def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) -> tuple[list[str], list[str]] | str:
@@ -183,7 +204,7 @@ def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) ->
         if kernel_of(mixer) is None:
             return f"no kernel runs its {type(mixer.module).__name__}"
         path = next(n for n, module in layer.named_modules() if module is mixer.module)
-        linear += [f"{path}.{n}" for n in MIXES[type(mixer)][1]]
+        linear += [f"{path}.{n}" for n in _projections(mixer)]
         norms.append(form.before)
     if attention is not None:
         linear += [f"{form.attention}.{n}" for n in ("q_proj", "k_proj", "v_proj", _out(attention))]
@@ -198,19 +219,11 @@ def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) ->
             return f"its activation is {type(activation).__name__}"
         linear += [*form.into, form.out]
         norms.append(form.behind)
-    return (linear, norms) if linear else "no kernel runs any part of it"
-
-
-def _unusual(module: Any) -> str | None:
-    """Why a linear layer's weight is not read where it lies; None where it is."""
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}"
-    bias: Any = module.bias
-    if bias is not None:
-        return "has a bias"
-    if not plain(module.weight):
-        return "has an unusual weight"
-    return None
+    block = _experts(form, layer)
+    if block is not None:
+        norms.append(form.behind)
+    some = linear or (block is not None and any(experts_of(block)))
+    return (linear, norms) if some else "no kernel runs any part of it"
 
 
 # ---- how they run
@@ -219,6 +232,8 @@ def _unusual(module: Any) -> str | None:
 def _run(form: Form, layer: Any, mixer: Mixer | None, attention: Any) -> Callable[..., Any]:
     """What runs a layer of this form whole, and leaves passes that are not for kernels to its own forward."""
     own, before, feeds = layer.forward, layer.get_submodule(form.before), _feeds(form, layer)
+    block = _experts(form, layer)
+    choose = None if block is None else sparse(block)
     scales, wide = Scales.of(form, layer), bool(form.wide and getattr(layer, form.wide))
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -234,7 +249,15 @@ def _run(form: Form, layer: Any, mixer: Mixer | None, attention: Any) -> Callabl
         if attention is not None:
             turns = kwargs.get("position_embeddings")
             total = _attend(attention, before, x, keys, turns, scales, residual=total, gated=form.gated)
-        total = _feed(form, layer, total, scales) if feeds else total
+        fed = total
+        if feeds:
+            total = _feed(form, layer, fed, scales)
+        if callable(choose):
+            total = choose(layer.get_submodule(form.behind), fed, total, scales.fed)
+        elif block is not None:
+            by: Any = layer.get_submodule(form.behind)
+            given = normed(by, fed, by.weight.dtype).view(hidden_states.shape)
+            total = torch.add(total, block(given).flatten(0, 1), alpha=scales.fed)
         total = total.view(hidden_states.shape)
         return total if form.also is None else (total, *form.also)
 
@@ -247,14 +270,14 @@ def _feed(form: Form, layer: nn.Module, x: Tensor, scales: Scales) -> Tensor:
 
     by, into = layer.get_submodule(form.behind), [_weight(layer, path) for path in form.into]
     if form.squared:
-        inside = squared(_product(x, into[0], by=by))
+        inside = squared(product(x, into[0], by=by))
     elif scales.gate != 1.0:
-        both = _product(x, tuple(into), by=by)
+        both = product(x, tuple(into), by=by)
         both[:, : len(into[0])] *= scales.gate
         inside = unit(both)
     else:
-        inside = _product(x, tuple(into) if len(into) > 1 else into[0].chunk(2), by=by, gated=True)
-    return _product(inside, _weight(layer, form.out), residual=x, scale=scales.fed)
+        inside = product(x, tuple(into) if len(into) > 1 else into[0].chunk(2), by=by, gated=True)
+    return product(inside, _weight(layer, form.out), residual=x, scale=scales.fed)
 
 
 def _weight(layer: nn.Module, path: str) -> Tensor:
@@ -271,6 +294,12 @@ def _feeds(form: Form, layer: nn.Module) -> bool:
     """Whether the layer has the unit of its form."""
     name, _, inner = form.out.partition(".")
     return hasattr(getattr(layer, name, None), inner)
+
+
+def _experts(form: Form, layer: nn.Module) -> Any:
+    """The layer's experts with what chooses them; None where it has none."""
+    module = getattr(layer, form.experts, None) if form.experts else None
+    return module if module is not None and hasattr(module, "experts") and native(module) else None
 
 
 def _head_norms(attention: nn.Module) -> list[str]:
@@ -294,68 +323,24 @@ def _lent_keys(module: Any, kwargs: Any) -> LentKeys | None:
     return states.lend_keys() if isinstance(states, LayerState) else None
 
 
-def _product(
-    x: Tensor,
-    weight: Tensor | tuple[Tensor, ...],
-    *,
-    by: Any = None,
-    squares: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    residual: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
-
-    `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
-    a gated unit, whose outputs these are.
-    """
-    from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
-    from statecache.kernels.norms import norm, unit
-
-    eps, offset = (eps, 0.0) if by is None else (eps_of(by), NORMS[type(by).__name__])
-    weights = (weight,) if isinstance(weight, Tensor) else weight
-    if by is not None and len(x) > FEW_ROWS:  # every program would compute it
-        x, by = norm(x, by.weight, eps=eps, offset=offset, dtype=weights[0].dtype), None
-    if len(x) <= MOST_ROWS:
-        return linear(
-            x,
-            weights,
-            norm=None if by is None else by.weight,
-            eps=eps,
-            offset=offset,
-            squares=squares,
-            unit=gated,
-            residual=residual,
-            scale=scale,
-            dtype=None if residual is None else residual.dtype,
-        )
-    assert squares is None
-    y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
-    y = unit(y) if gated else y
-    if residual is not None:
-        return torch.add(residual, y, alpha=scale)
-    return y if scale == 1.0 else y * scale
-
-
 def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
     """A Mamba-2 mixer with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
     from statecache.kernels.linear import MOST_ROWS
 
     m: Any = mixer.module
-    projected = _product(x, m.in_proj.weight, by=by, scale=m.ssm_in_multiplier if mixer.scaled else 1.0)
+    projected = product(x, m.in_proj.weight, by=by, scale=m.ssm_in_multiplier if mixer.scaled else 1.0)
     if mixer.scaled:
         projected *= m.mup_vector.flatten()
     z, new, dt = projected.split_with_sizes(mixer.projected, -1)
     if not mixer.normed:
         y, _ = ssd_with(mixer, (new, dt), lent, gate=z)
-        return _product(y, m.out_proj.weight, residual=x, scale=scale)
+        return product(y, m.out_proj.weight, residual=x, scale=scale)
     one = getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
     if one and len(x) <= MOST_ROWS and z.dtype != torch.float16:  # which may have no place for what is not normed
         y, squares = ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight)
-        return _product(y, m.out_proj.weight, squares=squares, eps=eps_of(m.norm), residual=x, scale=scale)
+        return product(y, m.out_proj.weight, squares=squares, eps=eps_of(m.norm), residual=x, scale=scale)
     y = gated_norm(m.norm)(ssd(mixer, (new, dt), lent), z)
-    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+    return product(y, m.out_proj.weight, residual=x, scale=scale)
 
 
 def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
@@ -363,26 +348,32 @@ def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tens
     from statecache.kernels.norms import norm
 
     m: Any = mixer.module
-    four = (m.in_proj_qkv.weight, m.in_proj_z.weight, m.in_proj_b.weight, m.in_proj_a.weight)
-    qkv, z, b, a = _product(x, four, by=by).split_with_sizes([len(each) for each in four], -1)
+    weights = [getattr(m, name).weight for name in _projections(mixer)[:-1]]
+    projected = product(x, tuple(weights), by=by).split_with_sizes([len(each) for each in weights], -1)
+    if mixer.projections is interleaved:
+        parts = m.fix_query_key_value_ordering(*(each.unsqueeze(1) for each in projected))
+        q, k, v, z, b, a = (part.flatten(1) for part in parts)
+        qkv = torch.cat([q, k, v], -1)
+    else:
+        qkv, z, b, a = projected
     y = delta(mixer, (qkv, b, a), lent)
     y = norm(y, m.norm.weight, eps=eps_of(m.norm), group=mixer.inputs[1][1], gate=z, gate_first=False)
-    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+    return product(y, m.out_proj.weight, residual=x, scale=scale)
 
 
 def _mix_short(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
     """The same of a gated short convolution."""
     m: Any = mixer.module
-    y = short(mixer, (_product(x, m.in_proj.weight, by=by),), lent)
-    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+    y = short(mixer, (product(x, m.in_proj.weight, by=by),), lent)
+    return product(y, m.out_proj.weight, residual=x, scale=scale)
 
 
 def _mix_scan(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
     """The same of a Mamba-1 mixer."""
     m: Any = mixer.module
-    new, z = _product(x, m.in_proj.weight, by=by).chunk(2, -1)
-    y = scan_with(mixer, (new,), lent, lambda x: _product(x, m.x_proj.weight), gate=z)
-    return _product(y, m.out_proj.weight, residual=x, scale=scale)
+    new, z = product(x, m.in_proj.weight, by=by).chunk(2, -1)
+    y = scan_with(mixer, (new,), lent, lambda x: product(x, m.x_proj.weight), gate=z)
+    return product(y, m.out_proj.weight, residual=x, scale=scale)
 
 
 Mix = Callable[[Any, Any, Tensor, Lent, float], Tensor]
@@ -395,6 +386,13 @@ MIXES: dict[type[Mixer], tuple[Mix, tuple[str, ...]]] = {
 }
 
 
+def _projections(mixer: Any) -> tuple[str, ...]:
+    """The linear layers of a mixer by name, the last that of its output."""
+    if getattr(mixer, "projections", None) is interleaved:
+        return "in_proj_qkvz", "in_proj_ba", "out_proj"
+    return MIXES[type(mixer)][1]
+
+
 def _attend(
     m: Any, by: Any, x: Tensor, lent: Any, turns: Any, scales: Scales, *, residual: Tensor, gated: bool
 ) -> Tensor:
@@ -405,7 +403,7 @@ def _attend(
     from statecache.kernels.attend import Norms, attend
 
     three = (m.q_proj.weight, m.k_proj.weight, m.v_proj.weight)
-    projected = _product(x, three, by=by, scale=scales.seen)
+    projected = product(x, three, by=by, scale=scales.seen)
     q, k, v = projected.split_with_sizes([len(each) for each in three], -1)
     if scales.keys != 1.0:
         k *= scales.keys
@@ -427,4 +425,4 @@ def _attend(
         angles=angles,
         gated=gated,
     )
-    return _product(y, getattr(m, _out(m)).weight, residual=residual, scale=scales.attended)
+    return product(y, getattr(m, _out(m)).weight, residual=residual, scale=scales.attended)

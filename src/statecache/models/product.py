@@ -1,0 +1,74 @@
+"""A linear layer of a step with what stands around it, and norms, as modules of transformers say.
+
+B rows, E inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from statecache.models.parts import NORMS, eps_of
+
+
+def product(
+    x: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
+    *,
+    by: Any = None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
+
+    `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
+    a gated unit, whose outputs these are. `dtype`: of what comes out, without a residual.
+    """
+    from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
+    from statecache.kernels.norms import unit
+
+    eps, offset = (eps, 0.0) if by is None else like(by)
+    weights = (weight,) if isinstance(weight, Tensor) else weight
+    if by is not None and len(x) > FEW_ROWS:  # every program would compute it
+        x, by = normed(by, x, weights[0].dtype), None
+    if len(x) <= MOST_ROWS:
+        return linear(
+            x,
+            weights,
+            norm=None if by is None else by.weight,
+            eps=eps,
+            offset=offset,
+            squares=squares,
+            unit=gated,
+            residual=residual,
+            scale=scale,
+            dtype=dtype if residual is None else residual.dtype,
+        )
+    assert squares is None
+    x = x.to(weights[0].dtype)
+    y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
+    y = unit(y) if gated else y
+    if residual is not None:
+        return torch.add(residual, y, alpha=scale)
+    y = y if scale == 1.0 else y * scale
+    return y if dtype is None else y.to(dtype)
+
+
+def normed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take x (B, E) through a norm, a module of `NORMS`, to this dtype."""
+    from statecache.kernels.norms import norm
+
+    eps, offset = like(by)
+    return norm(x, by.weight, eps=eps, offset=offset, dtype=dtype)
+
+
+def like(by: Any) -> tuple[float, float]:
+    """What a norm adds to the mean of squares, and to its weight."""
+    return eps_of(by), NORMS[type(by).__name__]
