@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import DEVICE, HALF, NAN, draw, error, normed, strided
+from drawn import DEVICE, HALF, NAN, ROUNDED, draw, error, normed, strided
 from torch.nn import functional as F
 
-from statecache.kernels.experts import experts, route
+from statecache.kernels.experts import Shared, experts, route
 
 
 def summed(x: Any, up: Any, down: Any, index: Any, share: Any, gated: bool) -> torch.Tensor:
@@ -30,22 +30,22 @@ def test_the_best_are_chosen(tokens: int, count: int, chosen: int, normalised: b
     scores = logits.double().softmax(-1) if softmax else logits.double().sigmoid()
     for bias in (None, draw(count)):
         given = {"softmax": softmax, "normed": normalised, "eps": 1e-3, "scale": 2.5, "bias": bias}
-        index, share = route(logits, chosen, **given)
+        index, share, none = route(logits, chosen, **given)
         want = (scores if bias is None else scores + bias.double()).topk(chosen, -1).indices
         assert torch.equal(index, want) and index.dtype == torch.int64 and share.dtype == torch.float32
         shares = scores.gather(1, want)
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-3) if normalised else shares
-        assert error(share, 2.5 * shares) < 2e-6
+        assert error(share, 2.5 * shares) < 2e-6 and none.numel() == 0
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # by the interpreter
 @pytest.mark.parametrize("softmax", [True, False])
 def test_of_equals_the_first_is_chosen_and_of_what_is_no_number_one_that_is_there(softmax: bool) -> None:
-    index, share = route(torch.zeros(2, 6, device=DEVICE), 3, softmax=softmax, normed=True)
+    index, share, _ = route(torch.zeros(2, 6, device=DEVICE), 3, softmax=softmax, normed=True)
     assert index.tolist() == [[0, 1, 2]] * 2 and share.sum(-1).tolist() == pytest.approx([1, 1])
     logits = torch.full((2, 6), NAN, device=DEVICE)
     logits[1, 4] = 1.0
-    index, _ = route(logits, 3, softmax=softmax, normed=True)
+    index, _, _ = route(logits, 3, softmax=softmax, normed=True)
     assert index.min() >= 0 and index.max() < 6
     assert softmax or index[1, 0] == 4
 
@@ -66,6 +66,21 @@ def test_each_token_gets_what_its_own_give(
     got = experts(x, up, down, index, share, gated=gated)
     assert got.dtype == dtype and got.shape == (tokens, inputs)
     assert error(got, summed(x, up, down, index, share, gated)) < (2e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_unit_goes_along(dtype: torch.dtype, gated: bool, opened: bool) -> None:
+    x, gate = strided(draw(3, 520 * (1 + gated), dtype=dtype)), strided(draw(3, 1, dtype=dtype)) if opened else None
+    first = x.double()
+    want = F.silu(first.chunk(2, 1)[0]) * first.chunk(2, 1)[1] if gated else first.relu().square()
+    want = want if gate is None else want * gate.double().sigmoid()
+    logits = draw(3, 7)
+    index, share, inside = route(logits, 2, softmax=True, normed=False, shared=Shared(x, gated, gate))
+    assert inside.dtype == dtype and error(inside, want) < (2e-6 if dtype == torch.float32 else 2 * ROUNDED)
+    alone = route(logits, 2, softmax=True, normed=False)
+    assert torch.equal(index, alone[0]) and torch.equal(share, alone[1])
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -173,7 +173,3 @@ def test_units(dtype: torch.dtype) -> None:
     first, second = x.double().chunk(2, 1)
     assert error(unit(x), F.silu(first) * second) < close
     assert error(squared(x), x.double().relu().square()) < close
-    gate = strided(draw(3, 1, dtype=dtype))
-    by, close = gate.double().sigmoid(), 2 * close
-    assert error(unit(x, gate), F.silu(first) * second * by) < close
-    assert error(squared(x, gate), x.double().relu().square() * by) < close

@@ -6,6 +6,8 @@ the second cache. For many tokens of few experts the library's grouped products 
 T tokens, K experts of each out of N, E channels, D inside an expert.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from statecache.kernels.convolve import silu
 from statecache.kernels.early import early, launch, wait
+from statecache.kernels.norms import unit_of
 from statecache.kernels.rehearsal import Kernel
 
 CELLS = 4096  # of a program's tile
 INPUTS = 1024  # of a tile, at most
+PART = 256  # of what is inside the shared unit, for a program
 TOKENS = 2  # of an expert, on average, up to which it is worth reading it for each
 
 
@@ -27,45 +31,70 @@ def _route(
     bias,
     index,
     share,
+    shared,
+    gate,
+    inside,
     stride,
+    shared_stride,
+    gate_stride,
     scale,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
+    D: tl.constexpr,
     SOFTMAX: tl.constexpr,
     NORMED: tl.constexpr,
     BIASED: tl.constexpr,
+    GATED: tl.constexpr,
+    OPENED: tl.constexpr,
     EARLY: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    token, n, place = tl.program_id(0).to(tl.int64), tl.arange(0, BN), tl.arange(0, BK)
-    real = n < N
-    if BIASED:
-        more = tl.load(bias + n, mask=real, other=0.0).to(tl.float32)
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if EARLY:
         launch()
         wait()
-    seen = tl.load(logits + token * stride + n, mask=real, other=-float("inf")).to(tl.float32)
-    if SOFTMAX:
-        score = tl.exp(seen - tl.max(seen, 0))
-        score /= tl.sum(score, 0)
+    if part > 0:
+        unit_of(shared, gate, inside, token, part - 1, shared_stride, gate_stride, D, GATED, OPENED, BD)
     else:
-        score = 1.0 / (1.0 + tl.exp(-seen))
-    by = score + more if BIASED else score
-    by = tl.where(real & (by == by), by, -float("inf"))  # what is no number, as in rows at rest, is no place to read
-    chosen = tl.zeros([BK], tl.int64)
-    shares = tl.zeros([BK], tl.float32)
-    for k in range(K):
-        best = tl.argmax(by, 0)
-        mine = tl.sum(tl.where(n == best, score, 0.0), 0)
-        chosen = tl.where(place == k, best, chosen)
-        shares = tl.where(place == k, mine, shares)
-        by = tl.where(n == best, -float("inf"), by)
-    if NORMED:
-        shares /= tl.sum(shares, 0) + eps
-    tl.store(index + token * K + place, chosen, mask=place < K)
-    tl.store(share + token * K + place, shares * scale, mask=place < K)
+        n, place = tl.arange(0, BN), tl.arange(0, BK)
+        real = n < N
+        seen = tl.load(logits + token * stride + n, mask=real, other=-float("inf")).to(tl.float32)
+        if SOFTMAX:
+            score = tl.exp(seen - tl.max(seen, 0))
+            score /= tl.sum(score, 0)
+        else:
+            score = 1.0 / (1.0 + tl.exp(-seen))
+        by = score
+        if BIASED:
+            by += tl.load(bias + n, mask=real, other=0.0).to(tl.float32)
+        by = tl.where(real & (by == by), by, -float("inf"))  # no number, as in rows at rest, is no place
+        chosen = tl.zeros([BK], tl.int64)
+        shares = tl.zeros([BK], tl.float32)
+        for k in range(K):
+            best = tl.argmax(by, 0)
+            mine = tl.sum(tl.where(n == best, score, 0.0), 0)
+            chosen = tl.where(place == k, best, chosen)
+            shares = tl.where(place == k, mine, shares)
+            by = tl.where(n == best, -float("inf"), by)
+        if NORMED:
+            shares /= tl.sum(shares, 0) + eps
+        tl.store(index + token * K + place, chosen, mask=place < K)
+        tl.store(share + token * K + place, shares * scale, mask=place < K)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A unit that every token goes through: (T, 2 D) of a gated one, else (T, D); a gate (T, 1) may multiply it.
+
+    Rows may have any stride.
+    """
+
+    x: Tensor
+    gated: bool
+    gate: Tensor | None = None
 
 
 def route(
@@ -77,36 +106,50 @@ def route(
     eps: float = 0.0,
     scale: float = 1.0,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    shared: Shared | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The experts of each token, best first, and their shares: both (T, chosen), int64 and float32.
 
     logits (T, N), whose rows may have any stride: scores are their softmax over the experts, or their logistic
     function. bias (N,) is added to scores where experts are compared alone. normed: shares are divided by `eps` and
-    their sum. They are multiplied by `scale`. Of equal scores the first expert's is the best.
+    their sum. They are multiplied by `scale`. Of equal scores the first expert's is the best. The third is what is
+    inside the unit of `shared` (T, D), by the logistic function of its gate; none has a D of 0.
     """
     tokens, count = logits.shape
     assert logits.stride(1) == 1 and chosen <= count and (bias is None or bias.is_contiguous())
     index = torch.empty(tokens, chosen, dtype=torch.int64, device=logits.device)
     share = torch.empty(tokens, chosen, dtype=torch.float32, device=logits.device)
-    _route[(tokens,)](
+    x, gate = (logits, None) if shared is None else (shared.x, shared.gate)
+    size = 0 if shared is None else x.shape[1] // (1 + shared.gated)
+    inside = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
+    _route[(tokens, 1 + triton.cdiv(size, PART))](
         logits,
         logits if bias is None else bias,
         index,
         share,
+        x,
+        x if gate is None else gate,
+        inside,
         logits.stride(0),
+        x.stride(0),
+        0 if gate is None else gate.stride(0),
         scale,
         eps,
         N=count,
         K=chosen,
+        D=size,
         SOFTMAX=softmax,
         NORMED=normed,
         BIASED=bias is not None,
+        GATED=shared is not None and shared.gated,
+        OPENED=gate is not None,
         BN=triton.next_power_of_2(count),
         BK=triton.next_power_of_2(chosen),
+        BD=PART,
         num_warps=1 if count <= 256 else 4,
         **early(logits.device),
     )
-    return index, share
+    return index, share, inside
 
 
 @Kernel

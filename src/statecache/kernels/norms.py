@@ -92,24 +92,22 @@ def norm(
     return out
 
 
-@Kernel
 @triton.jit
-def _unit(
+def unit_of(
     x,
     gate,
     out,
+    row,
+    place,
     x_stride,
     gate_stride,
     E: tl.constexpr,
     GATED: tl.constexpr,
     OPENED: tl.constexpr,
-    EARLY: tl.constexpr,
     BE: tl.constexpr,
 ):
-    row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
-    if EARLY:
-        launch()
-        wait()
+    """Write the outputs from `place` BE on of a row of a unit, see `unit` and `squared`."""
+    e = place * BE + tl.arange(0, BE)
     there = e < E
     y = tl.load(x + row * x_stride + e, mask=there, other=0.0).to(tl.float32)
     if GATED:
@@ -122,35 +120,28 @@ def _unit(
     tl.store(out + row * E + e, y.to(out.dtype.element_ty), mask=there)
 
 
-def unit(x: Tensor, gate: Tensor | None = None) -> Tensor:
-    """A gated unit of x (B, 2 E), whose rows may have any stride: silu(x[:, :E]) x[:, E:], (B, E).
-
-    gate (B, 1): the logistic function of it multiplies a row.
-    """
-    return _units(x, x.shape[1] // 2, gate, gated=True)
-
-
-def squared(x: Tensor, gate: Tensor | None = None) -> Tensor:
-    """The squares of what is positive of x (B, E), whose rows may have any stride, and zero for the rest.
-
-    gate: see `unit`.
-    """
-    return _units(x, x.shape[1], gate, gated=False)
+@Kernel
+@triton.jit
+def _unit(x, out, x_stride, E: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, BE: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if EARLY:
+        launch()
+        wait()
+    unit_of(x, x, out, row, place, x_stride, 0, E, GATED, False, BE)
 
 
-def _units(x: Tensor, width: int, gate: Tensor | None, gated: bool) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """A gated unit of x (B, 2 E), whose rows may have any stride: silu(x[:, :E]) x[:, E:], (B, E)."""
+    return _units(x, x.shape[1] // 2, gated=True)
+
+
+def squared(x: Tensor) -> Tensor:
+    """The squares of what is positive of x (B, E), whose rows may have any stride, and zero for the rest."""
+    return _units(x, x.shape[1], gated=False)
+
+
+def _units(x: Tensor, width: int, gated: bool) -> Tensor:
     out = torch.empty(len(x), width, dtype=x.dtype, device=x.device)
-    _unit[(len(x), triton.cdiv(width, 512))](
-        x,
-        x if gate is None else gate,
-        out,
-        x.stride(0),
-        0 if gate is None else gate.stride(0),
-        E=width,
-        GATED=gated,
-        OPENED=gate is not None,
-        BE=512,
-        num_warps=4,
-        **early(x.device),
-    )
+    grid = len(x), triton.cdiv(width, 512)
+    _unit[grid](x, out, x.stride(0), E=width, GATED=gated, BE=512, num_warps=4, **early(x.device))
     return out

@@ -111,9 +111,8 @@ def _foreign(form: Block, block: nn.Module) -> str | None:
 
 
 def _run(form: Block, block: Any) -> Sparse:
-    from statecache.kernels.experts import TOKENS, experts, route
+    from statecache.kernels.experts import TOKENS, Shared, experts, route
     from statecache.kernels.linear import FEW_ROWS
-    from statecache.kernels.norms import squared, unit
 
     router, own = getattr(block, form.router), block.experts
     chosen = getattr(router, "top_k", None) or block.top_k
@@ -134,10 +133,10 @@ def _run(form: Block, block: Any) -> Sparse:
             logits, both = product(x, (weight, *shared), by=by).tensor_split([len(weight)], -1)
         bias = getattr(block.get_submodule(holder), name, None) if name else None
         given: Any = {"normed": normalised, "eps": form.eps, "scale": scale, "bias": bias}
-        index, share = route(logits, chosen, softmax=form.softmax, **given)
         if both is not None:
-            gate = both[:, inner:] if form.gate else None
-            inside = unit(both[:, :inner], gate) if len(form.into) > 1 else squared(both, gate)
+            given["shared"] = Shared(both[:, :inner], len(form.into) > 1, both[:, inner:] if form.gate else None)
+        index, share, inside = route(logits, chosen, softmax=form.softmax, **given)
+        if both is not None:
             residual = product(inside, block.get_submodule(form.out).weight, residual=residual, scale=added)
         if index.numel() > TOKENS * len(up):  # a grouped product reads each of them once
             x = x if by is None else normed(by, x, up.dtype)
