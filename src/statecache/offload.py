@@ -52,6 +52,10 @@ class Home:
     late: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # parts of `host`, and what is on its way there
     axis: int = 0  # of the slots
     parts: list[slice] | None = None  # the slots that go back; None: all
+    spare: list[Tensor] = field(default_factory=list)  # memory that parts came to, to be used again
+
+    def __post_init__(self) -> None:
+        self.device = self.buffer.device  # which torch makes anew whenever it is asked
 
     def here(self) -> None:
         """Copy the entries to the device."""
@@ -75,9 +79,18 @@ class Home:
                 _copy(host, part)
                 continue
             # an entry here and there: in one piece over the bus, and to its place when it is needed again
-            came = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
+            came = self.spare.pop() if self.spare else None
+            if came is None or came.shape != part.shape:
+                came = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
             _copy(came, part.contiguous())
             self.late.append((host, came))
+
+    def settle(self) -> None:
+        """Copy what came back in one piece to its place; it has to be there."""
+        for part, came in self.late:
+            _copy(part, came)
+        self.spare = [came for _, came in self.late]
+        self.late.clear()
 
 
 class Offloaded(dict[str, "Ring | Lease"]):
@@ -274,9 +287,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 for over in self._going.get(layer, ()):
                     over.event.synchronize()
             for home in homes:
-                for part, came in home.late:
-                    _copy(part, came)
-                home.late.clear()
+                if home.late:
+                    home.settle()
                 _fill(home.buffer)
         self._copy_all(moved, told, back=False)
         for layer, homes in moved.items():
@@ -317,7 +329,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
             homes = self._homes[layer]
             self._resize(layer, sum(home.buffer.nbytes for home in homes))
             for home in homes:
-                home.away = home.buffer.untyped_storage().resizable()  # not what somebody else looks at, as numpy
+                # not what somebody else looks at, as numpy
+                home.away = home.buffer.is_cuda or home.buffer.untyped_storage().resizable()
             self._here.remove(layer)
             self._written.pop(layer, None)
             self._arrive(layer, told)
@@ -347,23 +360,25 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def _part(self, layer: str, homes: list[Home], told: Told) -> None:
         """Where another stream runs layers than when a layer's memory was taken, have that be kept for all it does."""
-        for home in homes:
-            device = home.buffer.device
+        for device in {home.device for home in homes}:
             owner = self._owners.get((layer, device))
             if owner is None:
                 continue
             compute = _until_now(device, told).compute
-            if owner != compute:
-                for stream in (compute, self._stream(device, True)):
-                    home.buffer.record_stream(stream)
+            if owner == compute:
+                continue
+            for home in homes:
+                if home.device == device:
+                    for stream in (compute, self._stream(device, True)):
+                        home.buffer.record_stream(stream)
 
     def _copy_all(self, moved: dict[str, list[Home]], told: Told, back: bool) -> None:
         """Copy layers' states to their devices, or back from them, beside what those do next."""
-        devices = {home.buffer.device for homes in moved.values() for home in homes}
+        devices = {home.device for homes in moved.values() for home in homes}
         for device in devices:
             here = moved
             if len(devices) > 1:
-                here = {name: [h for h in homes if h.buffer.device == device] for name, homes in moved.items()}
+                here = {name: [h for h in homes if h.device == device] for name, homes in moved.items()}
             self._beside(device, here, told, back)
 
     def _beside(self, device: torch.device, moved: dict[str, list[Home]], told: Told, back: bool) -> None:
@@ -415,19 +430,19 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def _stream(self, device: torch.device, back: bool) -> Any:
         """The stream on which copies to a device are made, or back from it; None where there is none."""
-        if device.type != "cuda":
-            return None
-        if (device, back) not in self._streams:
-            self._streams[device, back] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device, back]
+        found = self._streams.get((device, back))
+        if found is None and device.type == "cuda":
+            found = self._streams[device, back] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return found
 
 
 def _until_now(device: torch.device, told: Told) -> Now:
     """What a device had been told when it was first asked for."""
-    if device not in told:
+    now = told.get(device)
+    if now is None:
         compute = torch.cuda.current_stream(device.index)
-        told[device] = Now(torch.cuda.current_device(), compute, compute.record_event())
-    return told[device]
+        now = told[device] = Now(torch.cuda.current_device(), compute, compute.record_event())
+    return now
 
 
 def _layer(name: str) -> str:
