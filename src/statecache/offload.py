@@ -66,7 +66,8 @@ class Home:
         """Bytes that go back."""
         if self.parts is None:
             return self.buffer.nbytes
-        return sum(_narrow(self.buffer, self.axis, at).nbytes for at in self.parts)
+        slots = sum(int(at.stop - at.start) for at in self.parts)
+        return self.buffer.nbytes // self.buffer.shape[self.axis] * slots
 
     def back(self) -> None:
         """Copy the entries that were written to host memory."""
@@ -203,9 +204,9 @@ class Offloaded(dict[str, "Ring | Lease"]):
                 self._plans.clear()
             self.enter(layer)
         span = None if self.spans is None else (self.spans() or (lambda: None))()
-        if span is not None and self._written.get(layer, span) is not None:
-            low, high = self._written.get(layer) or span
-            self._written[layer] = min(low, span[0]), max(high, span[1])
+        written = None if span is None else self._written.get(layer, span)
+        if span is not None and written is not None:
+            self._written[layer] = min(written[0], span[0]), max(written[1], span[1])
 
     def enter(self, layer: str) -> None:
         """Have a layer on the device, the next one on its way there, and more for which there is room; no other.
@@ -416,13 +417,12 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     def _buffers(self, layer: str) -> Iterator[tuple[Tensor, Ring | None, bool]]:
         """Every tensor of a layer, the ring whose slots it has at the ring's axis, and whether it is always written."""
-        mine = (dict.__getitem__(self, name) for name in self._names[layer])
-        states: list[tuple[Ring | Lease, bool]] = [(state, True) for state in mine]
-        while states:
-            state, direct = states.pop(0)
+        states: list[tuple[Ring | Lease, bool]] = [(dict.__getitem__(self, name), True) for name in self._names[layer]]
+        for state, direct in states:
             if isinstance(state, Lease):  # which its model may overwrite by kernels that count no versions
                 states += [(other, False) for other in (state.base, state.copies) if other is not None]
-                yield from ((buffer, None, direct) for buffer in state.store.buffers())
+                for buffer in state.store.buffers():
+                    yield buffer, None, direct
                 continue
             for buffer in state.buffers():
                 slots = buffer.dim() > state.axis and buffer.shape[state.axis] == state.capacity

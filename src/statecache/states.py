@@ -71,6 +71,7 @@ class Pass:
     rows: list[int] | None
     operators: Operators | None
     stage: Literal["open", "shifting", "writing", "whole"] = "open"  # shifting: states behind logs are on their way
+    span: tuple[int, int] | None = None  # the positions that it writes, once somebody asked
 
     def taken(self, before: Known) -> list[int]:
         """Tokens that each of its rows takes in, where it knows what the host will."""
@@ -438,8 +439,10 @@ class States:
         now, clock = self._pass, self.clock
         if now is None or now.after is None or now.step.end is None or clock is None:
             return None
-        lengths = clock.known.lengths if now.rows is None else [clock.known.lengths[row] for row in now.rows]
-        return max(min(lengths) - 1, 0), now.step.end  # a copy of a state is that of the token before
+        if now.span is None:
+            lengths = clock.known.lengths if now.rows is None else [clock.known.lengths[row] for row in now.rows]
+            now.span = max(min(lengths) - 1, 0), now.step.end  # a copy of a state is that of the token before
+        return now.span
 
     def reserve(self, end: int) -> None:
         """Make room for rows of this length, as a pass up to it does."""

@@ -18,7 +18,7 @@ from statecache.kernels.early import early, launch, wait
 from statecache.kernels.norms import unit_of
 from statecache.kernels.rehearsal import Kernel
 
-CELLS = 4096  # of a program's tile
+CELLS = 2048  # of a program's tile
 INPUTS = 1024  # of a tile, at most
 PART = 256  # of what is inside the shared unit, for a program
 TOKENS = 2  # of an expert, on average, up to which it is worth reading it for each
