@@ -72,6 +72,7 @@ class Home:
     def back(self) -> None:
         """Copy the entries that were written to host memory."""
         if self.parts is None:
+            self.late.clear()  # of a copy of which another part failed
             _copy(self.host, self.buffer)
             return
         for at in self.parts:
@@ -99,9 +100,10 @@ class Offloaded(dict[str, "Ring | Lease"]):
 
     Looking a state up brings its layer; the copy began, on a stream of its own, when a layer before it was looked up.
     The layer before goes back on another, as far as it was written: the bus carries both at once, and its memory is
-    freed when the next layer is looked up, or at once where little was written, as of a large attention layer, so that
-    the next large one has its place. More layers than the next come while all that are there are no larger than
-    two of the largest, so that a large one is on its way while small ones run. What is of no layer stays on the device.
+    freed when something comes or goes again, or at once where little was written, as of a large attention layer, so
+    that the next large one has its place. More layers than the next come while all that are there are no larger than
+    two of the largest, so that a large one is on its way while small ones run; and these come and go several at a time,
+    half as many bytes as the largest has or more. What is of no layer stays on the device.
 
     Memory is that of the stream in which layers run. It is taken before a copy to it begins, and freed once that stream
     has waited for the copies that use it: so it goes from layer to layer, however far the host is ahead.
@@ -296,12 +298,14 @@ class Offloaded(dict[str, "Ring | Lease"]):
             for home in homes:
                 home.away = False
             self._going.pop(layer, None)
-        self._here += layers
+        self._here += [layer for layer in layers if layer not in self._here]
 
     def _arrive(self, layer: str, told: Told) -> None:
         """Have who uses a layer now wait for what is on its way there, and with it for what came in the same copy."""
         for waited in self._coming.pop(layer, ()):
-            _until_now(waited.compute.device, told).compute.wait_event(waited.event)
+            device = waited.compute.device
+            torch.cuda.current_stream(device.index).wait_event(waited.event)
+            told.pop(device, None)  # so that what goes back from now on is there
             for others in self._coming.values():
                 if waited in others:
                     others.remove(waited)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from statecache import errors, offload, ring
 from statecache.offload import Offloaded
+from statecache.ring import Ring
 from statecache.spec import LayerSpec, ModelSpec, StateSpec
 from statecache.states import States
 from statecache.step import Step
@@ -480,15 +482,54 @@ def test_small_layers_come_and_go_together(monkeypatch: pytest.MonkeyPatch, wide
     assert wide == 1 or Stream.recorded <= 2 * copies  # a copy's end, and what was before it
 
 
-def test_layers_that_grow_leave_from_then_on(pair: list[States], monkeypatch: pytest.MonkeyPatch) -> None:
+def mixed(random: Random, rows: int) -> tuple[States, list[StateSpec]]:
+    """States of small and large layers, most of which are overwritten without a word."""
+    wide = [random.choice([1, 1, 1, 8]) for _ in range(8)]
+    specs = [
+        StateSpec("s", "attention", (w,), None)
+        if random.random() < 0.2
+        else StateSpec("s", "recurrent", (8 * w,), 1, leased=True)
+        for w in wide
+    ]
+    spec = ModelSpec(tuple(LayerSpec(n, "test", (each,)) for n, each in enumerate(specs)))
+    return States(spec, slack=3, rows=rows, dtype=torch.float32, device="cpu", offload=True), specs
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_orders_sizes_and_rows_may_be_any(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random, rows = Random(seed), 8
     monkeypatch.setattr(offload, "AHEAD", True)
-    offloaded, _ = pair
-    feed(offloaded, 1)
-    feed(offloaded, 1, layers=[0, 1])  # 0 and 1 stay from now on
-    feed(offloaded, 500, layers=[0, 1])
-    feed(offloaded, 1)
-    feed(offloaded, 1)
-    assert offloaded["0.key"].spec.name == "key" and there(offloaded) == [0, 1]
+    monkeypatch.setattr(offload, "SOON", random.choice([0, 300]))
+    streams = Streams(monkeypatch)
+    states, specs = mixed(random, rows)
+    order = list(range(len(specs)))
+    for n in range(12):
+        tokens = random.choice([1, 1, 1, 30])
+        step = states.open(tokens)
+        for layer in random.sample(order, random.randint(2, 8)) if n > 2 and random.random() < 0.4 else order:
+            state, width = states[f"{layer}.s"], specs[layer].shape or ()
+            streams.touch(*state.buffers())
+            if isinstance(state, Ring):
+                state.extend(torch.randn(rows, tokens, *width), step)
+            else:
+                state.keep(step)
+                state.write(torch.randn(rows, *width), step)
+        states.close(step)
+        if random.random() < 0.3:
+            kept = random.choice([1, 2, 8])
+            states.gather([0] * kept if kept > rows else list(range(kept)))
+            rows = kept
+    assert streams.checked > 100
+
+
+def test_a_part_that_came_back_before_its_copy_failed_is_forgotten() -> None:
+    buffer = torch.zeros(2, 4)
+    home = offload.Home(buffer, torch.zeros(2, 4))
+    home.late.append((home.host[:, 1:2], torch.full((2, 1), 5.0)))
+    buffer.fill_(2.0)
+    home.back()
+    home.settle()
+    assert torch.equal(home.host, buffer)
 
 
 def test_what_comes_follows_orders_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

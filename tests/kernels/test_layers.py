@@ -8,14 +8,16 @@ from typing import Any
 import families
 import pytest
 import torch
-from drawn import DEVICE
+from drawn import DEVICE, draw, error
 from torch.nn.modules.module import register_module_forward_hook
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 import statecache as sc
 from statecache.kernels import delta_step, ssd_step
 from statecache.kernels import experts as kernel_experts
 from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.fused import by_kernels, ways
+from statecache.models.product import product
 from statecache.models.table import KINDS
 
 STEPS = 2
@@ -149,6 +151,40 @@ def test_layers_with_experts_give_what_their_modules_give(
     assert len(ran) == STEPS * sum(hasattr(module, "has_gate") for module in model.modules())
 
 
+ASKED = [
+    ("qwen3_next", {"norm_topk_prob": False, "linear_num_key_heads": 2, "linear_num_value_heads": 2}),
+    ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False}),
+    ("granitemoehybrid", {"output_router_logits": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ASKED, ids=[name for name, _ in ASKED])
+def test_what_a_configuration_asks_of_experts(name: str, options: dict[str, Any]) -> None:
+    model, ids = sparse_model(name, **options), texts(2)
+    assert all(way.way == "whole" for way in ways(model))
+    want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5 and not torch.equal(got, want)
+
+
+def test_a_wide_router_is_wide_for_many_tokens() -> None:
+    x, weight = draw(70, 64, dtype=torch.bfloat16), draw(16, 64, dtype=torch.bfloat16)
+    want = x.double() @ weight.double().mT
+    assert error(product(x, weight, dtype=torch.float32), want) < 2e-6
+
+
+def test_experts_that_somebody_runs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called, ids = sparse_model("qwen3_5_moe"), [], texts(1)
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS._global_mapping,
+        "mine",
+        lambda module, x, index, share: (called.append(0), grouped_mm_experts_forward(module, x, index, share))[1],
+    )
+    model.config._experts_implementation = "mine"
+    assert {way.why for way in ways(model)} == {"but for its experts: no kernel reads its experts"}
+    logits(model, ids, kernels=True)
+    assert len(called) == (1 + STEPS) * len(model.model.layers)
+
+
 def test_experts_of_many_tokens_go_by_their_own_module(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparse_model("qwen3_5_moe")
     monkeypatch.setattr(kernel_experts, "TOKENS", 0)
@@ -176,6 +212,10 @@ def test_experts_with_a_hook_run_by_themselves(path: str) -> None:
 def test_experts_that_are_not_as_their_family_made_them_run_by_themselves() -> None:
     model, ids = sparse_model("qwen3_5_moe"), texts(1)
     blocks = [layer.mlp for layer in model.model.layers]
+    own = blocks[0].shared_expert
+    blocks[0].shared_expert = torch.nn.Identity()
+    assert ways(model)[0].why == "but for its experts: its shared_expert.gate_proj is not there"
+    blocks[0].shared_expert = own
     blocks[0].gate.__class__ = type("Qwen3_5MoeTopKRouter", (type(blocks[0].gate),), {})
     blocks[1].shared_expert.down_proj = torch.nn.Sequential(blocks[1].shared_expert.down_proj)
     blocks[2].gate.weight.data = blocks[2].gate.weight.data.mT.contiguous().mT
@@ -340,6 +380,7 @@ def test_what_no_family_made_is_not_run_as_if() -> None:
         ("bamba", {"mamba_proj_bias": True}, 0, "mamba.in_proj has a bias"),
         ("lfm2", {"conv_bias": True}, 0, "conv.in_proj has a bias"),
         ("falcon_h1", {"mamba_rms_norm": True}, 0, "its mamba.norm is a FalconH1RMSNormGated"),
+        ("qwen3_next", {"output_router_logits": True}, 1, "but for its experts: output_router_logits asks its router"),
         ("qwen3_5_moe", {"hidden_act": "gelu"}, 1, "but for its experts: no kernel reads its experts"),
     ],
 )

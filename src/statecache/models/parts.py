@@ -56,6 +56,8 @@ GATED = {
 }
 WEIGHTLESS = ("FalconMambaWeightlessRMSNorm",)  # norms whose weight is none
 SILU, SQUARED = ("SiLU", "SiLUActivation"), ("ReLUSquaredActivation",)  # activations of units, by class name
+# transformers' own implementations of experts, which all give the same
+IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")
 PLAIN_NORMS = (*WEIGHTLESS, *(name for name, offset in NORMS.items() if not offset))  # to whose weight nothing is added
 
 
@@ -117,6 +119,8 @@ def reads_experts(module: Any) -> bool:
     act, own = getattr(module, "act_fn", None), getattr(type(module), "_apply_gate", None)
     if gated and (not module.is_concatenated or getattr(own, "__name__", "") != "_default_apply_gate"):
         return False
+    if getattr(getattr(module, "config", None), "_experts_implementation", None) not in IMPLEMENTATIONS:
+        return False  # but somebody's own
     others = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
     if any(getattr(module, name, False) for name in others):
         return False

@@ -29,7 +29,8 @@ def product(
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
     `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
-    a gated unit, whose outputs these are. `dtype`: of what comes out, without a residual.
+    a gated unit, whose outputs these are. `dtype`: of sums and of what comes out, without
+    a residual.
     """
     from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import unit
@@ -52,13 +53,13 @@ def product(
             dtype=dtype if residual is None else residual.dtype,
         )
     assert squares is None
+    weights = weights if dtype is None else tuple(each.to(dtype) for each in weights)
     x = x.to(weights[0].dtype)
     y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
     y = unit(y) if gated else y
     if residual is not None:
         return torch.add(residual, y, alpha=scale)
-    y = y if scale == 1.0 else y * scale
-    return y if dtype is None else y.to(dtype)
+    return y if scale == 1.0 else y * scale
 
 
 def normed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -84,14 +84,17 @@ def sparse(block: Any) -> Sparse | str:
         return f"its {form.router} has an unusual weight"
     if not reads_experts(experts):
         return "no kernel reads its experts"
+    if getattr(experts.config, "output_router_logits", False):
+        return "output_router_logits asks its router"
+    modules = dict(block.named_modules())
     for path in (*form.into, *filter(None, (form.out, form.gate))):
-        why = unusual(block.get_submodule(path))
+        why = unusual(modules[path]) if path in modules else "is not there"
         if why is not None:
             return f"its {path} {why}"
     if form.out:
-        unit: Any = block.get_submodule(form.out.partition(".")[0])
-        if type(unit.act_fn).__name__ not in (SILU if len(form.into) > 1 else SQUARED):
-            return f"its activation is {type(unit.act_fn).__name__}"
+        act = type(modules[form.out.partition(".")[0]].act_fn).__name__
+        if act not in (SILU if len(form.into) > 1 else SQUARED):
+            return f"its activation is {act}"
     return _run(form, block)
 
 
@@ -140,7 +143,7 @@ def _run(form: Block, block: Any) -> Sparse:
             residual = product(inside, block.get_submodule(form.out).weight, residual=residual, scale=added)
         if index.numel() > TOKENS * len(up):  # a grouped product reads each of them once
             x = x if by is None else normed(by, x, up.dtype)
-            return torch.add(residual, own(x, index, share.to(x.dtype)), alpha=added)
+            return torch.add(residual, own(x, index, share if form.wide else share.to(x.dtype)), alpha=added)
         eps, offset = (0.0, 0.0) if by is None else like(by)
         norm = None if by is None else by.weight
         more: Any = {"norm": norm, "eps": eps, "offset": offset, "residual": residual, "scale": added}

@@ -353,7 +353,7 @@ def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tens
     if mixer.projections is interleaved:
         parts = m.fix_query_key_value_ordering(*(each.unsqueeze(1) for each in projected))
         q, k, v, z, b, a = (part.flatten(1) for part in parts)
-        qkv = torch.cat([q, k, v], -1)
+        qkv, b, a = torch.cat([q, k, v], -1), b.contiguous(), a.contiguous()
     else:
         qkv, z, b, a = projected
     y = delta(mixer, (qkv, b, a), lent)

@@ -29,7 +29,7 @@ def joined(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def interleaved(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two projections, which interleave heads."""
     q, k, v, z, b, a = m.fix_query_key_value_ordering(m.in_proj_qkvz(x), m.in_proj_ba(x))
-    return torch.cat([part.flatten(2) for part in (q, k, v)], -1), z, b, a
+    return torch.cat([part.flatten(2) for part in (q, k, v)], -1), z, b.contiguous(), a.contiguous()
 
 
 def separate(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
