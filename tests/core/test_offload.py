@@ -495,7 +495,7 @@ def mixed(random: Random, rows: int) -> tuple[States, list[StateSpec]]:
     return States(spec, slack=3, rows=rows, dtype=torch.float32, device="cpu", offload=True), specs
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(40))
 def test_orders_sizes_and_rows_may_be_any(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random, rows = Random(seed), 8
     monkeypatch.setattr(offload, "AHEAD", True)
