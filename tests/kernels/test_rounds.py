@@ -324,6 +324,33 @@ def test_the_delta_rule_runs_ahead_and_folds_what_is_kept(shape: Any, dtype: tor
         assert n or torch.equal(first[row], state[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decay_for_each_channel_is_written_down(dtype: torch.dtype) -> None:
+    rows, T, H, K, taps = 3, 4, 2, 24, 3
+    new, weight = strided(draw(rows * T, 3 * H * K, dtype=dtype)), draw(3 * H * K, taps, dtype=dtype)
+    past, state = draw(rows, 3 * H * K, taps - 1, dtype=dtype), draw(rows, H, K, K)
+    g, beta = strided(-draw(rows * T, H * K).exp()), strided(draw(rows * T, H).sigmoid().to(dtype))
+    starts, counts = torch.tensor(STARTS[:rows], device=DEVICE), [4, 0, 2]
+    ring, by_token = ring_of(past, starts, taps - 1 + T), new.unflatten(0, (rows, T))
+    q, k, v = convolved(by_token, past, starts, weight, None, True).view(rows, T, 3, H, K).unbind(2)
+    decays, strengths = g.unflatten(0, (rows, T)), beta.unflatten(0, (rows, T)).float()
+    want, held = [], state.double()
+    for t in range(T):
+        decay = decays[:, t].double().view(rows, H, K)
+        want.append(gated_delta.step(q[:, t], k[:, t], v[:, t], decay, strengths[:, t].double(), held))
+    before, kept_state, log = ring.clone(), state.clone(), logs_of(rows, 2 * H * K, H * K + H)
+    given = (new, beta, g, weight, None, None, None, ring, kept_state, starts, torch.tensor(counts, device=DEVICE))
+    got = delta_step.step(*given, key_heads=H, log=(log[0], log[1])).unflatten(0, (rows, T))
+    close = 2e-5 if dtype == torch.float32 else ROUNDED
+    assert error(kept(got, counts), kept(torch.stack(want, 1), counts)) < close
+    assert torch.equal(kept_state, state)
+    check_written(ring, before, by_token, starts, counts)
+    for row, n in enumerate(counts):
+        at = (starts[row] + torch.arange(n, device=DEVICE)) % SLOTS
+        assert torch.equal(log[1][row, at], torch.cat([decays[row, :n], strengths[row, :n]], -1))
+        assert error(log[0][row, at, : H * K], k[row, :n].flatten(1)) < close or not n
+
+
 @pytest.mark.parametrize("kernel", ["ssd", "delta"])
 def test_a_fold_takes_some_rows_and_one_number_for_all(kernel: str) -> None:
     state, log = draw(4, 2, 16, 16), [draw(4, SLOTS, 2 * 16 + 16), draw(4, SLOTS, 2 if kernel == "ssd" else 4)]
@@ -364,6 +391,8 @@ SLOW = () if DEVICE == "cuda" else pytest.mark.long  # in the interpreter
         "granitemoehybrid",
         "qwen3_5",
         "lfm2",
+        "qwen3_5_moe",
+        "kimi_linear",
         *(pytest.param(n, marks=SLOW) for n in ("mamba", "bamba", "falcon_h1")),
     ],
 )

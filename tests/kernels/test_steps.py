@@ -139,6 +139,28 @@ def test_delta_step_is_the_plain_operators(shape: Any, dtype: torch.dtype, count
     check_ring(ring, before, new, starts, counts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 16, 4, 3), (3, 24, 4, 2), (1, 128, 2, 1)])  # heads, size, taps, rows
+def test_delta_step_with_a_decay_for_each_channel(shape: Any, dtype: torch.dtype) -> None:
+    H, K, taps, rows = shape
+    new, weight = strided(draw(rows, 3 * H * K, dtype=dtype)), draw(3 * H * K, taps, dtype=dtype)
+    past, state = draw(rows, 3 * H * K, taps - 1, dtype=dtype), draw(rows, H, K, K)
+    g, beta = strided(-draw(rows, H * K).exp()), strided(draw(rows, H).sigmoid().to(dtype))
+    starts = torch.tensor(STARTS[:rows], device=DEVICE)
+    counts = [(n + 1) % 2 for n in range(rows)]
+    ring = ring_of(past, starts, taps + 1)
+    q, k, v = convolved(new, past, starts, weight, None, True).view(rows, 3, H, K).unbind(1)
+    want = state.double()
+    y = gated_delta.step(q, k, v, g.double().view(rows, H, K), beta.double(), want)
+    before, held, count = ring.clone(), state.clone(), torch.tensor(counts, device=DEVICE)
+    got = delta_step.step(new, beta, g, weight, None, None, None, ring, held, starts, count, key_heads=H)
+    alive = [row for row, n in enumerate(counts) if n]
+    assert error(got[alive], y.flatten(1)[alive]) < (2e-5 if dtype == torch.float32 else ROUNDED)
+    assert error(held[alive], want[alive]) < 2e-5
+    assert all(torch.equal(held[row], state[row]) for row, n in enumerate(counts) if not n)
+    check_ring(ring, before, new, starts, counts)
+
+
 @pytest.mark.parametrize("kernel", ["ssd", "delta"])
 def test_a_state_in_bfloat16_is_computed_on_in_float32_and_rounded(kernel: str) -> None:
     rows, start = 3, torch.tensor([5], device=DEVICE)

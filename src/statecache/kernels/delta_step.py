@@ -1,5 +1,7 @@
 """A token of the gated delta rule, or the few of a round, in one launch: convolution, activation, gates, norms, rule.
 
+The decay is a head's, which the launch computes, or that of each channel of a key, as it is given.
+
 Reads and writes the rings of the convolution and the states in place. With a log the states stay as they are, and what
 they would consume is written down, for `delta_fold`. Rows that take nothing in cost no memory traffic.
 
@@ -49,6 +51,7 @@ def _step(
     T: tl.constexpr,
     S: tl.constexpr,
     L: tl.constexpr,
+    WIDE: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -61,6 +64,7 @@ def _step(
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     key = head // (H // J)
     channels: tl.constexpr = 2 * J * K + H * V
+    decaying: tl.constexpr = H * K if WIDE else H  # decays of a token, behind which its strengths are kept
     k_at, v_at = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     whole, some = k_at < K, v_at < V
     out = y + (row * N * H + head) * V + v_at
@@ -76,12 +80,13 @@ def _step(
     at = tl.load(start + row * start_stride)
     ring += row * channels * S
     new += row * N * new_stride
-    a += row * N * a_stride + head
+    a += row * N * a_stride + (head * K if WIDE else head)
     b += row * N * b_stride + head
     cell = state + ((row * H + head) * K + k_at[:, None]) * V + v_at[None, :]
     inside = whole[:, None] & some[None, :]
     held = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
-    rate, late = tl.exp(tl.load(A_log + head).to(tl.float32)), tl.load(dt_bias + head).to(tl.float32)
+    if not WIDE:
+        rate, late = tl.exp(tl.load(A_log + head).to(tl.float32)), tl.load(dt_bias + head).to(tl.float32)
     cq = key * K + k_at
     ck, cv = cq + J * K, 2 * J * K + head * V + v_at
     by_q = known(ring, weight, bias, cq, whole, at, T, S, BIAS)
@@ -97,10 +102,13 @@ def _step(
         decays, strengths = (), ()
         for m in tl.static_range(M):
             t = first + m
-            decay = softplus(tl.load(a + t * a_stride).to(tl.float32) + late)
-            decays += (-rate * decay,)
             gate = tl.load(b + t * b_stride).to(tl.float32)
-            strengths += (strength / (1.0 + tl.exp(-gate)),)
+            if WIDE:
+                decays += (tl.load(a + t * a_stride + k_at, mask=whole, other=0.0).to(tl.float32),)
+                strengths += (gate,)
+            else:
+                decays += (-rate * softplus(tl.load(a + t * a_stride).to(tl.float32) + late),)
+                strengths += (strength / (1.0 + tl.exp(-gate)),)
         for m in tl.static_range(M):
             t = first + m
             # the slots that are written are none of the T - 1 that other programs still read, as S >= T - 1 + N
@@ -114,14 +122,18 @@ def _step(
                 kept = inputs + entry * (J * K + H * V)
                 tl.store(kept + cv - J * K, v[m].to(inputs.dtype.element_ty), mask=real)
                 if (part == 0) & (taken > t):
-                    tl.store(gates + entry * 2 * H + head, decays[m].to(gates.dtype.element_ty))
-                    tl.store(gates + entry * 2 * H + H + head, strengths[m].to(gates.dtype.element_ty))
+                    by = gates + entry * (decaying + H)
+                    if WIDE:
+                        tl.store(by + head * K + k_at, decays[m].to(gates.dtype.element_ty), mask=whole)
+                    else:
+                        tl.store(by + head, decays[m].to(gates.dtype.element_ty))
+                    tl.store(by + decaying + head, strengths[m].to(gates.dtype.element_ty))
                 if shared & (taken > t):
                     tl.store(kept + cq, k[m].to(inputs.dtype.element_ty), mask=whole)
             query, at_key = tl.where(whole, q[m], 0.0), tl.where(whole, k[m], 0.0)
             query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * scale
             at_key *= tl.rsqrt(tl.sum(at_key * at_key, 0) + 1e-6)
-            held *= tl.exp(decays[m])
+            held *= tl.exp(decays[m])[:, None] if WIDE else tl.exp(decays[m])
             written = strengths[m] * (v[m] - tl.sum(held * at_key[:, None], 0))
             held += at_key[:, None] * written[None, :]
             tl.store(out + t * (H * V), tl.sum(held * query[:, None], 0).to(y.dtype.element_ty), mask=some)
@@ -135,8 +147,8 @@ def step(
     a: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A_log: Tensor,
-    dt_bias: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
     ring: Tensor,
     state: Tensor,
     start: Tensor,
@@ -153,11 +165,16 @@ def step(
     A_log and dt_bias (H,). start: (B,) or (1,), where rows stand; count: (B,), 0..N, None for all: beyond it outputs
     are junk, and nothing is written. S must be at least T - 1 + N. log: inputs, k and v (B, L, J K + H V), and gates,
     decays and strengths (B, L, 2 H): these are written in place of the state; without it N is 1.
+
+    Without A_log and dt_bias a (B N, H K) are the logarithms of decays for each channel of a key, b strengths, and so
+    many are in the log: (B, L, H K + H).
     """
+    wide = A_log is None or dt_bias is None
     rows, H, K, V = state.shape
     channels, slots = ring.shape[1:]
     taps, tokens = weight.shape[-1], len(new) // rows
     inputs, gates = (state, state) if log is None else log
+    assert a.shape[1] == (H * K if wide else H) and b.shape[1] == H
     assert slots >= taps - 1 + tokens and weight.is_contiguous() and ring.is_contiguous() and state.is_contiguous()
     assert new.stride(-1) == b.stride(-1) == a.stride(-1) == 1 and channels == 2 * key_heads * K + H * V
     if log is None:
@@ -173,8 +190,8 @@ def step(
         a,
         weight,
         new if bias is None else bias,
-        A_log,
-        dt_bias,
+        a if wide else A_log,
+        a if wide else dt_bias,
         ring,
         state,
         inputs,
@@ -197,6 +214,7 @@ def step(
         T=taps,
         S=slots,
         L=0 if log is None else inputs.shape[1],
+        WIDE=wide,
         BIAS=bias is not None,
         SILU=silu,
         COUNTED=count is not None,

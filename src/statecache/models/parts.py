@@ -21,6 +21,7 @@ from statecache.kernels.cards import DTYPES
 from statecache.models.mixers import Mixer
 from statecache.models.mixers.base import Kernel
 from statecache.models.mixers.delta import Delta
+from statecache.models.mixers.kda import KDA
 from statecache.models.mixers.scan import Scan
 from statecache.models.mixers.short_conv import ShortConv
 from statecache.models.mixers.ssd import SSD
@@ -185,6 +186,16 @@ def delta(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
     return run(*projected, *weights, *held, **options)  # type: ignore[no-any-return]
 
 
+def kda(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
+    """See `Kernel`."""
+    from statecache.kernels import delta_step
+
+    conv, (qkv, g, beta) = mixer.module.conv1d, projected
+    held: Any = lent.ring, lent.state, lent.start, lent.count
+    given = qkv, beta, g.flatten(1), conv.weight, conv.bias, None, None
+    return delta_step.step(*given, *held, key_heads=mixer.query[0], log=lent.log)
+
+
 def short(mixer: Any, projected: tuple[Tensor, ...], lent: Lent) -> Tensor:
     """See `Kernel`."""
     from statecache.kernels import conv_step
@@ -225,6 +236,7 @@ def scan_with(
 KERNELS: dict[type[Mixer], tuple[Kernel, tuple[str, ...], tuple[str, ...]]] = {
     SSD: (ssd, ("A_log", "dt_bias", "D"), ()),
     Delta: (delta, ("A_log", "dt_bias"), ()),
+    KDA: (kda, (), ()),
     ShortConv: (short, (), ()),
     Scan: (scan, ("A_log", "D"), ("dt_proj",)),
 }

@@ -47,6 +47,8 @@ class KDA(Recurrent):
 
         The output is (B, T, H, D).
         """
+        if self.kernel is not None and (y := self.by_kernel(projected, states)) is not None:
+            return torch.unflatten(y, -1, self.query)
         m: Any = self.module
         qkv, g, beta = projected
         qkv = states.convolve(qkv, m.conv1d.weight.squeeze(1), m.conv1d.bias, self.silu)
