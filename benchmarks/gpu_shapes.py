@@ -60,39 +60,37 @@ def granite_h(small: bool) -> Any:
     )
 
 
-def qwen3_5(small: bool) -> Any:
-    """1.5 B parameters, 18 layers of the gated delta rule and 6 of attention."""
+def _delta(small: bool) -> dict[str, Any]:
+    """What models of gated delta nets and attention have in common."""
     given = _common(small)
     width = given["hidden_size"]
     heads = max(1, width // 128)
-    return Qwen3_5TextConfig(
-        intermediate_size=3 * width,
-        num_hidden_layers=4 if small else 24,
-        num_attention_heads=max(1, width // 256),
-        num_key_value_heads=max(1, width // 1024),
-        head_dim=256,
-        linear_num_key_heads=heads,
-        linear_num_value_heads=heads,
+    return {
+        "num_hidden_layers": 4 if small else 24,
+        "num_attention_heads": max(1, width // 256),
+        "num_key_value_heads": max(1, width // 1024),
+        "head_dim": 256,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads,
         **given,
-    )
+    }
+
+
+def qwen3_5(small: bool) -> Any:
+    """1.5 B parameters, 18 layers of the gated delta rule and 6 of attention."""
+    given = _delta(small)
+    return Qwen3_5TextConfig(intermediate_size=3 * given["hidden_size"], **given)
 
 
 def qwen3_5_moe(small: bool) -> Any:
     """10.3 B parameters, 8 of 128 experts in each layer: 18 layers of the gated delta rule and 6 of attention."""
-    given = _common(small)
-    width = given["hidden_size"]
-    heads = max(1, width // 128)
+    given = _delta(small)
+    inside = given["hidden_size"] // 4
     return Qwen3_5MoeTextConfig(
-        num_hidden_layers=4 if small else 24,
-        num_attention_heads=max(1, width // 256),
-        num_key_value_heads=max(1, width // 1024),
-        head_dim=256,
-        linear_num_key_heads=heads,
-        linear_num_value_heads=heads,
         num_experts=16 if small else 128,
         num_experts_per_tok=4 if small else 8,
-        moe_intermediate_size=width // 4,
-        shared_expert_intermediate_size=width // 4,
+        moe_intermediate_size=inside,
+        shared_expert_intermediate_size=inside,
         **given,
     )
 

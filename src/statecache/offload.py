@@ -223,15 +223,19 @@ class Offloaded(dict[str, "Ring | Lease"]):
         coming = self._ahead(layer)
         over = [other for other in self._here if other != layer and other not in coming]
         missing = [other for other in coming if other not in self._here]
-        if layer in self._here and coming[:1] != missing[:1] and not self._many(over) and not self._many(missing):
-            self._arrive(layer, told)
-            self.now = layer
-            return
-        self._release()
-        if layer not in self._here:
-            self._fetch([layer], told)
+        there = layer in self._here and coming[:1] != missing[:1]  # and the next, if it is known
+        stays = there and not self._many(over) and not self._many(missing)
+        if not stays:
+            self._release()
+            if layer not in self._here:
+                self._fetch([layer], told)
         self._arrive(layer, told)
         self.now = layer
+        if not stays:
+            self._exchange(coming, over, missing, told)
+
+    def _exchange(self, coming: list[str], over: list[str], missing: list[str], told: Told) -> None:
+        """Begin to copy back what is over, large layers first, and then here what is missing, as far as it fits."""
         large = [other for other in over if self._many([other])]
         for others in (*([other] for other in large), [other for other in over if other not in large]):
             if others:
@@ -392,10 +396,10 @@ class Offloaded(dict[str, "Ring | Lease"]):
         Copies wait for what it was told before, and for the layers' copies the other way, even if nobody used them.
         """
         stream, move = self._stream(device, back), Home.back if back else Home.here
+        each = [home for homes in moved.values() for home in homes]
         if stream is None:
-            for homes in moved.values():
-                for home in homes:
-                    move(home)
+            for home in each:
+                move(home)
             return
         now = _until_now(device, told)
         stream.wait_event(now.event)
@@ -405,9 +409,8 @@ class Offloaded(dict[str, "Ring | Lease"]):
                     stream.wait_event(other.event)
         torch.cuda.set_stream(stream)  # torch's own context looks the device up again and again, 0.1 ms a layer
         try:
-            for homes in moved.values():
-                for home in homes:
-                    move(home)
+            for home in each:
+                move(home)
         finally:
             torch.cuda.set_stream(now.compute)
             if now.device != device.index:

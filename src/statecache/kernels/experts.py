@@ -244,6 +244,11 @@ def _outside(
     tl.store(out + token * E + o, y.to(out.dtype.element_ty), mask=real)
 
 
+def crowded(index: Tensor, up: Tensor) -> bool:
+    """Whether tokens choose so many experts (T, K) of these that a product by groups, reading each once, is faster."""
+    return index.numel() > TOKENS * len(up)
+
+
 def experts(
     x: Tensor,
     up: Tensor,

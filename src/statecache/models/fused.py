@@ -1,7 +1,7 @@
 """Layers run by kernels while a step is captured: which way each one goes, and why.
 
 Two ways. *Whole*: the step owns the layer, see `whole`, from norm to residual, with its linear layers' weights read
-where they lie, and what chooses its experts by itself. *In part*: the layer's own modules run, with a kernel for its
+where they lie. *In part*: the layer's own modules run, with a kernel for its
 mixer, its experts and its norms where there is one, see `parts`. Any other module, and any linear layer that is hooked,
 wrapped, quantised or otherwise unusual, goes its own way inside the captured step.
 

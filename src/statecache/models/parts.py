@@ -135,13 +135,13 @@ def up_of(module: Any) -> Any:
 
 
 def _experts(module: Any) -> Callable[..., Tensor]:
-    from statecache.kernels.experts import TOKENS, experts
+    from statecache.kernels.experts import crowded, experts
 
     own = module.forward
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         up = up_of(module)
-        if top_k_index.numel() > TOKENS * len(up) or torch.is_grad_enabled():
+        if crowded(top_k_index, up) or torch.is_grad_enabled():
             return own(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         return experts(hidden_states, up, module.down_proj, top_k_index, top_k_weights, gated=module.has_gate)
 

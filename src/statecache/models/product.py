@@ -29,13 +29,11 @@ def product(
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
     `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
-    a gated unit, whose outputs these are. `dtype`: of sums and of what comes out, without
-    a residual.
+    a gated unit, whose outputs these are. `dtype`: of sums and of what comes out, without a residual.
     """
     from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import unit
 
-    eps, offset = (eps, 0.0) if by is None else like(by)
     weights = (weight,) if isinstance(weight, Tensor) else weight
     if by is not None and len(x) > FEW_ROWS:  # every program would compute it
         x, by = normed(by, x, weights[0].dtype), None
@@ -43,9 +41,7 @@ def product(
         return linear(
             x,
             weights,
-            norm=None if by is None else by.weight,
-            eps=eps,
-            offset=offset,
+            **(like(by) or {"eps": eps}),
             squares=squares,
             unit=gated,
             residual=residual,
@@ -66,10 +62,10 @@ def normed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Take x (B, E) through a norm, a module of `NORMS`, to this dtype."""
     from statecache.kernels.norms import norm
 
-    eps, offset = like(by)
-    return norm(x, by.weight, eps=eps, offset=offset, dtype=dtype)
+    given = like(by)
+    return norm(x, given.pop("norm"), **given, dtype=dtype)
 
 
-def like(by: Any) -> tuple[float, float]:
-    """What a norm adds to the mean of squares, and to its weight."""
-    return eps_of(by), NORMS[type(by).__name__]
+def like(by: Any) -> dict[str, Any]:
+    """What kernels are told of a norm, a module of `NORMS`, that they are to take; nothing of None."""
+    return {} if by is None else {"norm": by.weight, "eps": eps_of(by), "offset": NORMS[type(by).__name__]}

@@ -114,7 +114,7 @@ def _foreign(form: Block, block: nn.Module) -> str | None:
 
 
 def _run(form: Block, block: Any) -> Sparse:
-    from statecache.kernels.experts import TOKENS, Shared, experts, route
+    from statecache.kernels.experts import Shared, crowded, experts, route
     from statecache.kernels.linear import FEW_ROWS
 
     router, own = getattr(block, form.router), block.experts
@@ -141,12 +141,9 @@ def _run(form: Block, block: Any) -> Sparse:
         index, share, inside = route(logits, chosen, softmax=form.softmax, **given)
         if both is not None:
             residual = product(inside, block.get_submodule(form.out).weight, residual=residual, scale=added)
-        if index.numel() > TOKENS * len(up):  # a grouped product reads each of them once
+        if crowded(index, up):
             x = x if by is None else normed(by, x, up.dtype)
             return torch.add(residual, own(x, index, share if form.wide else share.to(x.dtype)), alpha=added)
-        eps, offset = (0.0, 0.0) if by is None else like(by)
-        norm = None if by is None else by.weight
-        more: Any = {"norm": norm, "eps": eps, "offset": offset, "residual": residual, "scale": added}
-        return experts(x, up, down, index, share, gated=own.has_gate, **more)
+        return experts(x, up, down, index, share, gated=own.has_gate, **like(by), residual=residual, scale=added)
 
     return forward

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from statecache.models.given import layer_states
 from statecache.models.mixers import Mixer
-from statecache.models.mixers.delta import Delta, interleaved
+from statecache.models.mixers.delta import Delta, interleaved, ordered
 from statecache.models.mixers.scan import Scan
 from statecache.models.mixers.short_conv import ShortConv
 from statecache.models.mixers.ssd import SSD
@@ -185,9 +185,10 @@ def apart(layer: nn.Module) -> str:
 def _foreign(form: Form, layer: nn.Module, mixed: list[nn.Module]) -> str | None:
     """What in a layer is not as its family made it; None if all is. `mixed`: the modules that mixers stand in for."""
     known = {*KNOWN, f"{form.family}Attention", f"{form.family}MLP"}
-    apart = set() if _experts(form, layer) is None else set(_experts(form, layer).modules())
+    block = _experts(form, layer)
+    others = set() if block is None else set(block.modules())  # which `sparse` looks at
     for path, module in layer.named_modules():
-        if module in apart:
+        if module in others:
             continue
         name, mixes = type(module).__name__, module in mixed
         if hooked(module) if mixes else changed(module):
@@ -351,9 +352,8 @@ def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tens
     weights = [getattr(m, name).weight for name in _projections(mixer)[:-1]]
     projected = product(x, tuple(weights), by=by).split_with_sizes([len(each) for each in weights], -1)
     if mixer.projections is interleaved:
-        parts = m.fix_query_key_value_ordering(*(each.unsqueeze(1) for each in projected))
-        q, k, v, z, b, a = (part.flatten(1) for part in parts)
-        qkv, b, a = torch.cat([q, k, v], -1), b.contiguous(), a.contiguous()
+        parts = ordered(m, *(each.unsqueeze(1) for each in projected))
+        qkv, z, b, a = (part.flatten(1) for part in parts)
     else:
         qkv, z, b, a = projected
     y = delta(mixer, (qkv, b, a), lent)

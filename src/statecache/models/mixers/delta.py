@@ -28,7 +28,12 @@ def joined(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def interleaved(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two projections, which interleave heads."""
-    q, k, v, z, b, a = m.fix_query_key_value_ordering(m.in_proj_qkvz(x), m.in_proj_ba(x))
+    return ordered(m, m.in_proj_qkvz(x), m.in_proj_ba(x))
+
+
+def ordered(m: Any, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What two projections (B, T, ...) that interleave heads gave, as `Projections` do."""
+    q, k, v, z, b, a = m.fix_query_key_value_ordering(qkvz, ba)
     return torch.cat([part.flatten(2) for part in (q, k, v)], -1), z, b.contiguous(), a.contiguous()
 
 
