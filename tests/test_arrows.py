@@ -54,7 +54,7 @@ INSIDE = {
         "cards",
         "convolve early tokens pointers rows mma weights rehearsal",
         "held",
-        "choose linear norms attend ssd_step delta_step conv_step scan_step",
+        "choose linear norms angles attend ssd_step delta_step conv_step scan_step",
         "experts",
         "ssd_fold delta_fold delta_chunk ssd_chunk conv_chunk",
         "lightning_chunk",

@@ -26,6 +26,7 @@ if TRITON and not GPU:
         "held",
         "linear",
         "norms",
+        "angles",
         "attend",
         "experts",
         "ssd_step",

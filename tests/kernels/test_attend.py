@@ -9,11 +9,12 @@ import torch
 from drawn import DEVICE, HALF, NAN, draw, error, normed, strided
 from torch import Tensor
 
-from statecache.kernels.attend import Norms, attend
+from statecache.kernels.attend import Norms, Tile, attend
 
 STARTS = [0, 1, 70, 33, 64]
 # heads of keys, heads on each, head size, rotated channels, slots, splits, rows
 SHAPES = [(2, 2, 16, 0, 80, 1, 5), (1, 4, 32, 8, 80, 3, 4), (2, 1, 20, 20, 72, 2, 3), (1, 16, 64, 16, 96, None, 3)]
+TILES = {1: Tile(64, 2, 264), 3: Tile(16, 8, 264), 2: Tile(32, 2, 528), None: None}  # by splits
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -74,6 +75,7 @@ def test_attend_is_plain_attention(shape: Any, dtype: torch.dtype, form: str) ->
         angles=angles,
         gated=whole,
         splits=splits,
+        tile=TILES[splits],
     )
     exact = dtype == torch.float32
     alive = [row for row, n in enumerate(counts) if n]

@@ -16,9 +16,16 @@ from torch import Tensor
 from statecache.kernels.early import early, fetch, launch, wait
 from statecache.kernels.rehearsal import Kernel
 
-BLOCK = 32  # keys of a tile
-PROGRAMS = 264  # that fill a device: two for each of an H100's processors
 MOST_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Keys of a program's tile, its warps, and how many programs fill a device: two for each processor, or four."""
+
+    keys: int
+    warps: int
+    programs: int
 
 
 @triton.jit
@@ -248,6 +255,7 @@ def attend(
     angles: tuple[Tensor, Tensor] | None = None,
     gated: bool = False,
     splits: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Attend with T tokens of each row, whose keys and values go into `keys` and `values` (B, J, C, D): (B T, H D).
 
@@ -264,8 +272,9 @@ def attend(
     assert keys.is_contiguous() and values.is_contiguous() and values.shape == keys.shape
     assert query.stride(1) == key.stride(1) == value.stride(1) == 1 and key.shape[1] == J * D
     cos, sin = (query, query) if angles is None else angles
+    tile = tile or _tile(rows * J, D, T)
     if splits is None:
-        splits = max(1, min(MOST_SPLITS, triton.cdiv(C, BLOCK), PROGRAMS // (rows * J)))
+        splits = max(1, min(MOST_SPLITS, triton.cdiv(C, tile.keys), tile.programs // (rows * J)))
     sums = torch.empty(rows, J, splits, T * G, D, dtype=torch.float32, device=query.device)
     tops, weights = (torch.empty(rows, J, splits, T * G, dtype=torch.float32, device=query.device) for _ in range(2))
     out = torch.empty(rows * T, heads * D, dtype=query.dtype, device=query.device)
@@ -309,8 +318,8 @@ def attend(
         BT=max(16, triton.next_power_of_2(T)),
         BG=max(16, triton.next_power_of_2(T * G)),
         BD=max(16, width),
-        BS=BLOCK,
-        num_warps=4,
+        BS=tile.keys,
+        num_warps=tile.warps,
         **options,
     )
     _join[(rows * T, heads)](
@@ -335,3 +344,10 @@ def attend(
         **options,
     )
     return out
+
+
+def _tile(heads: int, size: int, tokens: int) -> Tile:
+    """What was best on an H100 for so many heads of keys in all rows."""
+    if heads < 32 or tokens > 1:
+        return Tile(32, 4, 264)
+    return Tile(64, 2, 264) if size <= 128 else Tile(32, 2, 528)

@@ -75,6 +75,18 @@ def multiply(
             words += load16_once(places[place] + c * 32 * W)
     if EARLY:
         wait()
+    eight, four = tl.arange(0, 8), tl.arange(0, 4)
+    if PARTS:  # what the sums wait for is asked for before them
+        part = tl.arange(0, BS)
+        there = (eight < rows)[:, None] & (part < PARTS)[None, :]
+        before = tl.load(parts + eight[:, None] * PARTS + part[None, :], mask=there, other=0.0)
+    added = ()
+    if ADDS:
+        for m in tl.static_range(M):
+            for k in tl.static_range(4):
+                o, b = tile * BO + 16 * m + 8 * (k // 2) + eight, 2 * four + k % 2
+                both = (o < size)[:, None] & (b < rows)[None, :]
+                added += (tl.load(residual + b[None, :] * residual_stride + o[:, None], mask=both, other=0.0),)
     x += tl.minimum(g, rows - 1) * x_stride + column
     norm += column
     totals, squares = (), tl.zeros([32 * W], tl.float32)
@@ -111,13 +123,9 @@ def multiply(
                     were[4 * (k * M + m) + 3],
                     dtype,
                 )
-    eight, four = tl.arange(0, 8), tl.arange(0, 4)
     factor = tl.full([8], scale, tl.float32)
     if PARTS:
-        part = tl.arange(0, BS)
-        there = (eight < rows)[:, None] & (part < PARTS)[None, :]
-        total = tl.sum(tl.load(parts + eight[:, None] * PARTS + part[None, :], mask=there, other=0.0), 1)
-        factor *= tl.rsqrt(total / E + eps)
+        factor *= tl.rsqrt(tl.sum(before, 1) / E + eps)
     if NORMED:
         total = tl.sum(tl.sum(tl.reshape(squares, [W, 8, 4]), 0), 1)
         factor *= tl.rsqrt(total / E + eps)
@@ -133,8 +141,7 @@ def multiply(
             if UNIT:
                 y *= through[k] * factors[k % 2][None, :] / (1.0 + tl.exp(-y))
             if ADDS:
-                at = residual + b[None, :] * residual_stride + o[:, None]
-                y += tl.load(at, mask=both, other=0.0).to(tl.float32)
+                y += added[4 * m + k].to(tl.float32)
             tl.store(out + b[None, :] * width + o[:, None], y.to(out.dtype.element_ty), mask=both)
 
 

@@ -135,8 +135,14 @@ def _linear(
             tile = tl.load(weight + cell, mask=both, other=0.0)
             if UNIT:
                 other = tl.load(weight1 + cell, mask=both, other=0.0)
-            if EARLY and first == 0:
-                wait()
+            if first == 0:
+                if EARLY:
+                    wait()
+                if ADDS:
+                    added = tl.load(residual + o, mask=real, other=0.0)
+                if PARTS:
+                    part = tl.arange(0, BS)
+                    summed = tl.load(parts + part, mask=part < PARTS, other=0.0)
             seen = tl.load(x + e, mask=there, other=0.0).to(tl.float32)
             if NORMED:
                 squares += seen * seen
@@ -146,15 +152,14 @@ def _linear(
                 through += other.to(tl.float32) * seen[None, :]
         y = tl.sum(total, 1)
         if PARTS:
-            part = tl.arange(0, BS)
-            squares = tl.load(parts + part, mask=part < PARTS, other=0.0)
-        if NORMED or PARTS:
+            scale *= tl.rsqrt(tl.sum(summed, 0) / E + eps)
+        if NORMED:
             scale *= tl.rsqrt(tl.sum(squares, 0) / E + eps)
         y *= scale
         if UNIT:
             y *= tl.sum(through, 1) * scale / (1.0 + tl.exp(-y))
         if ADDS:
-            y += tl.load(residual + o, mask=real, other=0.0).to(tl.float32)
+            y += added.to(tl.float32)
         tl.store(out + o, y.to(out.dtype.element_ty), mask=real)
     else:
         b = tl.arange(0, BB)
@@ -166,6 +171,13 @@ def _linear(
                 if UNIT:
                     fetch(weight1 + first_of, AHEAD * weight.dtype.element_ty.primitive_bitwidth // 8)
             wait()
+        place, wanted = b[:, None] * width + o[None, :], used[:, None] & real[None, :]
+        if ADDS:  # what the sums wait for in the end is asked for before them
+            added = tl.load(residual + b[:, None] * residual_stride + o[None, :], mask=wanted, other=0.0)
+        if PARTS:
+            part = tl.arange(0, BS)
+            listed = used[:, None] & (part < PARTS)[None, :]
+            summed = tl.load(parts + b[:, None] * PARTS + part[None, :], mask=listed, other=0.0)
         total = tl.zeros([BB, BO], tl.float32)
         through = tl.zeros([BB, BO], tl.float32)
         squares = tl.zeros([BB], tl.float32)
@@ -188,20 +200,17 @@ def _linear(
         if EARLY and LATE:
             launch()
         if PARTS:
-            part = tl.arange(0, BS)
-            there = used[:, None] & (part < PARTS)[None, :]
-            squares = tl.sum(tl.load(parts + b[:, None] * PARTS + part[None, :], mask=there, other=0.0), 1)
+            squares = tl.sum(summed, 1)
         if NORMED or PARTS:
             total *= tl.rsqrt(squares / E + eps)[:, None]
             through *= tl.rsqrt(squares / E + eps)[:, None]
         total *= scale
         through *= scale
-        both = used[:, None] & real[None, :]
         if UNIT:
             total *= through / (1.0 + tl.exp(-total))
         if ADDS:
-            total += tl.load(residual + b[:, None] * residual_stride + o[None, :], mask=both, other=0.0).to(tl.float32)
-        tl.store(out + b[:, None] * width + o[None, :], total.to(out.dtype.element_ty), mask=both)
+            total += added.to(tl.float32)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
 
 
 def linear(

@@ -19,7 +19,7 @@ from torch import nn
 
 from statecache.models.cache import StateCache
 from statecache.models.decoder import decoder_of, layers_of
-from statecache.models.parts import experts_of, kernel_of, mixers_of, norms_of, unavailable
+from statecache.models.parts import angles_of, experts_of, kernel_of, mixers_of, norms_of, unavailable
 from statecache.models.prepare import borrowed
 from statecache.models.table import KINDS, layer_types
 from statecache.models.whole import apart, whole
@@ -92,7 +92,7 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
                 if kernel is not None:
                     mixer.kernel = kernel
                     stack.callback(setattr, mixer, "kernel", None)
-        for module, forward in (*norms_of(decoder), *experts_of(decoder)):
+        for module, forward in (*norms_of(decoder), *experts_of(decoder), *angles_of(decoder)):
             stand_in(module, "forward", forward)
         yield
 

@@ -57,6 +57,18 @@ GATED = {
 }
 WEIGHTLESS = ("FalconMambaWeightlessRMSNorm",)  # norms whose weight is none
 SILU, SQUARED = ("SiLU", "SiLUActivation"), ("ReLUSquaredActivation",)  # activations of units, by class name
+# what makes the angles that queries and keys are rotated by, of halves that turn with each other
+ROTARY = (
+    "GraniteMoeHybridRotaryEmbedding",
+    "BambaRotaryEmbedding",
+    "FalconH1RotaryEmbedding",
+    "Zamba2RotaryEmbedding",
+    "Lfm2RotaryEmbedding",
+    "Lfm2MoeRotaryEmbedding",
+    "Qwen3NextRotaryEmbedding",
+    "Qwen3_5TextRotaryEmbedding",
+    "Qwen3_5MoeTextRotaryEmbedding",
+)
 # transformers' own implementations of experts, which all give the same
 IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")
 PLAIN_NORMS = (*WEIGHTLESS, *(name for name, offset in NORMS.items() if not offset))  # to whose weight nothing is added
@@ -98,6 +110,41 @@ def gated_norm(module: Any) -> Callable[..., Tensor]:
         x, by = hidden_states.reshape(-1, width), None if gate is None else gate.reshape(-1, width)
         y = norm(x, module.weight, eps=eps, group=group, gate=by, gate_first=first)
         return y.view(hidden_states.shape)
+
+    return forward
+
+
+# ---- angles
+
+
+def angles_of(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """The modules of `ROTARY` that a kernel can stand in for, and what does.
+
+    Not those whose frequencies change with the length of a row.
+    """
+    for module in model.modules():
+        if type(module).__name__ not in ROTARY or not native(module) or changed(module):
+            continue
+        held: Any = getattr(module, "inv_freq", None)
+        kind = getattr(module, "rope_type", None)
+        if not isinstance(held, Tensor) or not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+            continue
+        if kernels.available(held.device):
+            yield module, _angles(module)
+
+
+def _angles(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    from statecache.kernels.angles import angles
+
+    own = module.forward
+
+    def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        at = position_ids
+        if at.dim() == 3 and at.stride(0) == 0:  # coordinates that are all the same, as those of text
+            at = at[0]
+        if at.dim() != 2 or args or kwargs or x.dtype not in DTYPES:
+            return own(x, position_ids, *args, **kwargs)  # type: ignore[no-any-return]
+        return angles(at, module.inv_freq, module.attention_scaling, x.dtype)
 
     return forward
 
