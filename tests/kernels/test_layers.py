@@ -8,17 +8,19 @@ from typing import Any
 import families
 import pytest
 import torch
-from drawn import DEVICE, draw, error
+from drawn import DEVICE, HALF, draw, error
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 import statecache as sc
 from statecache.kernels import delta_step, ssd_step
 from statecache.kernels import experts as kernel_experts
+from statecache.kernels import linear as kernel_linear
 from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.fused import by_kernels, ways
-from statecache.models.product import product
+from statecache.models.product import Ahead, Into, ahead, product, shaped
 from statecache.models.table import KINDS
+from statecache.models.whole import LAYERS
 
 STEPS = 2
 TWO = ["linear_attention", "full_attention"]
@@ -114,6 +116,52 @@ def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: py
     assert taken and set(taken) == {torch.bfloat16}
     assert 0 < first < 1e-5  # from the same states
     assert second < 1e-2  # from states of which a last place may be another
+
+
+HANDED = [("qwen3_5", 2), ("falcon_h1", 1), ("nemotron_h", 2), *(pytest.param("lfm2", n, marks=SLOW) for n in (1, 17))]
+
+
+@pytest.mark.parametrize(("name", "rows"), HANDED)
+def test_a_sum_goes_on_to_its_norm_ready(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, norms = model_of(name), texts(rows), []
+    own = kernel_linear.linear
+    monkeypatch.setattr(
+        kernel_linear, "linear", lambda *args, **given: (norms.append(given.get("norm")), own(*args, **given))[1]
+    )
+    logits(model, ids, kernels=True)
+    layer: Any = layers_of(decoder_of(model))[0]
+    first = layer.get_submodule(LAYERS[type(layer).__name__].before)
+    taken = [norm for norm in norms if norm is not None]
+    shares = 2 if name == "falcon_h1" else 1  # mixer and attention
+    assert len(taken) == (STEPS * shares if rows <= 16 else 0) and all(norm is first.weight for norm in taken)
+
+
+@pytest.mark.parametrize("how", ["in place", "anew", "seen in another form"])
+def test_a_sum_that_was_changed_since_is_normed_again(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("qwen3_5"), texts(2)
+    kind = type(model.model.layers[0])
+    own: Any = kind.__call__
+    change = {
+        "in place": lambda x: x.mul_(1.5),
+        "anew": lambda x: x * 1.5,
+        "seen in another form": lambda x: (x.view(-1)[0].mul_(1.5), x)[1],
+    }[how]
+    monkeypatch.setattr(kind, "__call__", lambda self, x, *args, **given: own(self, change(x), *args, **given))
+    want, got = logits(model, ids, kernels=False), logits(model, ids, kernels=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5 and not torch.equal(got, want)
+
+
+def test_a_norm_that_is_another_takes_the_sum_itself() -> None:
+    model = model_of("qwen3_5")
+    first, other = (layer.input_layernorm for layer in model.model.layers)
+    x, weight = draw(2, 64), draw(64, 32)
+    total = product(x[:, :32], weight, into=Into(x, behind=first))
+    made = ahead(total, first)
+    assert isinstance(made, Ahead) and ahead(total, other) is other
+    assert ahead(shaped(total, 2, 1, 64), first) is made
+    assert ahead(total.clone(), first) is first
+    after = draw(8, 64, dtype=HALF)  # of another dtype than the product in front
+    assert torch.equal(product(total, after, by=made), product(total, after, by=first))
 
 
 SPARSE = ("granitemoehybrid", "jamba", "nemotron_h", "qwen3_next", "qwen3_5_moe", "lfm2_moe")

@@ -11,7 +11,7 @@ from drawn import HALF, ROUNDED, draw, error, normed, strided
 from torch.nn import functional as F
 
 from statecache.kernels import held
-from statecache.kernels.linear import TILES, Held, Tile, linear
+from statecache.kernels.linear import TILES, Held, Tile, added, linear
 from statecache.kernels.norms import norm, squared, unit
 
 ROWS = [1, 2, 16, 33]
@@ -127,6 +127,26 @@ def multiplied(
     )
     assert got.dtype == torch.float32
     return got, want
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "tile"),
+    [
+        *itertools.product((1, 2, 16, 33), (torch.float32, HALF), (Tile(16, 32, 4),)),
+        *itertools.product((2, 5, 8), (torch.bfloat16, torch.float16), (Held(2, 2, 1), Held(2, 1, 9))),
+    ],
+    ids=str,
+)
+def test_a_sum_comes_with_what_the_norm_behind_it_needs(rows: int, dtype: torch.dtype, tile: Tile | Held) -> None:
+    weight, residual, by = draw(37, 128, dtype=dtype), strided(draw(rows, 37, dtype=dtype)), draw(37, dtype=dtype)
+    x, squares = strided(draw(rows, 128, dtype=dtype), 8), draw(rows, 5).abs()
+    around = {"squares": squares, "eps": 1e-5, "scale": 0.3, "tile": tile}
+    want = linear(x, weight, residual=residual, dtype=dtype, **around)
+    total, seen, parts = added(x, weight, residual, by, offset=1.0, **around)
+    assert torch.equal(total, want)
+    close = 1e-6 if dtype == torch.float32 else ROUNDED
+    assert seen.dtype == dtype and error(seen, total.double() * (by.double() + 1.0)) < close
+    assert len(parts) == rows and error(parts.sum(1), total.double().square().sum(1)) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -29,6 +29,9 @@ def multiply(
     weight3,
     residual,
     out,
+    behind,
+    weighted,
+    sums,
     rows,
     size,
     size1,
@@ -39,10 +42,12 @@ def multiply(
     eps,
     offset,
     scale,
+    behind_offset,
     E: tl.constexpr,
     UNIT: tl.constexpr,
     NORMED: tl.constexpr,
     ADDS: tl.constexpr,
+    HANDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     EARLY: tl.constexpr,
     PARTS: tl.constexpr,
@@ -73,9 +78,13 @@ def multiply(
     for c in tl.static_range(AHEAD):
         for place in tl.static_range(2 * M):
             words += load16_once(places[place] + c * 32 * W)
+    eight, four, scales = tl.arange(0, 8), tl.arange(0, 4), ()
+    if HANDS:
+        for half in tl.static_range(2 * M):
+            o = tile * BO + 8 * half + eight
+            scales += (tl.load(behind + o, mask=o < size, other=0.0).to(tl.float32) + behind_offset,)
     if EARLY:
         wait()
-    eight, four = tl.arange(0, 8), tl.arange(0, 4)
     if PARTS:  # what the sums wait for is asked for before them
         part = tl.arange(0, BS)
         there = (eight < rows)[:, None] & (part < PARTS)[None, :]
@@ -130,6 +139,7 @@ def multiply(
         total = tl.sum(tl.sum(tl.reshape(squares, [W, 8, 4]), 0), 1)
         factor *= tl.rsqrt(total / E + eps)
     factors = tl.split(tl.reshape(factor, [4, 2]))
+    squared = (tl.zeros([4], tl.float32), tl.zeros([4], tl.float32))  # of even rows, and of odd ones
     for m in tl.static_range(1 if UNIT else M):
         ys = _sums(totals, 4 * m, M, W)
         if UNIT:
@@ -142,7 +152,18 @@ def multiply(
                 y *= through[k] * factors[k % 2][None, :] / (1.0 + tl.exp(-y))
             if ADDS:
                 y += added[4 * m + k].to(tl.float32)
-            tl.store(out + b[None, :] * width + o[:, None], y.to(out.dtype.element_ty), mask=both)
+            spot, y = b[None, :] * width + o[:, None], y.to(out.dtype.element_ty)
+            tl.store(out + spot, y, mask=both)
+            if HANDS:
+                y = y.to(tl.float32)
+                to = (y * scales[2 * m + k // 2][:, None]).to(weighted.dtype.element_ty)
+                tl.store(weighted + spot, to, mask=both)
+                here = tl.sum(tl.where(both, y * y, 0.0), 0)
+                squared = (squared[1], squared[0] + here)  # rows take turns
+    if HANDS:
+        for odd in tl.static_range(2):
+            row = 2 * four + odd
+            tl.store(sums + row * tl.num_programs(0) + tile, squared[odd], mask=row < rows)
 
 
 @triton.jit

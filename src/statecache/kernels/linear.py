@@ -92,6 +92,9 @@ def _linear(
     weight3,
     residual,
     out,
+    behind,
+    weighted,
+    sums,
     rows,
     size,
     size1,
@@ -102,10 +105,12 @@ def _linear(
     eps,
     offset,
     scale,
+    behind_offset,
     E: tl.constexpr,
     UNIT: tl.constexpr,
     NORMED: tl.constexpr,
     ADDS: tl.constexpr,
+    HANDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     EARLY: tl.constexpr,
     PARTS: tl.constexpr,
@@ -124,6 +129,8 @@ def _linear(
     )
     o = place * BO + tl.arange(0, BO)
     real = o < size
+    if HANDS:
+        by_behind = tl.load(behind + o, mask=real, other=0.0).to(tl.float32) + behind_offset
     if BB == 1:
         total = tl.zeros([BO, BE], tl.float32)
         through = tl.zeros([BO, BE], tl.float32)
@@ -160,7 +167,12 @@ def _linear(
             y *= tl.sum(through, 1) * scale / (1.0 + tl.exp(-y))
         if ADDS:
             y += added.to(tl.float32)
-        tl.store(out + o, y.to(out.dtype.element_ty), mask=real)
+        y = y.to(out.dtype.element_ty)
+        tl.store(out + o, y, mask=real)
+        if HANDS:
+            y = y.to(tl.float32)
+            tl.store(weighted + o, (y * by_behind).to(weighted.dtype.element_ty), mask=real)
+            tl.store(sums + place, tl.sum(tl.where(real, y * y, 0.0), 0))
     else:
         b = tl.arange(0, BB)
         used = b < rows
@@ -171,7 +183,7 @@ def _linear(
                 if UNIT:
                     fetch(weight1 + first_of, AHEAD * weight.dtype.element_ty.primitive_bitwidth // 8)
             wait()
-        place, wanted = b[:, None] * width + o[None, :], used[:, None] & real[None, :]
+        spot, wanted = b[:, None] * width + o[None, :], used[:, None] & real[None, :]
         if ADDS:  # what the sums wait for in the end is asked for before them
             added = tl.load(residual + b[:, None] * residual_stride + o[None, :], mask=wanted, other=0.0)
         if PARTS:
@@ -210,7 +222,13 @@ def _linear(
             total *= through / (1.0 + tl.exp(-total))
         if ADDS:
             total += added.to(tl.float32)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
+        y = total.to(out.dtype.element_ty)
+        tl.store(out + spot, y, mask=wanted)
+        if HANDS:
+            y = y.to(tl.float32)
+            tl.store(weighted + spot, (y * by_behind[None, :]).to(weighted.dtype.element_ty), mask=wanted)
+            summed_up = tl.sum(tl.where(wanted, y * y, 0.0), 1)
+            tl.store(sums + b * tl.num_programs(0) + place, summed_up, mask=used)
 
 
 def linear(
@@ -237,6 +255,45 @@ def linear(
     added to `residual` (B, O). Rows of x and residual may have any stride.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    around = norm, eps, offset, squares, unit, residual, scale
+    return _multiply(x, weights, *around, dtype or weights[0].dtype, tile, None, 0.0)[0]
+
+
+def added(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    behind: Tensor,
+    *,
+    offset: float = 0.0,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    tile: Tile | Held | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product added to `residual`, in its dtype, and what the RMS norm behind it, by behind + offset, needs.
+
+    That is the sums times behind (O,) + offset, in the dtype of `weight` (B, O), and their squares as `squares` (B, n).
+    """
+    around = None, eps, 0.0, squares, False, residual, scale
+    return _multiply(x, (weight,), *around, residual.dtype, tile, behind, offset)
+
+
+def _multiply(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    norm: Tensor | None,
+    eps: float,
+    offset: float,
+    squares: Tensor | None,
+    unit: bool,
+    residual: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    tile: Tile | Held | None,
+    behind: Tensor | None,
+    behind_offset: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, inputs, outputs = len(x), weights[0].shape[1], [len(each) for each in weights]
     assert rows <= MOST_ROWS and x.shape[1] == inputs and x.stride(1) == 1
     assert len(weights) == 1 or (len(weights) <= 4 and residual is None)
@@ -244,11 +301,17 @@ def linear(
     assert not unit or (len(weights) == 2 and outputs[0] == outputs[1])
     assert all(w.is_contiguous() and w.shape[1] == inputs and w.dtype == weights[0].dtype for w in weights)
     outputs = outputs[:1] if unit else outputs
-    out = torch.empty(rows, sum(outputs), dtype=dtype or weights[0].dtype, device=x.device)
+    out = torch.empty(rows, sum(outputs), dtype=dtype, device=x.device)
     if tile is None:
         tile = _tile(rows, sum(outputs))
         if isinstance(tile, Held) and not tile.takes(x, weights, norm):
             tile = _tile(held.ROWS + 1, sum(outputs))
+    width = tile.outputs if isinstance(tile, Tile) else 16 if unit else 16 * tile.outputs
+    programs = sum(triton.cdiv(n, width) for n in outputs)
+    weighted, sums = out, out
+    if behind is not None:
+        weighted = torch.empty_like(out, dtype=weights[0].dtype)
+        sums = torch.empty(rows, programs, dtype=torch.float32, device=x.device)
     parts = 0 if squares is None else squares.shape[1]
     more = [*weights, *[weights[0]] * (4 - len(weights))]
     sizes = [*outputs, *[0] * (4 - len(outputs))]
@@ -259,6 +322,9 @@ def linear(
         *more,
         x if residual is None else residual,
         out,
+        x if behind is None else behind,
+        weighted,
+        sums,
         rows,
         *sizes,
         x.stride(0),
@@ -266,12 +332,14 @@ def linear(
         eps,
         offset,
         scale,
+        behind_offset,
     )
     form = {
         "E": inputs,
         "UNIT": unit,
         "NORMED": norm is not None,
         "ADDS": residual is not None,
+        "HANDS": behind is not None,
         "WEIGHTS": len(outputs),
         "PARTS": parts,
         "BS": triton.next_power_of_2(max(parts, 1)),
@@ -280,18 +348,16 @@ def linear(
     }
     if isinstance(tile, Held):
         assert rows <= held.ROWS and tile.takes(x, weights, norm)
-        m = 2 if unit else tile.outputs
         ahead = min(tile.ahead, inputs // (32 * tile.warps))
-        programs = sum(triton.cdiv(n, 16 if unit else 16 * m) for n in outputs)
-        light(held.multiply[(programs,)](*given, W=tile.warps, M=m, AHEAD=ahead, **form))
-        return out
+        light(held.multiply[(programs,)](*given, W=tile.warps, M=2 if unit else tile.outputs, AHEAD=ahead, **form))
+        return out, weighted, sums
     padded = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
     width = min(tile.inputs, triton.next_power_of_2(inputs))
     if rows > 1:
         each = tile.outputs * (2 if unit else 1) * weights[0].element_size() + padded * x.element_size()
         while (tile.stages - 1) * width * each > shared(x.device) - OWN:  # as of float32, or on smaller cards
             width //= 2
-    _linear[(sum(triton.cdiv(n, tile.outputs) for n in outputs),)](
+    _linear[(programs,)](
         *given,
         BB=padded,
         BO=tile.outputs,
@@ -301,7 +367,7 @@ def linear(
         LATE=tile.late,
         **form,
     )
-    return out
+    return out, weighted, sums
 
 
 def _tile(rows: int, outputs: int) -> Tile | Held:

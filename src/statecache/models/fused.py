@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -81,10 +82,11 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(_take_away, put)
-        for layer in layers_of(decoder):
+        layers = list(layers_of(decoder))
+        for layer, following in zip_longest(layers, layers[1:]):
             if unavailable(layer):
                 continue
-            made = whole(layer)
+            made = whole(layer, following)
             if callable(made):
                 stand_in(layer, "forward", made)
             for mixer in mixers_of(layer):

@@ -5,6 +5,7 @@ B rows, E inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statecache.models.parts import NORMS, eps_of
+
+
+@dataclass(frozen=True)
+class Into:
+    """The sum that a product is added to, (B, O), times `scale`; and the norm that takes it next, if that is known."""
+
+    sum: Tensor
+    scale: float = 1.0
+    behind: Any = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a product has made of its sum, of this version, for the norm behind it: x times its weight, and squares."""
+
+    norm: Any
+    x: Tensor
+    squares: Tensor
+    version: int
 
 
 def product(
@@ -22,40 +42,75 @@ def product(
     squares: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
-    residual: Tensor | None = None,
+    into: Into | None = None,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
-    `by`: the norm module in front, or `squares` with `eps`, what is left of one; `gated`: the two weights are those of
-    a gated unit, whose outputs these are. `dtype`: of sums and of what comes out, without a residual.
+    `by`: the norm in front, a module or what is `ahead` of it, or `squares` with `eps`, what is left of one; `gated`:
+    the two weights are those of a gated unit, whose outputs these are. `dtype`: of what comes out. `into`: what it is
+    added to, in place of `scale` and `dtype`.
     """
     from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import unit
 
     weights = (weight,) if isinstance(weight, Tensor) else weight
+    if isinstance(by, Ahead):
+        if by.x.dtype == weights[0].dtype:
+            x, squares, eps, by = by.x, by.squares, eps_of(by.norm), None
+        else:
+            by = by.norm
     if by is not None and len(x) > FEW_ROWS:  # every program would compute it
         x, by = normed(by, x, weights[0].dtype), None
+    given: Any = {**(like(by) or {"eps": eps}), "squares": squares, "unit": gated}
     if len(x) <= MOST_ROWS:
-        return linear(
-            x,
-            weights,
-            **(like(by) or {"eps": eps}),
-            squares=squares,
-            unit=gated,
-            residual=residual,
-            scale=scale,
-            dtype=dtype if residual is None else residual.dtype,
-        )
+        if into is None:
+            return linear(x, weights, **given, scale=scale, dtype=dtype)
+        if by is None and not gated and _hands(into, weights):
+            return _added(x, weights[0], squares, eps, into)
+        return linear(x, weights, **given, residual=into.sum, scale=into.scale, dtype=into.sum.dtype)
     assert squares is None
     weights = weights if dtype is None else tuple(each.to(dtype) for each in weights)
     x = x.to(weights[0].dtype)
     y = torch.cat([F.linear(x, each) for each in weights], -1) if len(weights) > 1 else F.linear(x, weights[0])
     y = unit(y) if gated else y
-    if residual is not None:
-        return torch.add(residual, y, alpha=scale)
+    if into is not None:
+        return torch.add(into.sum, y, alpha=into.scale)
     return y if scale == 1.0 else y * scale
+
+
+def _hands(into: Into, weights: tuple[Tensor, ...]) -> bool:
+    """Whether a sum goes on to its norm with what that needs. float16 may have no place for what is not normed."""
+    halves = torch.float16 in (into.sum.dtype, weights[0].dtype)
+    return into.behind is not None and len(weights) == 1 and not halves and not into.sum.is_inference()
+
+
+def _added(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, into: Into) -> Tensor:
+    from statecache.kernels.linear import added
+
+    by, offset = into.behind, NORMS[type(into.behind).__name__]
+    options: Any = {"offset": offset, "squares": squares, "eps": eps, "scale": into.scale}
+    total, seen, parts = added(x, weight, into.sum, by.weight, **options)
+    return _with(total, Ahead(by, seen, parts, total._version))
+
+
+def _with(x: Tensor, ahead: Ahead | None) -> Tensor:
+    """The same tensor, which says what is ahead of its norm."""
+    x.__dict__["statecache_ahead"] = ahead
+    return x
+
+
+def ahead(x: Tensor, by: Any) -> Any:
+    """What is ahead of a norm, a module, for this tensor; the module, where that is nothing or x was changed since."""
+    made = x.__dict__.get("statecache_ahead")
+    return made if made is not None and made.norm is by and made.version == x._version else by
+
+
+def shaped(x: Tensor, *shape: int) -> Tensor:
+    """The same entries in this shape, which say as much of their norm."""
+    made = x.__dict__.get("statecache_ahead")
+    return x.reshape(shape) if made is None else _with(x.reshape(shape), made)
 
 
 def normed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

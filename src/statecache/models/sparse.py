@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from statecache.models.parts import SILU, SQUARED, changed, native, plain, reads_experts, unusual, up_of
-from statecache.models.product import like, normed, product
+from statecache.models.product import Into, like, normed, product
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _run(form: Block, block: Any) -> Sparse:
             given["shared"] = Shared(both[:, :inner], len(form.into) > 1, both[:, inner:] if form.gate else None)
         index, share, inside = route(logits, chosen, softmax=form.softmax, **given)
         if both is not None:
-            residual = product(inside, block.get_submodule(form.out).weight, residual=residual, scale=added)
+            residual = product(inside, block.get_submodule(form.out).weight, into=Into(residual, added))
         if crowded(index, up):
             x = x if by is None else normed(by, x, up.dtype)
             return torch.add(residual, own(x, index, share if form.wide else share.to(x.dtype)), alpha=added)

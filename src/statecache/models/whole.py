@@ -38,6 +38,7 @@ from statecache.models.parts import (
     kernel_of,
     mixers_of,
     native,
+    plain,
     scan_with,
     short,
     ssd,
@@ -45,7 +46,7 @@ from statecache.models.parts import (
     unusual,
 )
 from statecache.models.prepared import LayerState, Lent, LentKeys
-from statecache.models.product import normed, product
+from statecache.models.product import Into, ahead, normed, product, shaped
 from statecache.models.sparse import sparse
 
 # ---- what there is
@@ -148,8 +149,8 @@ LAYERS = {
 KNOWN = {"Linear", "Conv1d", "Identity", *NORMS, *GATED, *WEIGHTLESS, *SILU, *SQUARED}
 
 
-def whole(layer: nn.Module) -> Callable[..., Any] | str:
-    """What runs a layer whole; or why nothing does."""
+def whole(layer: nn.Module, following: nn.Module | None = None) -> Callable[..., Any] | str:
+    """What runs a layer whole; or why nothing does. `following`: the layer behind it."""
     form = LAYERS.get(type(layer).__name__)
     if form is None or not native(layer):
         return f"{type(layer).__name__} is not in the table"
@@ -172,7 +173,14 @@ def whole(layer: nn.Module) -> Callable[..., Any] | str:
         name = type(layer.get_submodule(path)).__name__
         if name not in NORMS:
             return f"{path} is a {name}"
-    return _run(form, layer, mixer, attention)
+    return _run(form, layer, mixer, attention, None if following is None else _first(following))
+
+
+def _first(layer: nn.Module) -> nn.Module | None:
+    """The norm that a layer begins with, if kernels know it."""
+    form = LAYERS.get(type(layer).__name__)
+    norm: Any = None if form is None else getattr(layer, form.before, None)
+    return norm if type(norm).__name__ in NORMS and not changed(norm) and plain(norm.weight) else None
 
 
 def apart(layer: nn.Module) -> str:
@@ -230,11 +238,18 @@ def _parts(form: Form, layer: nn.Module, mixer: Mixer | None, attention: Any) ->
 # ---- how they run
 
 
-def _run(form: Form, layer: Any, mixer: Mixer | None, attention: Any) -> Callable[..., Any]:
-    """What runs a layer of this form whole, and leaves passes that are not for kernels to its own forward."""
+def _run(
+    form: Form, layer: Any, mixer: Mixer | None, attention: Any, following: nn.Module | None
+) -> Callable[..., Any]:
+    """What runs a layer of this form whole, and leaves passes that are not for kernels to its own forward.
+
+    following: the norm behind the layer, if there is one for which its sum may be made ready.
+    """
     own, before, feeds = layer.forward, layer.get_submodule(form.before), _feeds(form, layer)
     block = _experts(form, layer)
     choose = None if block is None else sparse(block)
+    behind = following if block is None else None  # experts take a norm as it is, and hand on nothing
+    middle = layer.get_submodule(form.behind) if feeds and block is None else behind
     scales, wide = Scales.of(form, layer), bool(form.wide and getattr(layer, form.wide))
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -243,42 +258,44 @@ def _run(form: Form, layer: Any, mixer: Mixer | None, attention: Any) -> Callabl
         refused = (mixer is not None and lent is None) or (attention is not None and keys is None)
         if refused or torch.is_grad_enabled():
             return own(hidden_states, *args, **kwargs)
-        x = hidden_states.flatten(0, 1)
+        x = shaped(hidden_states, -1, hidden_states.shape[-1])
         total = x = x.float() if wide else x
+        by = ahead(x, before)
         if mixer is not None:
-            total = MIXES[type(mixer)][0](mixer, before, x, lent, scales.mixed)
+            into = Into(x, scales.mixed, middle if attention is None else None)
+            total = MIXES[type(mixer)][0](mixer, by, x, lent, into)
         if attention is not None:
-            turns = kwargs.get("position_embeddings")
-            total = _attend(attention, before, x, keys, turns, scales, residual=total, gated=form.gated)
+            into, turns = Into(total, scales.attended, middle), kwargs.get("position_embeddings")
+            total = _attend(attention, by, x, keys, turns, scales, into, gated=form.gated)
         fed = total
         if feeds:
-            total = _feed(form, layer, fed, scales)
+            total = _feed(form, layer, fed, scales.gate, Into(fed, scales.fed, behind))
         if callable(choose):
             total = choose(layer.get_submodule(form.behind), fed, total, scales.fed)
         elif block is not None:
-            by: Any = layer.get_submodule(form.behind)
-            given = normed(by, fed, by.weight.dtype).view(hidden_states.shape)
+            norm: Any = layer.get_submodule(form.behind)
+            given = normed(norm, fed, norm.weight.dtype).view(hidden_states.shape)
             total = torch.add(total, block(given).flatten(0, 1), alpha=scales.fed)
-        total = total.view(hidden_states.shape)
+        total = shaped(total, *hidden_states.shape)
         return total if form.also is None else (total, *form.also)
 
     return forward
 
 
-def _feed(form: Form, layer: nn.Module, x: Tensor, scales: Scales) -> Tensor:
-    """The unit with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
+def _feed(form: Form, layer: nn.Module, x: Tensor, scale: float, into: Into) -> Tensor:
+    """The unit with the norm before it, added to a residual sum: x (B T, E) to (B T, E). scale: of its gate."""
     from statecache.kernels.norms import squared, unit
 
-    by, into = layer.get_submodule(form.behind), [_weight(layer, path) for path in form.into]
+    by, weights = ahead(x, layer.get_submodule(form.behind)), [_weight(layer, path) for path in form.into]
     if form.squared:
-        inside = squared(product(x, into[0], by=by))
-    elif scales.gate != 1.0:
-        both = product(x, tuple(into), by=by)
-        both[:, : len(into[0])] *= scales.gate
+        inside = squared(product(x, weights[0], by=by))
+    elif scale != 1.0:
+        both = product(x, tuple(weights), by=by)
+        both[:, : len(weights[0])] *= scale
         inside = unit(both)
     else:
-        inside = product(x, tuple(into) if len(into) > 1 else into[0].chunk(2), by=by, gated=True)
-    return product(inside, _weight(layer, form.out), residual=x, scale=scales.fed)
+        inside = product(x, tuple(weights) if len(weights) > 1 else weights[0].chunk(2), by=by, gated=True)
+    return product(inside, _weight(layer, form.out), into=into)
 
 
 def _weight(layer: nn.Module, path: str) -> Tensor:
@@ -324,8 +341,8 @@ def _lent_keys(module: Any, kwargs: Any) -> LentKeys | None:
     return states.lend_keys() if isinstance(states, LayerState) else None
 
 
-def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
-    """A Mamba-2 mixer with the norm before it and the residual sum behind: x (B T, E) to (B T, E)."""
+def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, into: Into) -> Tensor:
+    """A Mamba-2 mixer with the norm before it, added to a residual sum: x (B T, E) to (B T, E)."""
     from statecache.kernels.linear import MOST_ROWS
 
     m: Any = mixer.module
@@ -335,16 +352,16 @@ def _mix_ssd(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor
     z, new, dt = projected.split_with_sizes(mixer.projected, -1)
     if not mixer.normed:
         y, _ = ssd_with(mixer, (new, dt), lent, gate=z)
-        return product(y, m.out_proj.weight, residual=x, scale=scale)
+        return product(y, m.out_proj.weight, into=into)
     one = getattr(m.norm, "group_size", z.shape[-1]) == z.shape[-1]
     if one and len(x) <= MOST_ROWS and z.dtype != torch.float16:  # which may have no place for what is not normed
         y, squares = ssd_with(mixer, (new, dt), lent, gate=z, norm=m.norm.weight)
-        return product(y, m.out_proj.weight, squares=squares, eps=eps_of(m.norm), residual=x, scale=scale)
+        return product(y, m.out_proj.weight, squares=squares, eps=eps_of(m.norm), into=into)
     y = gated_norm(m.norm)(ssd(mixer, (new, dt), lent), z)
-    return product(y, m.out_proj.weight, residual=x, scale=scale)
+    return product(y, m.out_proj.weight, into=into)
 
 
-def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, into: Into) -> Tensor:
     """The same of a gated delta net."""
     from statecache.kernels.norms import norm
 
@@ -358,25 +375,25 @@ def _mix_delta(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tens
         qkv, z, b, a = projected
     y = delta(mixer, (qkv, b, a), lent)
     y = norm(y, m.norm.weight, eps=eps_of(m.norm), group=mixer.inputs[1][1], gate=z, gate_first=False)
-    return product(y, m.out_proj.weight, residual=x, scale=scale)
+    return product(y, m.out_proj.weight, into=into)
 
 
-def _mix_short(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+def _mix_short(mixer: Any, by: Any, x: Tensor, lent: Lent, into: Into) -> Tensor:
     """The same of a gated short convolution."""
     m: Any = mixer.module
     y = short(mixer, (product(x, m.in_proj.weight, by=by),), lent)
-    return product(y, m.out_proj.weight, residual=x, scale=scale)
+    return product(y, m.out_proj.weight, into=into)
 
 
-def _mix_scan(mixer: Any, by: Any, x: Tensor, lent: Lent, scale: float) -> Tensor:
+def _mix_scan(mixer: Any, by: Any, x: Tensor, lent: Lent, into: Into) -> Tensor:
     """The same of a Mamba-1 mixer."""
     m: Any = mixer.module
     new, z = product(x, m.in_proj.weight, by=by).chunk(2, -1)
     y = scan_with(mixer, (new,), lent, lambda x: product(x, m.x_proj.weight), gate=z)
-    return product(y, m.out_proj.weight, residual=x, scale=scale)
+    return product(y, m.out_proj.weight, into=into)
 
 
-Mix = Callable[[Any, Any, Tensor, Lent, float], Tensor]
+Mix = Callable[[Any, Any, Tensor, Lent, Into], Tensor]
 # what runs each kind of mixer between two residual sums, and its linear layers by name
 MIXES: dict[type[Mixer], tuple[Mix, tuple[str, ...]]] = {
     SSD: (_mix_ssd, ("in_proj", "out_proj")),
@@ -393,9 +410,7 @@ def _projections(mixer: Any) -> tuple[str, ...]:
     return MIXES[type(mixer)][1]
 
 
-def _attend(
-    m: Any, by: Any, x: Tensor, lent: Any, turns: Any, scales: Scales, *, residual: Tensor, gated: bool
-) -> Tensor:
+def _attend(m: Any, by: Any, x: Tensor, lent: Any, turns: Any, scales: Scales, into: Into, *, gated: bool) -> Tensor:
     """Attention, `m` its module, with the norm before it, added to a residual sum: x (B T, E) to (B T, E).
 
     turns: cosines and sines (B, T, R), or None; `gated`: by half of q.
@@ -425,4 +440,4 @@ def _attend(
         angles=angles,
         gated=gated,
     )
-    return product(y, getattr(m, _out(m)).weight, residual=residual, scale=scales.attended)
+    return product(y, getattr(m, _out(m)).weight, into=into)
