@@ -56,7 +56,7 @@ def test_a_kernel_gives_what_the_module_gives(name: str, monkeypatch: pytest.Mon
 
 
 def test_frequencies_that_change_and_modules_that_are_hooked_are_left_alone() -> None:
-    model = families.build("lfm2")[0]
+    model = families.build("lfm2")[0].to(DEVICE)
     assert len(list(angles_of(model))) == 1
     module = rotary_of(model)
     for kind in ("dynamic", "longrope"):

@@ -118,7 +118,7 @@ def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: py
     assert second < 1e-2  # from states of which a last place may be another
 
 
-HANDED = [("qwen3_5", 2), ("falcon_h1", 1), ("nemotron_h", 2), *(pytest.param("lfm2", n, marks=SLOW) for n in (1, 17))]
+HANDED = [("qwen3_5", 2), ("falcon_h1", 3), ("nemotron_h", 2), pytest.param("lfm2", 17, marks=SLOW)]
 
 
 @pytest.mark.parametrize(("name", "rows"), HANDED)

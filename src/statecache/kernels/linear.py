@@ -129,8 +129,6 @@ def _linear(
     )
     o = place * BO + tl.arange(0, BO)
     real = o < size
-    if HANDS:
-        by_behind = tl.load(behind + o, mask=real, other=0.0).to(tl.float32) + behind_offset
     if BB == 1:
         total = tl.zeros([BO, BE], tl.float32)
         through = tl.zeros([BO, BE], tl.float32)
@@ -142,14 +140,8 @@ def _linear(
             tile = tl.load(weight + cell, mask=both, other=0.0)
             if UNIT:
                 other = tl.load(weight1 + cell, mask=both, other=0.0)
-            if first == 0:
-                if EARLY:
-                    wait()
-                if ADDS:
-                    added = tl.load(residual + o, mask=real, other=0.0)
-                if PARTS:
-                    part = tl.arange(0, BS)
-                    summed = tl.load(parts + part, mask=part < PARTS, other=0.0)
+            if EARLY and first == 0:
+                wait()
             seen = tl.load(x + e, mask=there, other=0.0).to(tl.float32)
             if NORMED:
                 squares += seen * seen
@@ -159,23 +151,21 @@ def _linear(
                 through += other.to(tl.float32) * seen[None, :]
         y = tl.sum(total, 1)
         if PARTS:
-            scale *= tl.rsqrt(tl.sum(summed, 0) / E + eps)
-        if NORMED:
+            part = tl.arange(0, BS)
+            squares = tl.load(parts + part, mask=part < PARTS, other=0.0)
+        if NORMED or PARTS:
             scale *= tl.rsqrt(tl.sum(squares, 0) / E + eps)
         y *= scale
         if UNIT:
             y *= tl.sum(through, 1) * scale / (1.0 + tl.exp(-y))
         if ADDS:
-            y += added.to(tl.float32)
-        y = y.to(out.dtype.element_ty)
-        tl.store(out + o, y, mask=real)
-        if HANDS:
-            y = y.to(tl.float32)
-            tl.store(weighted + o, (y * by_behind).to(weighted.dtype.element_ty), mask=real)
-            tl.store(sums + place, tl.sum(tl.where(real, y * y, 0.0), 0))
+            y += tl.load(residual + o, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + o, y.to(out.dtype.element_ty), mask=real)
     else:
         b = tl.arange(0, BB)
         used = b < rows
+        if HANDS:
+            by_behind = tl.load(behind + o, mask=real, other=0.0).to(tl.float32) + behind_offset
         if EARLY:
             if AHEAD:
                 first_of = tl.minimum(o, size - 1).to(tl.int64) * E
@@ -227,8 +217,8 @@ def _linear(
         if HANDS:
             y = y.to(tl.float32)
             tl.store(weighted + spot, (y * by_behind[None, :]).to(weighted.dtype.element_ty), mask=wanted)
-            summed_up = tl.sum(tl.where(wanted, y * y, 0.0), 1)
-            tl.store(sums + b * tl.num_programs(0) + place, summed_up, mask=used)
+            squares = tl.sum(tl.where(wanted, y * y, 0.0), 1)
+            tl.store(sums + b * tl.num_programs(0) + place, squares, mask=used)
 
 
 def linear(
@@ -274,7 +264,9 @@ def added(
     """The same product added to `residual`, in its dtype, and what the RMS norm behind it, by behind + offset, needs.
 
     That is the sums times behind (O,) + offset, in the dtype of `weight` (B, O), and their squares as `squares` (B, n).
+    For two rows or more: a norm costs nothing in the product of one.
     """
+    assert len(x) > 1
     around = None, eps, 0.0, squares, False, residual, scale
     return _multiply(x, (weight,), *around, residual.dtype, tile, behind, offset)
 

@@ -82,8 +82,9 @@ def product(
 
 def _hands(into: Into, weights: tuple[Tensor, ...]) -> bool:
     """Whether a sum goes on to its norm with what that needs. float16 may have no place for what is not normed."""
-    halves = torch.float16 in (into.sum.dtype, weights[0].dtype)
-    return into.behind is not None and len(weights) == 1 and not halves and not into.sum.is_inference()
+    if into.behind is None or len(weights) > 1 or len(into.sum) == 1 or into.sum.is_inference():
+        return False
+    return torch.float16 not in (into.sum.dtype, weights[0].dtype)
 
 
 def _added(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, into: Into) -> Tensor:
