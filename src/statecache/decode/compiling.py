@@ -34,6 +34,7 @@ ASKED: dict[str, Any] = {  # of the compiler
     "reorder_for_locality": False,  # what is read before a ring's write stays before it, which then is in place
     "score_fusion_memory_threshold": 512,  # bytes: loops of different layers that share a few numbers stay apart
     "realize_reads_threshold": 2,  # what all rows of a weight read, as what a norm gives, is made once
+    "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum are one instruction
     "cpp.enable_tiling_heuristics": False,  # a convolution is vectorised, though its taps lie apart
 }
 

@@ -10,6 +10,8 @@ the first, whose outputs before the first token are its bias.
 Letters: B rows, T new tokens, C channels, W width, H heads of P channels, V width of the second convolution.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ from statecache.ops import chunks
 EXACTNESS = {"step": "bitwise", "window": "bitwise", "chunk": "reassociated"}
 
 FEW = 8  # tokens that a product by head takes up quicker than a convolution, on a processor
+FEW_ROWS = 8  # that an exported step convolves one by one
 
 Heads = tuple[Tensor, Tensor | None]
 
@@ -68,7 +71,9 @@ def step(
     weight = weight.squeeze(1) if weight.dim() > 2 else weight
     if heads is None and torch.compiler.is_exporting():  # each read where it lies: outputs wait for no copy
         taps = weight.to(x.dtype).unbind(-1)
-        y = sum((past[..., w] * tap for w, tap in enumerate(taps[:-1])), x[:, 0] * taps[-1]).unsqueeze(1)
+        y = _sum(past, x, taps)
+        if weight.dim() == 2 and 1 < len(x) <= FEW_ROWS:  # of all at once the compiler makes a tile for one thread
+            y = torch.cat([_sum(past[row : row + 1], x[row : row + 1], taps) for row in range(len(x))])
     elif heads is None:
         y = (wide * weight.mT.to(x.dtype)).sum(1, keepdim=True, dtype=x.dtype)  # said: else autocast on CUDA widens it
     else:
@@ -78,6 +83,12 @@ def step(
     if heads is not None:
         y = _by_head(y, *heads)
     return F.silu(y) if silu else y, wide
+
+
+def _sum(past: Tensor, x: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    """Products with taps, each (C,) or (B, C), summed up: x (B, 1, C), past (B, C, W-1); (B, 1, C)."""
+    y: Tensor = sum((past[..., w] * tap for w, tap in enumerate(taps[:-1])), x[:, 0] * taps[-1])
+    return y.unsqueeze(1)
 
 
 def window(x: Tensor, past: Tensor | None, width: int, count: Tensor | None = None) -> Tensor:
