@@ -1,7 +1,8 @@
 """A linear layer for few rows, with what stands before and after it: norm; gated unit, scale and residual.
 
 Every weight is read once, whatever the number of rows. The sum of squares of an RMS norm is taken in the same loop as
-the product, which it scales at the end, so that a norm costs no pass of its own.
+the product, which it scales at the end, so that a norm costs no pass of its own. Or the product in front took it, which
+hands on its sum ready for that: see `added`.
 
 B rows, E inputs, O outputs.
 """
