@@ -14,6 +14,7 @@ from statecache.kernels.attend import Norms, Tile, attend
 STARTS = [0, 1, 70, 33, 64]
 # heads of keys, heads on each, head size, rotated channels, slots, splits, rows
 SHAPES = [(2, 2, 16, 0, 80, 1, 5), (1, 4, 32, 8, 80, 3, 4), (2, 1, 20, 20, 72, 2, 3), (1, 16, 64, 16, 96, None, 3)]
+MANY = [(8, 1, 16, 8, 96, None, 5), (8, 2, 136, 0, 96, None, 5)]  # heads, so that tiles are others
 TILES = {1: Tile(64, 2, 264), 3: Tile(16, 8, 264), 2: Tile(32, 2, 528), None: None}  # by splits
 
 
@@ -27,7 +28,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("form", ["plain", "whole", "idle"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + MANY)
 def test_attend_is_plain_attention(shape: Any, dtype: torch.dtype, form: str) -> None:
     J, G, D, R, slots, splits, rows = shape
     whole, R = form != "plain", R if form != "plain" else 0

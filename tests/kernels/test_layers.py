@@ -18,7 +18,7 @@ from statecache.kernels import experts as kernel_experts
 from statecache.kernels import linear as kernel_linear
 from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.fused import by_kernels, ways
-from statecache.models.product import Ahead, Into, ahead, product, shaped
+from statecache.models.product import GOES_ALONG, Handed, Into, handed, product, shaped
 from statecache.models.table import KINDS
 from statecache.models.whole import LAYERS
 
@@ -118,22 +118,30 @@ def test_layers_take_states_that_are_kept_in_bfloat16(name: str, monkeypatch: py
     assert second < 1e-2  # from states of which a last place may be another
 
 
-HANDED = [("qwen3_5", 2), ("falcon_h1", 3), ("nemotron_h", 2), pytest.param("lfm2", 17, marks=SLOW)]
+HANDED = [("qwen3_5", 2, 3), ("falcon_h1", 3, 3), ("nemotron_h", 2, 2), pytest.param("lfm2", 17, 3, marks=SLOW)]
 
 
-@pytest.mark.parametrize(("name", "rows"), HANDED)
-def test_a_sum_goes_on_to_its_norm_ready(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, norms = model_of(name), texts(rows), []
-    own = kernel_linear.linear
+@pytest.mark.parametrize(("name", "rows", "sums"), HANDED)
+def test_sums_go_on_to_their_norms_ready(name: str, rows: int, sums: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(name), texts(rows)
+    behind, normed, taken = [], [], []
+    own, first = kernel_linear.added, kernel_linear.linear
+    monkeypatch.setattr(kernel_linear, "added", lambda *args, **given: (behind.append(args[3]), own(*args, **given))[1])
     monkeypatch.setattr(
-        kernel_linear, "linear", lambda *args, **given: (norms.append(given.get("norm")), own(*args, **given))[1]
+        kernel_linear,
+        "linear",
+        lambda *args, **given: (
+            normed.append(given.get("norm")),
+            taken.append(given.get("squares")),
+            first(*args, **given),
+        )[2],
     )
     logits(model, ids, kernels=True)
+    assert len(behind) == STEPS * sums  # all but the last, and that of a mixer to which attention is added
+    assert sum(squares is not None for squares in taken) >= STEPS * sums
     layer: Any = layers_of(decoder_of(model))[0]
-    first = layer.get_submodule(LAYERS[type(layer).__name__].before)
-    taken = [norm for norm in norms if norm is not None]
-    shares = 2 if name == "falcon_h1" else 1  # mixer and attention
-    assert len(taken) == (STEPS * shares if rows <= 16 else 0) and all(norm is first.weight for norm in taken)
+    norm = layer.get_submodule(LAYERS[type(layer).__name__].before)
+    assert all(weight is None or weight is norm.weight for weight in normed)
 
 
 @pytest.mark.parametrize("how", ["in place", "anew", "seen in another form"])
@@ -156,12 +164,26 @@ def test_a_norm_that_is_another_takes_the_sum_itself() -> None:
     first, other = (layer.input_layernorm for layer in model.model.layers)
     x, weight = draw(2, 64), draw(64, 32)
     total = product(x[:, :32], weight, into=Into(x, behind=first))
-    made = ahead(total, first)
-    assert isinstance(made, Ahead) and ahead(total, other) is other
-    assert ahead(shaped(total, 2, 1, 64), first) is made
-    assert ahead(total.clone(), first) is first
+    made = handed(total, first)
+    assert isinstance(made, Handed) and handed(total, other) is other and handed(total.clone(), first) is first
+    seen = handed(shaped(total, 2, 1, 64), first)
+    assert seen.weighted is made.weighted and seen.squares is made.squares
     after = draw(8, 64, dtype=HALF)  # of another dtype than the product in front
     assert torch.equal(product(total, after, by=made), product(total, after, by=first))
+    turned = total.t().add_(0.5)  # a shape that is a copy of what was changed
+    assert handed(shaped(total, 128), first) is first and handed(shaped(turned, 128), first) is first
+
+
+def test_what_has_no_place_or_no_version_is_not_handed_on() -> None:
+    norm = model_of("qwen3_5").model.layers[0].input_layernorm
+    for dtype, kept in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
+        x, weight, total = draw(2, 32, dtype=dtype), draw(64, 32, dtype=dtype), draw(2, 64, dtype=kept)
+        assert handed(product(x, weight, into=Into(total, behind=norm)), norm) is norm
+    x, weight, total = draw(2, 32), draw(64, 32), draw(2, 64)
+    with torch.inference_mode():
+        made = product(x, weight, into=Into(total, behind=norm))
+        assert made.is_inference() and getattr(made, GOES_ALONG, None) is None
+    assert isinstance(handed(product(x, weight, into=Into(total, behind=norm)), norm), Handed)
 
 
 SPARSE = ("granitemoehybrid", "jamba", "nemotron_h", "qwen3_next", "qwen3_5_moe", "lfm2_moe")

@@ -35,12 +35,12 @@ def angles(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dt
 
     The first F channels turn with the last F, so that both have the same.
     """
-    size = len(frequencies)
-    positions = positions.contiguous()
+    assert frequencies.is_contiguous()  # which is read before what is in front is over
+    size, positions = len(frequencies), positions.contiguous()
     cos, sin = torch.empty(2, *positions.shape, 2 * size, dtype=dtype, device=positions.device)
     _angles[(positions.numel(),)](
         positions,
-        frequencies.contiguous(),
+        frequencies,
         cos,
         sin,
         scale,

@@ -272,7 +272,7 @@ def attend(
     assert keys.is_contiguous() and values.is_contiguous() and values.shape == keys.shape
     assert query.stride(1) == key.stride(1) == value.stride(1) == 1 and key.shape[1] == J * D
     cos, sin = (query, query) if angles is None else angles
-    tile = tile or _tile(rows * J, D, T)
+    tile = tile or _tile(rows * J, D * keys.element_size(), T)
     if splits is None:
         splits = max(1, min(MOST_SPLITS, triton.cdiv(C, tile.keys), tile.programs // (rows * J)))
     sums = torch.empty(rows, J, splits, T * G, D, dtype=torch.float32, device=query.device)
@@ -347,7 +347,7 @@ def attend(
 
 
 def _tile(heads: int, size: int, tokens: int) -> Tile:
-    """What was best on an H100 for so many heads of keys in all rows."""
+    """What was best on an H100 for so many heads of keys in all rows, keys of `size` bytes."""
     if heads < 32 or tokens > 1:
         return Tile(32, 4, 264)
-    return Tile(64, 2, 264) if size <= 128 else Tile(32, 2, 528)
+    return Tile(64, 2, 264) if size <= 256 else Tile(32, 2, 528)

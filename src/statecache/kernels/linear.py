@@ -24,6 +24,7 @@ from statecache.kernels.weights import whose
 FEW_ROWS = 16  # for which a norm is worth computing in every program
 MOST_ROWS = 64
 OWN = 1 << 13  # bytes that a program shares beside what it loads
+SQUARES = 64  # parts of sums of squares that a thread has registers for during its products
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def _linear(
     BE: tl.constexpr,
     AHEAD: tl.constexpr,
     LATE: tl.constexpr,
+    SOON: tl.constexpr,
 ):
     if EARLY and not LATE:
         launch()
@@ -131,6 +133,7 @@ def _linear(
     o = place * BO + tl.arange(0, BO)
     real = o < size
     if BB == 1:
+        tl.static_assert(not HANDS)
         total = tl.zeros([BO, BE], tl.float32)
         through = tl.zeros([BO, BE], tl.float32)
         squares = tl.zeros([BE], tl.float32)
@@ -177,9 +180,9 @@ def _linear(
         spot, wanted = b[:, None] * width + o[None, :], used[:, None] & real[None, :]
         if ADDS:  # what the sums wait for in the end is asked for before them
             added = tl.load(residual + b[:, None] * residual_stride + o[None, :], mask=wanted, other=0.0)
-        if PARTS:
-            part = tl.arange(0, BS)
-            listed = used[:, None] & (part < PARTS)[None, :]
+        part = tl.arange(0, BS)
+        listed = used[:, None] & (part < PARTS)[None, :]
+        if PARTS and SOON:
             summed = tl.load(parts + b[:, None] * PARTS + part[None, :], mask=listed, other=0.0)
         total = tl.zeros([BB, BO], tl.float32)
         through = tl.zeros([BB, BO], tl.float32)
@@ -203,6 +206,8 @@ def _linear(
         if EARLY and LATE:
             launch()
         if PARTS:
+            if not SOON:
+                summed = tl.load(parts + b[:, None] * PARTS + part[None, :], mask=listed, other=0.0)
             squares = tl.sum(summed, 1)
         if NORMED or PARTS:
             total *= tl.rsqrt(squares / E + eps)[:, None]
@@ -262,7 +267,7 @@ def added(
     scale: float = 1.0,
     tile: Tile | Held | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same product added to `residual`, in its dtype, and what the RMS norm behind it, by behind + offset, needs.
+    """The product of `linear` added to `residual`, in its dtype; and what an RMS norm behind, by behind + offset, needs.
 
     That is the sums times behind (O,) + offset, in the dtype of `weight` (B, O), and their squares as `squares` (B, n).
     For two rows or more: a norm costs nothing in the product of one.
@@ -358,6 +363,7 @@ def _multiply(
         num_stages=tile.stages,
         AHEAD=min(tile.ahead, inputs) if all(map(_whole, weights)) else 0,
         LATE=tile.late,
+        SOON=padded * triton.next_power_of_2(max(parts, 1)) <= SQUARES * 32 * tile.warps,
         **form,
     )
     return out, weighted, sums

@@ -129,7 +129,7 @@ def angles_of(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Any]]]:
         kind = getattr(module, "rope_type", None)
         if not isinstance(held, Tensor) or not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
             continue
-        if kernels.available(held.device):
+        if held.is_contiguous() and kernels.available(held.device):
             yield module, _angles(module)
 
 

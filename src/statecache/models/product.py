@@ -5,7 +5,7 @@ B rows, E inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statecache.models.parts import NORMS, eps_of
+
+GOES_ALONG = "statecache_handed"  # of a tensor, what was handed on with it
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Into:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What a product has made of its sum, of this version, for the norm behind it: x times its weight, and squares."""
+class Handed:
+    """What a product has made of its sum, of this version, for the norm behind: see `kernels.linear.added`."""
 
     norm: Any
-    x: Tensor
+    weighted: Tensor
     squares: Tensor
     version: int
 
@@ -48,17 +50,18 @@ def product(
 ) -> Tensor:
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
-    `by`: the norm in front, a module or what is `ahead` of it, or `squares` with `eps`, what is left of one; `gated`:
-    the two weights are those of a gated unit, whose outputs these are. `dtype`: of what comes out. `into`: what it is
-    added to, in place of `scale` and `dtype`.
+    `by`: the norm in front, a module or what was `handed` on for it, or `squares` with `eps`, what is left of one;
+    `gated`: the two weights are those of a gated unit, whose outputs these are. `dtype`: of what comes out. `into`: what
+    it is added to, in place of `scale` and `dtype`.
     """
     from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import unit
 
+    assert into is None or (scale == 1.0 and dtype is None)
     weights = (weight,) if isinstance(weight, Tensor) else weight
-    if isinstance(by, Ahead):
-        if by.x.dtype == weights[0].dtype:
-            x, squares, eps, by = by.x, by.squares, eps_of(by.norm), None
+    if isinstance(by, Handed):
+        if by.weighted.dtype == weights[0].dtype:
+            x, squares, eps, by = by.weighted, by.squares, eps_of(by.norm), None
         else:
             by = by.norm
     if by is not None and len(x) > FEW_ROWS:  # every program would compute it
@@ -92,26 +95,30 @@ def _added(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, into: 
 
     by, offset = into.behind, NORMS[type(into.behind).__name__]
     options: Any = {"offset": offset, "squares": squares, "eps": eps, "scale": into.scale}
-    total, seen, parts = added(x, weight, into.sum, by.weight, **options)
-    return _with(total, Ahead(by, seen, parts, total._version))
+    total, weighted, parts = added(x, weight, into.sum, by.weight, **options)
+    return total if total.is_inference() else _with(total, Handed(by, weighted, parts, total._version))
 
 
-def _with(x: Tensor, ahead: Ahead | None) -> Tensor:
-    """The same tensor, which says what is ahead of its norm."""
-    x.__dict__["statecache_ahead"] = ahead
+def _with(x: Tensor, made: Handed) -> Tensor:
+    """The same tensor, with what goes along."""
+    setattr(x, GOES_ALONG, made)
     return x
 
 
-def ahead(x: Tensor, by: Any) -> Any:
-    """What is ahead of a norm, a module, for this tensor; the module, where that is nothing or x was changed since."""
-    made = x.__dict__.get("statecache_ahead")
+def handed(x: Tensor, by: Any) -> Any:
+    """What was handed on with x for this norm, a module; the module, where that is nothing or x was changed since.
+
+    What changes x behind torch's back, by `.data` or a kernel of its own, is not seen.
+    """
+    made: Handed | None = getattr(x, GOES_ALONG, None)
     return made if made is not None and made.norm is by and made.version == x._version else by
 
 
 def shaped(x: Tensor, *shape: int) -> Tensor:
-    """The same entries in this shape, which say as much of their norm."""
-    made = x.__dict__.get("statecache_ahead")
-    return x.reshape(shape) if made is None else _with(x.reshape(shape), made)
+    """The same entries in this shape, and what was handed on with them."""
+    made: Handed | None = getattr(x, GOES_ALONG, None)
+    y = x.reshape(shape)
+    return y if made is None or made.version != x._version else _with(y, replace(made, version=y._version))
 
 
 def normed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

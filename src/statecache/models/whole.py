@@ -46,7 +46,7 @@ from statecache.models.parts import (
     unusual,
 )
 from statecache.models.prepared import LayerState, Lent, LentKeys
-from statecache.models.product import Into, ahead, normed, product, shaped
+from statecache.models.product import Into, handed, normed, product, shaped
 from statecache.models.sparse import sparse
 
 # ---- what there is
@@ -177,10 +177,13 @@ def whole(layer: nn.Module, following: nn.Module | None = None) -> Callable[...,
 
 
 def _first(layer: nn.Module) -> nn.Module | None:
-    """The norm that a layer begins with, if kernels know it."""
-    form = LAYERS.get(type(layer).__name__)
-    norm: Any = None if form is None else getattr(layer, form.before, None)
-    return norm if type(norm).__name__ in NORMS and not changed(norm) and plain(norm.weight) else None
+    """The norm that a layer begins with, if it is one in a product."""
+    if not callable(whole(layer)):
+        return None
+    form = LAYERS[type(layer).__name__]
+    norm: Any = layer.get_submodule(form.before)
+    multiplied = mixers_of(layer) or _attention(form, layer) is not None or _feeds(form, layer)
+    return norm if multiplied and plain(norm.weight) else None
 
 
 def apart(layer: nn.Module) -> str:
@@ -260,7 +263,7 @@ def _run(
             return own(hidden_states, *args, **kwargs)
         x = shaped(hidden_states, -1, hidden_states.shape[-1])
         total = x = x.float() if wide else x
-        by = ahead(x, before)
+        by = handed(x, before)
         if mixer is not None:
             into = Into(x, scales.mixed, middle if attention is None else None)
             total = MIXES[type(mixer)][0](mixer, by, x, lent, into)
@@ -286,7 +289,7 @@ def _feed(form: Form, layer: nn.Module, x: Tensor, scale: float, into: Into) -> 
     """The unit with the norm before it, added to a residual sum: x (B T, E) to (B T, E). scale: of its gate."""
     from statecache.kernels.norms import squared, unit
 
-    by, weights = ahead(x, layer.get_submodule(form.behind)), [_weight(layer, path) for path in form.into]
+    by, weights = handed(x, layer.get_submodule(form.behind)), [_weight(layer, path) for path in form.into]
     if form.squared:
         inside = squared(product(x, weights[0], by=by))
     elif scale != 1.0:
@@ -413,7 +416,7 @@ def _projections(mixer: Any) -> tuple[str, ...]:
 def _attend(m: Any, by: Any, x: Tensor, lent: Any, turns: Any, scales: Scales, into: Into, *, gated: bool) -> Tensor:
     """Attention, `m` its module, with the norm before it, added to a residual sum: x (B T, E) to (B T, E).
 
-    turns: cosines and sines (B, T, R), or None; `gated`: by half of q.
+    turns: cosines and sines (B or 1, T, R), or None; `gated`: by half of q.
     """
     from statecache.kernels.attend import Norms, attend
 

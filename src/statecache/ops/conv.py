@@ -71,9 +71,10 @@ def step(
     weight = weight.squeeze(1) if weight.dim() > 2 else weight
     if heads is None and torch.compiler.is_exporting():  # each read where it lies: outputs wait for no copy
         taps = weight.to(x.dtype).unbind(-1)
-        y = _sum(past, x, taps)
         if weight.dim() == 2 and 1 < len(x) <= FEW_ROWS:  # of all at once the compiler makes a tile for one thread
             y = torch.cat([_sum(past[row : row + 1], x[row : row + 1], taps) for row in range(len(x))])
+        else:
+            y = _sum(past, x, taps)
     elif heads is None:
         y = (wide * weight.mT.to(x.dtype)).sum(1, keepdim=True, dtype=x.dtype)  # said: else autocast on CUDA widens it
     else:
