@@ -267,7 +267,7 @@ def added(
     scale: float = 1.0,
     tile: Tile | Held | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The product of `linear` added to `residual`, in its dtype; and what an RMS norm behind, by behind + offset, needs.
+    """The product of `linear` added to `residual`, in its dtype; and what a norm behind, by behind + offset, needs.
 
     That is the sums times behind (O,) + offset, in the dtype of `weight` (B, O), and their squares as `squares` (B, n).
     For two rows or more: a norm costs nothing in the product of one.

@@ -51,8 +51,8 @@ def product(
     """A linear layer of x (B, E) with what stands around it, see `kernels.linear`; the library's for many rows.
 
     `by`: the norm in front, a module or what was `handed` on for it, or `squares` with `eps`, what is left of one;
-    `gated`: the two weights are those of a gated unit, whose outputs these are. `dtype`: of what comes out. `into`: what
-    it is added to, in place of `scale` and `dtype`.
+    `gated`: the two weights are those of a gated unit, whose outputs these are. `dtype`: of what comes out. `into`:
+    what it is added to, in place of `scale` and `dtype`.
     """
     from statecache.kernels.linear import FEW_ROWS, MOST_ROWS, linear
     from statecache.kernels.norms import unit
