@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -23,7 +22,7 @@ from statecache.models.decoder import decoder_of, layers_of
 from statecache.models.parts import angles_of, experts_of, kernel_of, mixers_of, norms_of, unavailable
 from statecache.models.prepare import borrowed
 from statecache.models.table import KINDS, layer_types
-from statecache.models.whole import apart, whole
+from statecache.models.whole import apart, first_norm, whole
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,15 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(_take_away, put)
-        layers = list(layers_of(decoder))
-        for layer, following in zip_longest(layers, layers[1:]):
+        first = None  # norm of the layer behind, if that runs whole
+        for layer in reversed(list(layers_of(decoder))):
+            following, first = first, None
             if unavailable(layer):
                 continue
             made = whole(layer, following)
             if callable(made):
                 stand_in(layer, "forward", made)
+                first = first_norm(layer)
             for mixer in mixers_of(layer):
                 kernel = kernel_of(mixer)
                 if kernel is not None:

@@ -85,7 +85,9 @@ def product(
 
 def _hands(into: Into, weights: tuple[Tensor, ...]) -> bool:
     """Whether a sum goes on to its norm with what that needs. float16 may have no place for what is not normed."""
-    if into.behind is None or len(weights) > 1 or len(into.sum) == 1 or into.sum.is_inference():
+    if into.behind is None or len(weights) > 1 or len(into.sum) == 1:
+        return False
+    if torch.is_inference_mode_enabled():  # in which tensors have no version
         return False
     return torch.float16 not in (into.sum.dtype, weights[0].dtype)
 
@@ -96,7 +98,7 @@ def _added(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, into: 
     by, offset = into.behind, NORMS[type(into.behind).__name__]
     options: Any = {"offset": offset, "squares": squares, "eps": eps, "scale": into.scale}
     total, weighted, parts = added(x, weight, into.sum, by.weight, **options)
-    return total if total.is_inference() else _with(total, Handed(by, weighted, parts, total._version))
+    return _with(total, Handed(by, weighted, parts, total._version))
 
 
 def _with(x: Tensor, made: Handed) -> Tensor:
@@ -105,20 +107,25 @@ def _with(x: Tensor, made: Handed) -> Tensor:
     return x
 
 
-def handed(x: Tensor, by: Any) -> Any:
-    """What was handed on with x for this norm, a module; the module, where that is nothing or x was changed since.
+def _along(x: Tensor) -> Handed | None:
+    """What goes along with x; None where that is nothing or x was changed since.
 
     What changes x behind torch's back, by `.data` or a kernel of its own, is not seen.
     """
     made: Handed | None = getattr(x, GOES_ALONG, None)
-    return made if made is not None and made.norm is by and made.version == x._version else by
+    return made if made is not None and made.version == x._version else None
+
+
+def handed(x: Tensor, by: Any) -> Any:
+    """What was handed on with x for this norm, a module; the module, where that is nothing."""
+    made = _along(x)
+    return made if made is not None and made.norm is by else by
 
 
 def shaped(x: Tensor, *shape: int) -> Tensor:
     """The same entries in this shape, and what was handed on with them."""
-    made: Handed | None = getattr(x, GOES_ALONG, None)
-    y = x.reshape(shape)
-    return y if made is None or made.version != x._version else _with(y, replace(made, version=y._version))
+    made, y = _along(x), x.reshape(shape)
+    return y if made is None else _with(y, replace(made, version=y._version))
 
 
 def normed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

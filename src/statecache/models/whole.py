@@ -150,7 +150,7 @@ KNOWN = {"Linear", "Conv1d", "Identity", *NORMS, *GATED, *WEIGHTLESS, *SILU, *SQ
 
 
 def whole(layer: nn.Module, following: nn.Module | None = None) -> Callable[..., Any] | str:
-    """What runs a layer whole; or why nothing does. `following`: the layer behind it."""
+    """What runs a layer whole; or why nothing does. `following`: the norm that takes its sum next, see `first_norm`."""
     form = LAYERS.get(type(layer).__name__)
     if form is None or not native(layer):
         return f"{type(layer).__name__} is not in the table"
@@ -173,13 +173,11 @@ def whole(layer: nn.Module, following: nn.Module | None = None) -> Callable[...,
         name = type(layer.get_submodule(path)).__name__
         if name not in NORMS:
             return f"{path} is a {name}"
-    return _run(form, layer, mixer, attention, None if following is None else _first(following))
+    return _run(form, layer, mixer, attention, following)
 
 
-def _first(layer: nn.Module) -> nn.Module | None:
-    """The norm that a layer begins with, if it is one in a product."""
-    if not callable(whole(layer)):
-        return None
+def first_norm(layer: nn.Module) -> nn.Module | None:
+    """The norm that a layer which runs whole begins with, if it is one in a product."""
     form = LAYERS[type(layer).__name__]
     norm: Any = layer.get_submodule(form.before)
     multiplied = mixers_of(layer) or _attention(form, layer) is not None or _feeds(form, layer)
@@ -246,7 +244,7 @@ def _run(
 ) -> Callable[..., Any]:
     """What runs a layer of this form whole, and leaves passes that are not for kernels to its own forward.
 
-    following: the norm behind the layer, if there is one for which its sum may be made ready.
+    following: see `whole`.
     """
     own, before, feeds = layer.forward, layer.get_submodule(form.before), _feeds(form, layer)
     block = _experts(form, layer)
